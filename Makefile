@@ -1,0 +1,67 @@
+# make reproduce: install (first time) and run all notebooks. make test: everything CI checks.
+PYTHON ?= python3
+PROFILE ?= mini
+SEEDS ?= 1
+VENV := $(CURDIR)/.venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.lavic-installed
+FRESH := $(CURDIR)/.cache/test
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export PYTHONHASHSEED := 0
+.PHONY: reproduce test install quick mini-model world notebooks readme lock bench lab clean
+
+reproduce: $(STAMP)
+	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
+
+# Quick checks first; then the mini run from an empty cache; then the committed notebooks against that cache.
+test: quick
+	rm -rf $(FRESH)
+	LAVIC_RESULTS=$(FRESH)/results LAVIC_WORLD=$(FRESH)/data $(PY) -m lavic_utils reproduce --profile mini
+	LAVIC_RESULTS=$(FRESH)/results LAVIC_WORLD=$(FRESH)/data PYTHONPATH=$(CURDIR) $(PY) -m pytest -q --nbval-lax \
+		--nbval-current-env --nbval-cell-timeout 900 --timeout 0 -p no:cacheprovider notebooks
+
+quick: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m lavic_utils environment --check
+	$(PY) -m lavic_utils readme --check
+	$(PY) -m lavic_utils notebooks check
+	$(PY) -m pytest -q tests
+
+install: $(STAMP)
+
+# torch first and alone, at the version of the lock: nothing after it may choose another build.
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned environment into .venv (once; a few minutes)"
+	$(PY) -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	$(PY) -m pip install --quiet -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps -e .
+	touch $@
+
+mini-model: $(STAMP)
+	$(PY) -m lavic_utils mini-model
+
+world: $(STAMP)
+	$(PY) -m lavic_utils world --profile $(PROFILE)
+
+notebooks: $(STAMP)
+	$(PY) -m lavic_utils notebooks execute
+
+readme: $(STAMP)
+	$(PY) -m lavic_utils readme
+
+lock: $(STAMP)
+	$(PY) -m lavic_utils environment --lock
+
+bench: $(STAMP)
+	$(PY) -m lavic_utils bench
+
+lab: $(STAMP)
+	$(PY) -m jupyter lab notebooks
+
+clean:
+	rm -rf $(VENV) $(CURDIR)/.cache $(CURDIR)/data $(CURDIR)/build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find lavic_utils tests -name __pycache__ -type d -prune -exec rm -rf {} +

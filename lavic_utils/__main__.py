@@ -1,0 +1,125 @@
+"""Command line: `python -m lavic_utils COMMAND`. Bad input: one line on stderr, exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="LaViC companion: the paper's two stages, tables and figures, from the command line.",
+    pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True,
+)  # fmt: skip
+notebooks = typer.Typer(help="The committed notebooks: execute in place, or check.", no_args_is_help=True)
+app.add_typer(notebooks, name="notebooks")
+ProfileOption = Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")]
+FolderOption = Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.", hidden=True)]
+CheckOption = Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where a file is not up to date.")]
+
+
+def _report(problems: list[str]) -> None:
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def reproduce(
+    profile: ProfileOption = "mini",
+    seeds: Annotated[int, typer.Option(help="Number of seeds: the profile's, +1, ...")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Run this notebook alone, e.g. 03. Repeatable.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run notebooks that are up to date too.")] = False,
+    folder: FolderOption = None,
+) -> None:
+    """Execute the notebooks in order; what has not changed is not run again."""
+    from .notebooks import NOTEBOOKS
+    from .reproduce import reproduce as run
+
+    raise typer.Exit(run(profile, seeds, only or [], force, folder or NOTEBOOKS))
+
+
+@notebooks.command("execute")
+def notebooks_execute(
+    numbers: Annotated[list[str] | None, typer.Argument(help="e.g. 02 03; all by default.")] = None,
+    folder: FolderOption = None,
+) -> None:
+    """Execute notebooks in place and stamp them."""
+    from .notebooks import NOTEBOOKS, execute
+
+    raise typer.Exit(execute(numbers or [], folder or NOTEBOOKS))
+
+
+@notebooks.command("check")
+def notebooks_check(folder: FolderOption = None) -> None:
+    """Check that every committed notebook is executed, in order and up to date."""
+    from .notebooks import NOTEBOOKS, check
+
+    _report(check(folder or NOTEBOOKS))
+
+
+@app.command()
+def world(profile: ProfileOption = "mini") -> None:
+    """Make the rendered world of a profile."""
+    from .config import UserError, load_profile
+    from .provenance import world_dir
+    from .world import make_world
+
+    loaded = load_profile(profile)
+    if loaded.world is None:
+        raise UserError(f"profile {loaded.name!r} has no world section: it uses real data (LAVIC_DATA)")
+    print(make_world(world_dir(loaded), loaded.world))
+
+
+@app.command("mini-model")
+def mini_model() -> None:
+    """Train the mini vision-language model (hours on 2 cores; resumable)."""
+    from .pretraining_main import main as train
+
+    train()
+
+
+@app.command()
+def readme(check: CheckOption = False) -> None:
+    """Write the generated tables of README.md."""
+    from .report import update_readme
+
+    stale = update_readme(check=check)
+    _report(stale if check else [])
+
+
+@app.command()
+def environment(
+    check: CheckOption = False,
+    lock: Annotated[bool, typer.Option("--lock", help="Also pin what is installed here.")] = False,
+) -> None:
+    """Write environment.yml (and with --lock requirements.lock)."""
+    from .packaging import check_environment, write_environment
+
+    if check:
+        _report(check_environment())
+    write_environment(lock=lock)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    from .config import UserError
+
+    try:
+        return app(args=arguments, prog_name="lavic_utils", standalone_mode=False) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped; the same command continues from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"error: {' '.join(error.format_message().split())} (see --help)", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Typed, validated configuration. A profile is a YAML file; what differs between profiles is configuration, never code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+DOMAINS = {"beauty": "all_beauty", "fashion": "amazon_fashion", "home": "amazon_home"}
+
+
+class UserError(Exception):
+    """Bad input: one clear line (what, where, what to do). The command line prints it and exits with code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Prompts(Section):
+    """Text templates. `candidate` must hold {id} and {title}; `image` is left out for methods without images."""
+
+    describe: str
+    recommend: str
+    candidate: str
+    candidate_without_image: str
+    answer: str
+    seeker: str
+    helper: str
+
+
+class World(Section):
+    """Sizes and probabilities of the rendered mini world (absent in profiles with real data)."""
+
+    seed: int = 7
+    image_side: int = Field(144, ge=48)
+    train_shards: int = Field(2, ge=1)
+    shard_items: int = Field(256, ge=64)
+    stage1_valid_items: int = Field(170, ge=10)
+    train_dialogues: int = Field(2400, ge=1)
+    valid_dialogues: int = Field(150, ge=1)
+    test_dialogues: int = Field(400, ge=1)
+    p_feature_mentioned: float = Field(0.85, ge=0, le=1)
+    p_brand_mentioned: float = Field(0.15, ge=0, le=1)
+    p_properties: tuple[float, float, float] = (0.2, 0.4, 0.4)
+    p_several_truths: float = Field(0.3, ge=0, le=1)
+    p_new_wording: float = Field(0.3, ge=0, le=1)
+    p_extra_image: float = Field(0.5, ge=0, le=1)
+    missing_images: int = Field(6, ge=0)
+    corrupt_images: int = Field(6, ge=0)
+
+
+class Lora(Section):
+    r: int = Field(8, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class Distillation(Section):
+    """Stage 1 (method: visual knowledge self-distillation)."""
+
+    lora: Lora = Lora()
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = 1e-5
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    max_length: int = Field(ge=16)
+    max_new_tokens: int = Field(ge=4)
+    images_per_item: int | None = None  # the first so many images of an item; None: all
+    training_items_only: bool  # leave items of valid and test dialogues out of stage 1
+    keep_pixels: bool = False  # hold all pixel tensors in memory instead of decoding images every epoch
+    schedule: str = "constant"
+    warmup_steps: int = 0
+
+
+class Recommendation(Section):
+    """Stage 2 (method: recommendation fine-tuning) and inference."""
+
+    lora: Lora = Lora()
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = 1e-5
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    max_length: int = Field(ge=16)
+    max_new_tokens: int = Field(ge=4)
+    eval_batch_size: int = Field(ge=1)
+    save_steps: int | None = None  # a checkpoint every so many steps; None: a killed run starts this adapter again
+    schedule: str = "constant"
+    warmup_steps: int = 0
+
+
+class Profile(Section):
+    name: str
+    tier: Literal["mini run", "full run"]
+    model: str  # a folder inside the package, a path, or a hub id
+    revision: str | None = None
+    quantize_4bit: bool = False
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    seed: int = 42
+    candidates: Literal["candidates_st", "candidates_gpt_large"] = "candidates_st"
+    prompts: Prompts
+    world: World | None = None
+    distillation: Distillation
+    recommendation: Recommendation
+
+    @property
+    def model_path(self) -> str:
+        inside = PACKAGE / self.model
+        return str(inside) if inside.is_dir() else self.model
+
+
+def load_profile(name: str = "mini") -> Profile:
+    """Read `lavic_utils/profiles/NAME.yaml` (or a path to a YAML file). Raises UserError naming file and field."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PACKAGE / "profiles" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in (PACKAGE / "profiles").glob("*.yaml")))
+        raise UserError(f"profile {name!r} not found at {path}; use one of {known}, or a path to a .yaml file")
+    try:
+        return Profile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the file") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise UserError(f"{path}: field {field}: {first['msg']}; correct the file") from None
+
+
+def results_dir(profile: Profile) -> Path:
+    """Where everything a run makes goes: `results/<profile>/`, or under LAVIC_RESULTS if it is set."""
+    return Path(os.environ.get("LAVIC_RESULTS", ROOT / "results")) / profile.name
+
+
+def real_data_dir() -> Path | None:
+    """The folder with the published Reddit-Amazon files (LAVIC_DATA), or None where the variable is unset."""
+    value = os.environ.get("LAVIC_DATA")
+    return Path(value) if value else None
+
+
+def replications_dir() -> Path | None:
+    """The folder with answers of real 7B models (LAVIC_REPLICATIONS), or None where the variable is unset."""
+    value = os.environ.get("LAVIC_REPLICATIONS")
+    return Path(value) if value else None

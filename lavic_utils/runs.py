@@ -1,0 +1,286 @@
+"""One run of one profile with one seed: where its inputs are, and each stage's result, made once and kept.
+
+Every stage stores its result with a key made of all that can change it (code that makes numbers, profile, data,
+seed, inputs); a stage whose key is unchanged is read back, one that was killed half-way has no key and is made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lavic_utils import data, distillation, recommendation, retrieval, vision
+from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
+from lavic_utils.evaluation import Score, parse_answer, score
+from lavic_utils.provenance import NUMBERS, code_hash, key, provenance, world_dir, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A trained method: which visual tokens its prompts carry ("distilled", "base", "full" or None), and the
+    share of the training examples it sees."""
+
+    tokens: str | None
+    examples: float = 1.0
+
+
+TRAINED = {
+    "LaViC": Variant("distilled"),
+    "LaViC w/o self-distillation": Variant("base"),
+    "LaViC w/o images": Variant(None),
+    "Entire tokens (5x577)": Variant("full", 0.4),
+}
+ZERO_SHOT = {"LLaVA-v1.6 (title)": None, "LLaVA-v1.6 (title+image)": "full"}
+RETRIEVAL = {"BM25": retrieval.bm25_rank, "SBERT": retrieval.sbert_rank}
+
+
+def slug(method: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in method.lower()).strip("_")
+
+
+class Run:
+    """Inputs, models and stage results of one profile and seed. Folders: `results/<profile>/seed<seed>/...`."""
+
+    def __init__(self, profile: str | Profile = "mini", seed: int | None = None) -> None:
+        self.profile = load_profile(profile) if isinstance(profile, str) else profile
+        self.seed = self.profile.seed if seed is None else seed
+        self.folder = results_dir(self.profile) / f"seed{self.seed}"
+        torch.manual_seed(self.seed)
+
+    # ------------------------------------------------------------ inputs
+    @cached_property
+    def root(self) -> Path:
+        """The data folder: the mini world (made if absent), or the published data in LAVIC_DATA."""
+        if self.profile.world:
+            from lavic_utils.world import make_world
+
+            return make_world(world_dir(self.profile), self.profile.world)
+        found = real_data_dir()
+        if found is None:
+            raise UserError(f"profile {self.profile.name} needs the published data: set LAVIC_DATA to its folder")
+        return found
+
+    @cached_property
+    def catalogue(self) -> dict[str, data.Item]:
+        return data.read_catalogue(self.root)
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        return {asin: item.title for asin, item in self.catalogue.items()}
+
+    @cached_property
+    def facts(self) -> dict:
+        """What the mini world knows of its items and dialogues (empty for real data)."""
+        path = self.root / "mini_facts.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"items": {}, "dialogues": {}}
+
+    def dialogues(self, domain: str, split: str) -> list[data.Dialogue]:
+        return data.read_dialogues(self.root, domain, split)
+
+    @cached_property
+    def items(self) -> dict[str, list[str]]:
+        """Ids that occur in any dialogue's lists or truths, by split (sorted)."""
+        found = {}
+        for split in ("train", "valid", "test"):
+            rows = [d for domain in DOMAINS for d in self.dialogues(domain, split)]
+            found[split] = sorted({a for d in rows for a in (*d.candidates_st, *d.gt_items)})
+        return found
+
+    @cached_property
+    def data_hash(self) -> str:
+        return data.data_hash(self.root)
+
+    @cached_property
+    def processor(self):
+        return vision.load_processor(self.profile)
+
+    def model(self):
+        """A fresh base model: adapters change the object they are put on."""
+        return vision.load_model(self.profile)
+
+    # ------------------------------------------------------------ keeping results
+    def key(self, **what) -> str:
+        return key(code=code_hash(only=NUMBERS), data=self.data_hash, seed=self.seed,
+                   profile=self.profile.model_dump(mode="json"), **what)
+
+    def stamp(self) -> dict:
+        return provenance(self.profile, self.seed, self.data_hash)
+
+    def kept(self, folder: Path, make: Callable[[], dict], **what) -> dict:
+        """The result of `make` stored as `folder/result.json` beside its provenance; made again if its key changed."""
+        path, wanted = folder / "result.json", self.key(**what)
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["key"] == wanted:
+                return stored["result"]
+        found = make()
+        write_json(path, {"key": wanted, "provenance": self.stamp(), "result": found})
+        return json.loads(path.read_text(encoding="utf-8"))["result"]
+
+    # ------------------------------------------------------------ stage 1
+    def pictures(self, split: str) -> list[distillation.Picture]:
+        """Readable stage-1 images of the training items, or of the separate validation items."""
+        stage = self.profile.distillation
+        if split == "valid":
+            rows = [(v.asin, v.k, v.title) for v in data.read_stage1_valid(self.root)]
+        else:
+            chosen = self.items["train"] if stage.training_items_only else sorted(self.titles)
+            rows = [(a, k, self.titles[a]) for a in chosen for k in range(len(self.catalogue[a].images))]
+        rows = [row for row in rows if stage.images_per_item is None or row[1] < stage.images_per_item]
+        found = [distillation.Picture(a, t, data.image_file(self.root, a, k)) for a, k, t in rows]
+        return [p for p in found if data.open_image(p.path) is not None]
+
+    def teach(self) -> dict[str, list[str]]:
+        """The teacher's descriptions of the training and validation images (base model, full tokens)."""
+        def make() -> dict:
+            model, read = self.model(), distillation.Pictures(self.processor, keep=False)
+            found = {}
+            for split in ("train", "valid"):
+                rows = self.pictures(split)
+                found[split] = []
+                for group in vision.batched(rows, 256):
+                    found[split] += distillation.describe(model, self.processor, self.profile,
+                                                          [r.title for r in group], [read(r.path) for r in group])
+            return found
+        return self.kept(self.folder.parent / "teacher", make, stage="teacher")
+
+    def taught(self, split: str) -> list[distillation.Picture]:
+        texts = self.teach()[split]
+        return [distillation.Picture(p.asin, p.title, p.path, t)
+                for p, t in zip(self.pictures(split), texts, strict=True)]
+
+    def accuracy(self, model, how, rows: Sequence[distillation.Picture]) -> dict[str, float]:
+        """Attribute accuracy of descriptions from `how` (full tokens or [CLS]); mini world only."""
+        read = distillation.Pictures(self.processor, keep=False)
+        texts = distillation.describe(model, self.processor, self.profile, [r.title for r in rows],
+                                      [read(r.path) for r in rows], how)
+        return distillation.attribute_accuracy(texts, [self.facts["items"][r.asin] for r in rows])
+
+    def distil(self) -> dict:
+        """Stage 1. Returns its history by epoch and, on the mini world, attribute accuracies on unseen items."""
+        folder = self.folder / "stage1"
+
+        def make() -> dict:
+            train, valid = self.taught("train"), self.taught("valid")
+            watched = valid[::5]
+            measure = (lambda m: {f"accuracy_{k}": v for k, v in self.accuracy(m, vision.cls_tokens, watched).items()}
+                       ) if self.facts["items"] else None
+            history = distillation.train_student(self.profile, self.model(), self.processor, train, valid, folder,
+                                                 self.seed, measure)
+            found = {"history": history, "train_images": len(train), "valid_images": len(valid)}
+            if self.facts["items"]:
+                base = self.model()
+                found["accuracy"] = {"teacher (full tokens)": self.accuracy(base, vision.full_tokens, valid),
+                                     "raw [CLS]": self.accuracy(base, vision.cls_tokens, valid)}
+                student = distillation.load_student(self.profile, base, folder)
+                found["accuracy"]["distilled [CLS]"] = self.accuracy(student, vision.cls_tokens, valid)
+            return found
+        return self.kept(folder, make, stage="distil")
+
+    def visual(self, tokens: str | None, splits: Sequence[str] = ("train", "valid", "test")) -> dict[str, Tensor] | None:
+        """Visual tokens of every dialogue item with a readable first image: "distilled", "base" ([CLS]) or "full"."""
+        if tokens is None:
+            return None
+        folder = (self.folder if tokens == "distilled" else self.folder.parent) / "tokens"
+        if tokens == "distilled":
+            self.distil()
+
+        def make(split: str) -> dict:
+            model = self.model()
+            if tokens == "distilled":
+                model = PeftModel.from_pretrained(model, self.folder / "stage1" / "adapter").eval()
+            how = vision.full_tokens if tokens == "full" else vision.cls_tokens
+            images = {a: data.open_image(data.image_file(self.root, a)) for a in self.items[split]}
+            found = vision.encode_items(model, self.processor, images, how)
+            folder.mkdir(parents=True, exist_ok=True)
+            part = folder / f"{tokens}_{split}.part"
+            save_file(found, part)
+            part.replace(folder / f"{tokens}_{split}.safetensors")
+            return {"items": len(images), "encoded": len(found)}
+
+        merged: dict[str, Tensor] = {}
+        for split in splits:
+            self.kept(folder / f"{tokens}_{split}", lambda split=split: make(split), stage="tokens", tokens=tokens,
+                      split=split)
+            merged |= load_file(folder / f"{tokens}_{split}.safetensors")
+        return merged
+
+    # ------------------------------------------------------------ stage 2 and inference
+    def prompter(self, visual: Mapping[str, Tensor] | None) -> recommendation.Prompter:
+        return recommendation.Prompter(self.processor.tokenizer, self.profile, self.titles, visual)
+
+    def tune(self, method: str, domain: str) -> dict:
+        """Stage 2 of one trained method and domain: its loss log; the adapter stays in `folder/adapter`."""
+        variant, folder = TRAINED[method], self.folder / "stage2" / slug(method) / domain
+
+        def make() -> dict:
+            which = self.profile.candidates
+            examples = recommendation.training_examples(self.dialogues(domain, "train"), which, self.seed)
+            examples = examples[:round(len(examples) * variant.examples)]
+            prompter = self.prompter(self.visual(variant.tokens, ("train",)))
+            _, log = recommendation.train_recommender(self.profile, self.model(), prompter, examples, folder, self.seed)
+            return {"log": log, "examples": len(examples)}
+        return self.kept(folder, make, stage="tune", method=method, domain=domain)
+
+    def tuned(self, method: str, domain: str):
+        """The base model with the method's adapter (the base model itself for zero-shot rows)."""
+        if method in ZERO_SHOT:
+            return self.model()
+        self.tune(method, domain)
+        return PeftModel.from_pretrained(self.model(), self.folder / "stage2" / slug(method) / domain / "adapter").eval()
+
+    def answers(self, method: str, domain: str, split: str = "test",
+                control: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None, name: str = "") -> list[dict]:
+        """Answers of a method to a split, one record a dialogue (also written as JSON lines). `control` changes the
+        visual tokens at inference (a negative control, called `name`)."""
+        folder = self.folder / "answers" / slug(method + name) / f"{domain}_{split}"
+
+        def make() -> dict:
+            dialogues, which = self.dialogues(domain, split), self.profile.candidates
+            if method in RETRIEVAL:
+                return {"rows": self._retrieve(method, domain, dialogues)}
+            tokens = TRAINED[method].tokens if method in TRAINED else ZERO_SHOT[method]
+            visual = self.visual(tokens, (split,))
+            prompter = self.prompter(control(visual) if control else visual)
+            found = recommendation.answer(self.tuned(method, domain), prompter, dialogues, which)
+            rows = [{"line": d.line, "recommended": parse_answer(a.response), **asdict(a)}
+                    for d, a in zip(dialogues, found, strict=True)]
+            write_text(folder / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            return {"rows": rows}
+        return self.kept(folder, make, stage="answers", method=method, domain=domain, split=split, name=name)["rows"]
+
+    def _retrieve(self, method: str, domain: str, dialogues: Sequence[data.Dialogue]) -> list[dict]:
+        """Retrieval over the domain's whole catalogue by title; the first is the answer."""
+        everything = sorted({a for split in ("train", "valid", "test") for d in self.dialogues(domain, split)
+                             for a in (*d.candidates_st, *d.gt_items)})
+        queries = [" ".join(text for _, text in d.turns) for d in dialogues]
+        order = RETRIEVAL[method](queries, [self.titles[a] for a in everything])
+        return [{"line": d.line, "recommended": everything[int(row[0])]} for d, row in zip(dialogues, order, strict=True)]
+
+    def score(self, method: str, domain: str, reading: str = "recommended", rows: list[dict] | None = None,
+              keep: Callable[[int], bool] = lambda i: True, split: str = "test") -> Score:
+        """HR@1 and VR of a method's answers; `reading` is "recommended" (generated), "constrained" or "scored"."""
+        dialogues = self.dialogues(domain, split)
+        rows = self.answers(method, domain, split) if rows is None else rows
+        kept = [i for i in range(len(dialogues)) if keep(i)]
+        lists = None if method in RETRIEVAL else [getattr(dialogues[i], self.profile.candidates) for i in kept]
+        return score([rows[i][reading] for i in kept], [dialogues[i].gt_items for i in kept], lists)
+
+
+def shuffled(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Negative control: every item shows another item's image (a fixed rotation of the sorted ids)."""
+    names = sorted(visual)
+    return {a: visual[b] for a, b in zip(names, names[len(names) // 2:] + names[:len(names) // 2], strict=True)}
+
+
+def zeroed(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Negative control: visual tokens of the same number that carry nothing."""
+    return {a: torch.zeros_like(v) for a, v in visual.items()}

@@ -1,0 +1,138 @@
+"""Visual tokens: from an image to tiles, to full tokens (what LLaVA reads) and to [CLS] tokens (what LaViC reads).
+
+A LLaVA-NeXT image becomes n tiles: the whole image and a grid of crops whose number follows the aspect ratio (5 tiles
+for a square image, 3 for a wide or tall one). Full tokens: every patch of the last layer but one, projected, with
+row ends. [CLS] tokens: position 0 of the last layer of every tile, projected: n vectors an image (paper, section 4.1).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.utils import logging
+
+from lavic_utils.config import Profile, UserError
+
+logging.disable_progress_bar()  # loading bars would stand in every notebook's output
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_processor(profile: Profile) -> LlavaNextProcessor:
+    """The PIL image processor by name (the plain name needs torchvision) and the checkpoint's own tokenizer."""
+    where = {"revision": profile.revision} if profile.revision else {}
+    tokenizer = AutoTokenizer.from_pretrained(profile.model_path, **where)
+    image_processor = LlavaNextImageProcessorPil.from_pretrained(profile.model_path, **where)
+    vision = {"patch_size": image_processor.crop_size["height"] // 4 if profile.world else 14}
+    return LlavaNextProcessor(image_processor=image_processor, tokenizer=tokenizer, num_additional_image_tokens=1,
+                              vision_feature_select_strategy="default", **vision)
+
+
+def load_model(profile: Profile) -> LlavaNextForConditionalGeneration:
+    """The base model, in eval mode and without gradients. Raises UserError where it cannot be had."""
+    options: dict = {"revision": profile.revision, "dtype": profile.dtype}
+    if profile.quantize_4bit:
+        from transformers import BitsAndBytesConfig
+
+        # The vision side stays unquantised: its [CLS] vectors are what stage 1 trains (skip list is anchored in v5).
+        options |= {"device_map": {"": 0}, "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16,
+            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"])}
+    try:
+        model = LlavaNextForConditionalGeneration.from_pretrained(profile.model_path, **options)
+    except OSError as error:
+        line = str(error).split("\n")[0]
+        raise UserError(f"model {profile.model!r} of profile {profile.name} cannot be loaded ({line}); "
+                        "connect to the network once, or name a local folder in the profile's `model`") from None
+    model = model if profile.quantize_4bit else model.to(device())
+    return model.eval().requires_grad_(False)
+
+
+def pixels(processor: LlavaNextProcessor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    """Images -> pixel values (n, most tiles, 3, side, side), zero-padded, and sizes (n, 2) as (height, width)."""
+    batch = processor.image_processor(list(images), return_tensors="pt")
+    return batch["pixel_values"], batch["image_sizes"]
+
+
+def tile_count(model, size: Sequence[int] | Tensor) -> int:
+    """How many tiles an image of (height, width) has; never assume five."""
+    size = torch.as_tensor(size).tolist()
+    return image_size_to_num_patches(size, model.config.image_grid_pinpoints, model.config.vision_config.image_size)
+
+
+def real_tiles(model, pixel_values: Tensor, sizes: Tensor) -> tuple[Tensor, list[int]]:
+    """Drop the zero padding: (all tiles, 3, side, side) and the number of tiles of each image."""
+    counts = [tile_count(model, size) for size in sizes]
+    return torch.cat([p[:n] for p, n in zip(pixel_values, counts, strict=True)]), counts
+
+
+def full_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
+    """What LLaVA-NeXT itself feeds its language model: per image (tokens, hidden size)."""
+    parts = inner(model).get_image_features(pixel_values=pixel_values, image_sizes=sizes, vision_feature_layer=-2,
+                                            vision_feature_select_strategy="default")
+    return list(parts.pooler_output)
+
+
+def cls_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
+    """The [CLS] of every tile through the projector: per image (tiles, hidden size). Differentiable: stage 1."""
+    tiles, counts = real_tiles(model, pixel_values, sizes)
+    last = inner(model).vision_tower(tiles).last_hidden_state[:, 0]
+    return list(inner(model).multi_modal_projector(last).split(counts))
+
+
+def inner(model):
+    """The LlavaNextModel inside a LlavaNextForConditionalGeneration, peft-wrapped or not."""
+    return model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+
+
+def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int) -> Tensor:
+    """Token ids (batch, length) -> input embeddings with `visual` rows where the image token stands, in order.
+
+    Raises ValueError when placeholders and visual tokens differ in number: nothing is ever dropped silently.
+    """
+    image_token = model.config.image_token_id
+    slots = ids == image_token
+    rows = sum(len(v) for v in visual)
+    if int(slots.sum()) != rows:
+        raise ValueError(f"{int(slots.sum())} image placeholders in the prompts, {rows} visual tokens to place")
+    embeds = model.get_input_embeddings()(ids.masked_fill(slots, pad))
+    if rows:
+        stacked = torch.cat(list(visual)).to(embeds.device, embeds.dtype)
+        embeds = embeds.masked_scatter(slots.unsqueeze(-1), stacked)
+    return embeds
+
+
+def batched(items: Sequence, size: int) -> Iterable[Sequence]:
+    return (items[i:i + size] for i in range(0, len(items), size))
+
+
+def encode_items(model, processor, images: dict[str, Image.Image | None], how=cls_tokens, batch: int = 64,
+                 path: Path | None = None) -> dict[str, Tensor]:
+    """Every item once: {asin: (tokens, hidden size)}. The vision side is frozen in stage 2, so these are constants.
+
+    Items without a readable image get no entry (callers show their title alone). With `path`, kept as safetensors.
+    """
+    if path is not None and path.is_file():
+        return load_file(path)
+    found: dict[str, Tensor] = {}
+    names = [name for name, image in images.items() if image is not None]
+    with torch.inference_mode():
+        for group in batched(names, batch):
+            values, sizes = pixels(processor, [images[name] for name in group])
+            tokens = how(model, values.to(device(), model.dtype), sizes)
+            found |= {name: t.float().cpu().clone() for name, t in zip(group, tokens, strict=True)}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(found, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    return found

@@ -1,0 +1,37 @@
+"""Shared by all tests: offline, no folder of the user's, and a tiny valid profile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+TINY = """
+name: tiny
+tier: mini run
+model: none
+seed: 5
+prompts: {describe: d, recommend: r, candidate: c, candidate_without_image: c, answer: a, seeker: s, helper: h}
+distillation: {learning_rate: 0.1, epochs: 1, batch_size: 1, max_length: 32, max_new_tokens: 8,
+  training_items_only: true}
+recommendation: {learning_rate: 0.1, epochs: 1, batch_size: 1, max_length: 32, max_new_tokens: 8, eval_batch_size: 1}
+"""
+
+
+@pytest.fixture
+def tiny_profile(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """LAVIC_RESULTS in a temporary folder, real data unset; the folder of the tiny profile's results."""
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path / "results"))
+    for name in ("LAVIC_DATA", "LAVIC_REPLICATIONS", "LAVIC_WORLD"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "results" / "tiny"

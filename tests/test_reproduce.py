@@ -1,0 +1,249 @@
+"""The runner, on notebooks of a few cells (a kernel start takes about two seconds, so each test does much)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from lavic_utils import notebooks as nbs
+from lavic_utils import progress, provenance, reproduce
+from lavic_utils.config import UserError, load_profile
+
+
+@pytest.fixture(autouse=True)
+def steady_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One code hash for a whole test, also while somebody edits the package; `code_hash` has a test of its own."""
+    monkeypatch.setattr(reproduce, "code_hash", lambda: "steady")
+    monkeypatch.setattr(nbs, "code_hash", lambda: "steady")
+
+
+def save(path: Path, *cells: str, **lavic: object) -> Path:
+    """A notebook: a heading, the parameters cell, then one code cell a source."""
+    head = new_code_cell("profile = 'none'\nseed = 0")
+    head.metadata["tags"] = ["parameters"]
+    nb = new_notebook(cells=[new_markdown_cell("# Title"), head, *map(new_code_cell, cells)])
+    if lavic:
+        nb.metadata["lavic"] = lavic
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(nbformat.writes(nb), encoding="utf-8")
+    return path
+
+
+def record(results: Path, seed: int = 5) -> dict:
+    return json.loads((results / f"seed{seed}" / "run.json").read_text())["notebooks"]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "lavic_utils", *map(str, arguments)]
+
+
+def test_order_seeds_skipping_and_what_is_written(tmp_path, tiny_profile, results, capfd):
+    folder = tmp_path / "nb"
+    made = f"open({str(results / 'made.txt')!r}, 'a').write(f'{{seed}};')"
+    save(folder / "00_a.ipynb", made, "import os; assert os.environ['HF_HUB_OFFLINE'] == '1'", "print('hello')")
+    save(folder / "02_b.ipynb", made, per_seed=True, minutes=0.1)
+    run = lambda **more: reproduce.reproduce(str(tiny_profile), folder=folder, **more)  # noqa: E731
+    assert run() == 0
+    out = capfd.readouterr().out
+    assert "\x1b" not in out and "00_a (seed 5): done" in out and "peak" in out
+    assert (results / "made.txt").read_text() == "5;5;"
+    copy = nbformat.read(results / "seed5" / "00_a.ipynb", 4)
+    assert copy.metadata.lavic.provenance.seed == 5 and str(tmp_path) not in json.dumps(copy.metadata)
+    assert "hello" in (results / "seed5" / "00_a.log").read_text()
+    assert record(results)["00_a"]["status"] == "ok" and record(results)["00_a"]["peak_mb"] > 10
+
+    assert run(seeds=2) == 0  # the first seed is not run again, the second only where per_seed
+    out = capfd.readouterr().out
+    assert out.count("unchanged, not run again") == 2 and (results / "made.txt").read_text() == "5;5;6;"
+    assert not (results / "seed6" / "00_a.ipynb").exists() and (results / "seed6" / "02_b.ipynb").exists()
+
+    assert run(only=["2"], force=True) == 0 and (results / "made.txt").read_text() == "5;5;6;5;"
+    (results / "made.txt").unlink()  # negative control: what a notebook made is gone, so it is run again
+    assert run() == 0 and (results / "made.txt").read_text() == "5;5;"
+
+
+def test_key_changes_with_source_inputs_parameters_code_and_data(tmp_path, tiny_profile, results, monkeypatch):
+    folder = tmp_path / "nb"
+    save(folder / "00_a.ipynb", "1"), save(folder / "01_b.ipynb", "2")
+    profile = load_profile(str(tiny_profile))
+    keys = lambda: [job.key for job in reproduce.plan(profile, "tiny", [5], folder)]  # noqa: E731
+    first = keys()
+    assert keys() == first
+    save(folder / "01_b.ipynb", "3")
+    assert keys()[0] == first[0] and keys()[1] != first[1]
+    save(folder / "01_b.ipynb", "2"), save(folder / "00_a.ipynb", "0")
+    assert keys()[0] != first[0] and keys()[1] != first[1]
+    save(folder / "00_a.ipynb", "1")
+    assert keys() == first
+    assert reproduce.plan(profile, "tiny", [6], folder)[0].key != first[0]
+    assert reproduce.plan(profile.model_copy(update={"dtype": "auto"}), "tiny", [5], folder)[0].key != first[0]
+    monkeypatch.setenv("LAVIC_DATA", str(folder))
+    assert keys()[0] != first[0]
+    monkeypatch.delenv("LAVIC_DATA")
+    monkeypatch.setattr(reproduce, "code_hash", lambda: "other")
+    assert keys()[0] != first[0]
+
+
+def test_failing_cell_is_shown_in_few_lines_and_the_next_run_continues(tmp_path, tiny_profile, results, capfd):
+    from lavic_utils.__main__ import main
+
+    folder = tmp_path / "nb"
+    save(folder / "00_a.ipynb", "1")
+    save(folder / "01_b.ipynb", "2", "raise ValueError('wrong\\nshape')", "3")
+    arguments = ["reproduce", "--profile", str(tiny_profile), "--notebooks", str(folder)]
+    assert main(arguments) == 1
+    out, err = capfd.readouterr()
+    shown = out[out.index("01_b: cell") :].strip().splitlines()
+    assert len(shown) <= 6 and shown[:2] == ["01_b: cell 4 of 5 (seed 5) failed", "ValueError: wrong"]
+    assert "Traceback" not in out + err
+    assert (results / "seed5" / "01_b.failed.ipynb").exists() and not (results / "seed5" / "01_b.ipynb").exists()
+    save(folder / "01_b.ipynb", "2")
+    assert main(arguments) == 0
+    out = capfd.readouterr().out
+    assert "00_a (seed 5): unchanged" in out and "01_b (seed 5): done" in out
+    assert not (results / "seed5" / "01_b.failed.ipynb").exists()
+
+
+def test_killed_run_leaves_no_half_copy_and_lets_go_of_the_lock(tmp_path, tiny_profile, results):
+    folder, flag = tmp_path / "nb", tmp_path / "started"
+    save(folder / "00_a.ipynb", f"open({str(flag)!r}, 'w').close()", "import time; time.sleep(60)")
+    process = subprocess.Popen(command("reproduce", "--profile", tiny_profile, "--notebooks", folder))
+    deadline = time.monotonic() + 60
+    while not flag.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with pytest.raises(UserError, match="another run"), reproduce.lock(results):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (results / "seed5" / "00_a.ipynb").exists()
+    save(folder / "00_a.ipynb", "1")
+    assert reproduce.reproduce(str(tiny_profile), folder=folder) == 0
+    assert not list(results.rglob(".*.partial.ipynb")) and not list(results.rglob(".*.tmp"))
+
+
+def test_dead_kernel_is_a_failure_not_a_crash(tmp_path, tiny_profile, results, capfd):
+    save(tmp_path / "nb" / "00_a.ipynb", "import os; os._exit(1)")
+    assert reproduce.reproduce(str(tiny_profile), folder=tmp_path / "nb") == 1
+    assert "00_a: cell 3 of 3 (seed 5) failed\nDeadKernelError" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "07"], "no notebook '07'; there are 00_a"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--seeds", "x"], "--seeds"),
+        (["--profile", "nope"], "profile 'nope' not found"),
+        (["--nope"], "No such option"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny_profile, results, arguments, message, capsys):
+    from lavic_utils.__main__ import main
+
+    save(tmp_path / "nb" / "00_a.ipynb", "1")
+    given = ["reproduce", "--notebooks", str(tmp_path / "nb"), "--profile", str(tiny_profile), *arguments]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and len(error.strip().splitlines()) == 1
+
+
+def test_execute_in_place_then_check_and_each_fault_is_found(tmp_path, results, monkeypatch):
+    monkeypatch.setattr(nbs, "load_profile", lambda name: load_profile(str(tmp_path / "tiny.yaml")))
+    from conftest import TINY
+
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    path = save(tmp_path / "nb" / "00_a.ipynb", "seed + 1", "print('x')", per_seed=True, minutes=2)
+    assert any("stale" in p for p in nbs.check_notebook(path)) and any("order" in p for p in nbs.check_notebook(path))
+    nbs.execute_in_place(path)
+    first = path.read_bytes()
+    assert nbs.check_notebook(path) == [] and b"papermill" not in first and b"iopub" not in first
+    nbs.execute_in_place(path)
+    assert path.read_bytes() == first  # nothing volatile is kept
+    lavic = nbs.read_notebook(path).metadata.lavic
+    assert lavic.per_seed is True and lavic.minutes == 2 and lavic.profile == "tiny" and lavic.seed == 0
+    assert any("another state" in p for p in nbs.check_notebook(path, "other"))
+
+    def broken(change) -> str:
+        nb = nbformat.reads(first.decode(), 4)
+        change(nb.cells[-1], nb)
+        path.write_text(nbformat.writes(nb), encoding="utf-8")
+        return " ".join(nbs.check_notebook(path))
+
+    stream = lambda name, text: nbformat.v4.new_output("stream", name=name, text=text)  # noqa: E731
+    error = nbformat.v4.new_output("error", ename="ValueError", evalue="x", traceback=[])
+    assert "cells changed" in broken(lambda c, nb: c.update(source="print('y')"))
+    assert "26 lines" in broken(lambda c, nb: c.update(source="\n".join("1" * 26)))
+    assert "in order" in broken(lambda c, nb: c.update(execution_count=9))
+    assert "error (ValueError)" in broken(lambda c, nb: c.update(outputs=[error]))
+    assert "stderr" in broken(lambda c, nb: c.update(outputs=[stream("stderr", "warning")]))
+    assert "progress bar" in broken(lambda c, nb: c.update(outputs=[stream("stdout", " 50%|###  | 1/2 [3it/s]")]))
+    assert "absolute path" in broken(lambda c, nb: c.update(outputs=[stream("stdout", "see /home/me/x")]))
+    assert "absolute path" in broken(lambda c, nb: c.update(source="open('/tmp/x')"))
+    assert "no cell tagged" in broken(lambda c, nb: nb.cells[1].metadata.pop("tags"))
+    assert broken(lambda c, nb: c.update(outputs=[stream("stdout", "https://a.org/home/x 3/4 a/tmp/x")])) == ""
+
+
+def test_code_hash_sees_content_not_line_ends(tmp_path):
+    (tmp_path / "mini_model").mkdir()
+    (tmp_path / "a.py").write_bytes(b"x = 1\n")
+    (tmp_path / "mini_model" / "w.safetensors").write_bytes(b"\r\n")
+    first = provenance.code_hash(tmp_path)
+    (tmp_path / "a.py").write_bytes(b"x = 1\r\n")
+    assert provenance.code_hash(tmp_path) == first and len(first) == 12
+    (tmp_path / "mini_model" / "w.safetensors").write_bytes(b"\n")
+    assert provenance.code_hash(tmp_path) != first
+
+
+def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile):
+    path = tmp_path / "metrics.json"
+    about = provenance.provenance(load_profile(str(tiny_profile)), 5, "data")
+    row = dict.fromkeys(provenance.ROW_FIELDS, 1) | {"method": "m", "domain": "home", "seed": 5}
+    provenance.upsert_metrics(path, [row, row | {"domain": "beauty"}], about)
+    out = provenance.upsert_metrics(path, [row | {"seed": 6, "extra": 2}, row | {"hits": 7}], about)
+    found = [(r["domain"], r["seed"], r["hits"]) for r in out["rows"]]
+    assert found == [("beauty", 5, 1), ("home", 5, 7), ("home", 6, 1)]
+    assert out["provenance"]["seeds"] == [5, 6] and json.loads(path.read_text()) == out
+    out = provenance.upsert_metrics(path, [row], about | {"code_hash": "new"})
+    assert len(out["rows"]) == 1  # rows of another state of the code are never mixed in
+    with pytest.raises(ValueError, match="missing ci95"):
+        provenance.upsert_metrics(path, [{k: v for k, v in row.items() if k != "ci95"}], about)
+    with pytest.raises(ValueError, match="JSON compliant|NaN"):
+        provenance.write_json(path, {"x": float("nan")})
+    assert json.loads(path.read_text()) == out and [p.name for p in tmp_path.glob(".*")] == []
+    text = "\n".join(progress._metric_lines(path))
+    assert "home" in text and "1.0000" in text
+
+
+def test_provenance_names_no_host_and_no_path(tiny_profile):
+    import platform
+
+    text = json.dumps(provenance.provenance(load_profile(str(tiny_profile)), 5, "data"))
+    assert platform.node() not in text and "/root" not in text and str(Path.home()) not in text
+    assert '"tier": "mini run"' in text and '"torch": "2.' in text and "+cpu" not in text
+
+
+def test_figure_carries_its_tier_once(tmp_path, tiny_profile):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from PIL import Image
+
+    about = provenance.provenance(load_profile(str(tiny_profile)), 5, "data")
+    figure, _ = plt.subplots()
+    for _ in range(2):
+        provenance.save_figure(figure, tmp_path / "f.png", "mini run", about)
+    assert [t.get_text() for t in figure.texts] == [provenance.footer(about)]
+    saved = Image.open(tmp_path / "f.png")
+    assert saved.text["Description"].startswith("tier: mini run · profile tiny · seed 5 · code ")
+    assert json.loads(saved.text["Comment"])["data_hash"] == "data"
+    plt.close(figure)

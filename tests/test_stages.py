@@ -1,0 +1,263 @@
+"""Stages 1 and 2 on a random tiny model: equality with hand-written forwards, and each defect of the released scripts
+shown on the defective way beside ours (shared facts: the method's list of defects)."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from PIL import Image
+
+from lavic_utils import distillation as dist
+from lavic_utils import minimodel, prompts, vision
+from lavic_utils import recommendation as rec
+from lavic_utils import wording as w
+from lavic_utils.config import UserError, load_profile
+from lavic_utils.data import Dialogue
+from lavic_utils.evaluation import parse_answer
+
+PROFILE = load_profile("mini")
+IDS = tuple(f"B0{a}{b}" for a, b in zip(w.ID_CHUNKS[:12], w.ID_CHUNKS[40:52], strict=True))
+TITLES = dict.fromkeys(IDS, "Velora travel jar")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return minimodel.build_processor()
+
+
+@pytest.fixture
+def model(processor):
+    return minimodel.build_model(processor, seed=1).eval().requires_grad_(False)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    rng = random.Random(seed)
+    return Image.frombytes("RGB", (width, height), bytes(rng.randrange(256) for _ in range(3 * width * height)))
+
+
+def dialogue(truths=(IDS[0],), candidates=IDS[:10], text="i want a red jar") -> Dialogue:
+    return Dialogue(domain="beauty", split="train", line=1, context=f"<submission>{text}</submission>\n",
+                    context_items=(), gt="this one", gt_items=truths, candidates_st=candidates, candidates_gpt_large=candidates)
+
+
+@pytest.fixture(scope="module")
+def visual():
+    generator = torch.Generator().manual_seed(0)
+    return {a: torch.randn(5 if i % 2 else 3, 128, generator=generator) for i, a in enumerate(IDS)}
+
+
+@pytest.fixture
+def prompter(processor, visual):
+    return rec.Prompter(processor.tokenizer, PROFILE, TITLES, visual)
+
+
+# ---------------------------------------------------------------- visual tokens
+def test_tiles_follow_the_aspect_ratio(processor, model):
+    values, sizes = vision.pixels(processor, [picture(96, 96), picture(96, 48), picture(48, 96)])
+    tokens = vision.cls_tokens(model, values, sizes)
+    assert [len(t) for t in tokens] == [5, 3, 3]
+    # The defective way takes five tiles of everything: two of them are zero padding with a made-up [CLS].
+    assert values[1, 3:].abs().sum() == 0 and len(values[1]) == 5
+
+
+def test_cls_tokens_equal_a_hand_written_forward(processor, model):
+    values, sizes = vision.pixels(processor, [picture(96, 96), picture(96, 48)])
+    ours = vision.cls_tokens(model, values, sizes)
+    for image, count, got in zip(values, (5, 3), ours, strict=True):
+        for tile in range(count):
+            hidden = model.model.vision_tower(image[tile:tile + 1], output_hidden_states=True).hidden_states[-1]
+            assert torch.allclose(got[tile], model.model.multi_modal_projector(hidden[:, 0])[0], atol=1e-5)
+    earlier = model.model.vision_tower(values[0], output_hidden_states=True).hidden_states[-2][:, 0]
+    assert not torch.allclose(ours[0], model.model.multi_modal_projector(earlier), atol=1e-3)
+
+
+def test_placing_full_tokens_equals_the_models_own_forward(processor, model):
+    values, sizes = vision.pixels(processor, [picture(96, 96)])
+    full = vision.full_tokens(model, values, sizes)
+    ids = torch.tensor([prompts.describe_prompt(processor.tokenizer, PROFILE.prompts, "Velora jar", len(full[0]))])
+    own = model(input_ids=ids, pixel_values=values, image_sizes=sizes).logits
+    ours = model(inputs_embeds=vision.place(model, ids, full, 0)).logits
+    assert torch.allclose(own, ours, atol=1e-4)
+    swapped = vision.place(model, ids, [full[0].flip(0)], 0)
+    assert not torch.allclose(own, model(inputs_embeds=swapped).logits, atol=1e-3)
+
+
+def test_placing_refuses_a_wrong_number_of_tokens(model, prompter, visual):
+    prompt = prompter.prompt(dialogue(), IDS[:10])
+    with pytest.raises(ValueError, match="placeholders"):
+        vision.place(model, torch.tensor([prompt.ids]), prompter.tokens([prompt])[:-1], 0)
+
+
+def test_stored_tokens_equal_fresh_ones_in_any_batch(processor, model, tmp_path):
+    images = {"a": picture(96, 96, 1), "b": picture(96, 48, 2), "c": None, "d": picture(72, 96, 3)}
+    stored = vision.encode_items(model, processor, images, batch=2, path=tmp_path / "t.safetensors")
+    again = vision.encode_items(model, processor, images, batch=3)
+    assert set(stored) == {"a", "b", "d"}  # no image, no tokens: never a white one
+    assert all(torch.allclose(stored[k], again[k], atol=1e-5) for k in stored)
+    assert not torch.allclose(stored["a"], stored["d"], atol=1e-3)
+
+
+# ---------------------------------------------------------------- losses
+def batch_of(prompter, examples):
+    return rec.collator(prompter)([prompter.row(e) for e in examples])
+
+
+def loss_of(model, batch):
+    return dist.forward_loss(model, batch["input_ids"], batch["labels"], batch["attention_mask"], batch["visual"], 0)[0]
+
+
+def examples(count=3):
+    texts = ["i want a red jar", "hello, i need help to find a jar. it must be vegan.", "a jar", "please"]
+    return [rec.Example(dialogue(text=texts[i]), IDS[i:i + 10], IDS[i]) for i in range(count)]
+
+
+def test_loss_equals_a_hand_written_forward(model, prompter, processor):
+    example = examples(1)[0]
+    row = prompter.row(example)
+    embeds = model.get_input_embeddings()(torch.tensor([row["input_ids"]]))
+    spots = [i for i, token in enumerate(row["input_ids"]) if token == model.config.image_token_id]
+    for spot, vector in zip(spots, torch.cat([prompter.visual[a] for a in row["visual"]]), strict=True):
+        embeds[0, spot] = vector
+    logits = model.lm_head(model.model.language_model(inputs_embeds=embeds).last_hidden_state)[0]
+    target = prompter.answer(example.target)
+    expected = F.cross_entropy(logits[-len(target) - 1:-1], torch.tensor(target))
+    assert torch.allclose(loss_of(model, batch_of(prompter, [example])), expected, atol=1e-5)
+
+
+def test_loss_of_a_batch_is_the_mean_over_single_rows(model, prompter):
+    rows = examples(3)
+    single = torch.stack([loss_of(model, batch_of(prompter, [e])) for e in rows])
+    assert torch.allclose(loss_of(model, batch_of(prompter, rows)), single.mean(), atol=1e-4)
+    # Negative control: hiding part of a target, as a mask from padded lengths does, gives another loss.
+    wrong = batch_of(prompter, rows)
+    wrong["labels"][0, -2:] = dist.IGNORE
+    assert not torch.allclose(loss_of(model, wrong), single.mean(), atol=1e-4)
+
+
+def test_a_row_without_target_is_an_error_not_a_nan():
+    with pytest.raises(ValueError, match="no target"):
+        dist.mean_row_loss(torch.zeros(1, 3, 7), torch.full((1, 2), dist.IGNORE))
+
+
+@pytest.mark.parametrize("target", [dist.VISION_LINEAR, rec.LANGUAGE_LINEAR])
+def test_lora_with_b_zero_equals_the_base(model, prompter, target):
+    batch = batch_of(prompter, examples(2))
+    base = loss_of(model, batch)
+    tuned = get_peft_model(model, dist.lora_config(PROFILE.distillation.lora, target)).eval()
+    assert torch.allclose(loss_of(tuned, batch), base, atol=1e-6)
+    if target == rec.LANGUAGE_LINEAR:  # negative control: with another B the loss moves
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.05)
+        assert not torch.allclose(loss_of(tuned, batch), base, atol=1e-4)
+
+
+def test_each_stage_trains_its_own_side_only(model):
+    stage1 = dist.trainable_names(get_peft_model(model, dist.lora_config(PROFILE.distillation.lora, dist.VISION_LINEAR)))
+    assert {n.split(".")[3] for n in stage1} == {"vision_tower", "multi_modal_projector"}
+    assert len(stage1) == 2 * (4 * 6 + 2)
+
+
+def test_stage_two_trains_every_linear_layer_of_the_language_model(model):
+    names = dist.trainable_names(get_peft_model(model, dist.lora_config(PROFILE.recommendation.lora, rec.LANGUAGE_LINEAR)))
+    assert len(names) == 2 * 6 * 7 and all(".language_model.layers." in n for n in names)
+
+
+# ---------------------------------------------------------------- stage 2: examples, prompts, answers
+def test_truth_is_inserted_into_a_copy():
+    row = dialogue(truths=(IDS[11], IDS[0], IDS[11]))
+    made = rec.training_examples([row], "candidates_st", seed=3)
+    assert [e.target for e in made] == [IDS[11], IDS[0]]  # one for each distinct truth
+    assert all(e.target in e.candidates and len(e.candidates) == 10 for e in made)
+    assert row.candidates_st == IDS[:10]
+    defective = list(row.candidates_st)  # changed in place while training: the next epoch sees another list
+    defective[0] = IDS[11]
+    assert tuple(defective) != row.candidates_st and made == rec.training_examples([row], "candidates_st", seed=3)
+
+
+def test_target_ends_with_end_of_sequence(prompter, processor):
+    target = prompter.answer(IDS[0])
+    assert target[-1] == processor.tokenizer.eos_token_id
+    assert processor.tokenizer.decode(target, skip_special_tokens=True).strip() == IDS[0]
+    row = prompter.row(examples(1)[0])
+    assert [t for t in row["labels"] if t != dist.IGNORE] == target
+
+
+def test_long_dialogue_loses_its_oldest_words_and_says_so(prompter, processor):
+    long = dialogue(text="red " * 900 + "striped mug")
+    prompt = prompter.prompt(long, IDS[:10])
+    text = processor.tokenizer.decode(prompt.ids)
+    assert len(prompt.ids) <= prompter.room and prompt.dropped_dialogue_tokens > 0
+    assert "striped mug" in text and all(a in text for a in IDS[:10]) and text.endswith("Answer:")
+    # The defective way cuts the end: target, request and candidates vanish.
+    whole = [*prompts.encode(processor.tokenizer, prompts.dialogue_text(PROFILE.prompts, long.turns)), *prompt.ids]
+    assert IDS[9] not in processor.tokenizer.decode(whole[:prompter.room])
+
+
+def test_entire_tokens_overflow_is_counted(processor, visual):
+    full = {a: torch.zeros(88, 128) for a in IDS}
+    prompter = rec.Prompter(processor.tokenizer, PROFILE, TITLES, full)
+    prompt = prompter.prompt(dialogue(), IDS[:10])
+    assert 0 < prompt.dropped_images < 10 and len(prompt.visual) == 10 - prompt.dropped_images
+    assert len(prompt.ids) <= prompter.room
+    tiny = PROFILE.model_copy(update={"recommendation": PROFILE.recommendation.model_copy(update={"max_length": 60})})
+    with pytest.raises(UserError, match="max_length 50"):
+        rec.Prompter(processor.tokenizer, tiny, TITLES, full).prompt(dialogue(), IDS[:10])
+
+
+def test_cached_scores_equal_uncached_ones(model, prompter):
+    rows = [dialogue(text="i want a red jar"), dialogue(text="hello all, a vegan jar please, i am new here.")]
+    got = rec.answer(model, prompter, rows, "candidates_st")
+    for row, answer in zip(rows, got, strict=True):
+        for name, value in zip(row.candidates_st, answer.log_likelihoods, strict=True):
+            batch = batch_of(prompter, [rec.Example(row, row.candidates_st, name)])
+            expected = -float(loss_of(model, batch)) * len(prompter.answer(name))
+            assert value == pytest.approx(expected, abs=2e-3)
+    other = rec.answer(model, rec.Prompter(prompter.tokenizer, PROFILE, TITLES, {a: -v for a, v in prompter.visual.items()}),
+                       rows, "candidates_st")
+    assert other[0].log_likelihoods != got[0].log_likelihoods
+
+
+def test_generation_does_not_depend_on_the_batch(model, prompter):
+    rows = [dialogue(text=t) for t in ("a jar", "i want a red jar, it should be vegan, please help me to choose.", "hi")]
+    together = rec.answer(model, prompter, rows, "candidates_st")
+    alone = [rec.answer(model, prompter, [row], "candidates_st")[0] for row in rows]
+    assert [a.response for a in together] == [a.response for a in alone]
+    assert [a.scored for a in together] == [a.scored for a in alone]
+
+
+def test_constrained_choice_walks_token_by_token():
+    targets = [[1, 2, 9], [1, 3, 9], [4, 5, 9]]
+    table = torch.log(torch.tensor([[0.6, 0.1, 1.0], [0.6, 0.2, 1.0], [0.4, 0.9, 1.0]]))
+    assert rec.constrained_choice(table, targets) == 1  # 1 beats 4 first, then 3 beats 2
+    assert max(range(3), key=lambda i: float(table[i].sum())) == 2  # scoring whole ids chooses another
+
+
+def test_answers_past_the_id_still_count():
+    assert parse_answer(IDS[0] + "9W") == IDS[0]
+
+
+# ---------------------------------------------------------------- stage 1
+def test_student_batch_is_described_by_the_real_tile_counts(processor, model, tmp_path):
+    rows = []
+    for name, size in (("a", (96, 96)), ("b", (96, 48))):
+        picture(*size).save(tmp_path / f"{name}.png")
+        rows.append(dist.Picture(name, "Velora jar", tmp_path / f"{name}.png", "red and plain, round, with a white lid."))
+    batch = dist.StudentCollator(model, processor, PROFILE, dist.Pictures(processor, True))(rows)
+    slots = (batch["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    assert slots == [5, 3]
+    visual = vision.cls_tokens(model, batch["pixel_values"], batch["image_sizes"])
+    loss, _ = dist.forward_loss(model, batch["input_ids"], batch["labels"], batch["attention_mask"], visual, 0)
+    assert loss.isfinite()
+
+
+def test_attribute_accuracy_has_a_negative_control():
+    facts = [{"colour": "red", "pattern": "plain", "shape": "round", "accent": "white"}]
+    right = dist.attribute_accuracy(["red and plain, round, with a white lid."], facts)
+    wrong = dist.attribute_accuracy(["blue and plain, boxy, with a white lid."], facts)
+    assert right == {"colour": 1, "pattern": 1, "shape": 1, "accent": 1, "all": 1}
+    assert wrong["colour"] == wrong["shape"] == wrong["all"] == 0 and wrong["pattern"] == 1
