@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
-.PHONY: reproduce test install quick mini-model world notebooks readme lock bench lab clean
+.PHONY: reproduce test install quick mini-model world notebooks readme lock lab clean
 
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
@@ -55,9 +55,6 @@ readme: $(STAMP)
 
 lock: $(STAMP)
 	$(PY) -m lavic_utils environment --lock
-
-bench: $(STAMP)
-	$(PY) -m lavic_utils bench
 
 lab: $(STAMP)
 	$(PY) -m jupyter lab notebooks

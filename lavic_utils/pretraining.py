@@ -27,7 +27,7 @@ from lavic_utils import minimodel
 from lavic_utils import wording as w
 
 IGNORE = -100
-AUXILIARY = {"answer": 1.0, "asked": 0.5, "match": 1.0, "before": 0.3}
+AUXILIARY = {"answer": 1.0, "asked": 0.5, "match": 1.0, "before": 0.3, "valid": 1.0}
 PROPERTY_COUNTS = (1, 2, 2, 3, 3)
 
 
@@ -211,7 +211,20 @@ class Helpers(nn.Module):
         self.asked, self.match, self.before = nn.Linear(width, 1), nn.Linear(width, 1), nn.Linear(width, width)
 
 
-def language_loss(model, helpers: Helpers, batch: dict[str, Tensor], embeds: Tensor | None = None) -> dict[str, Tensor]:
+def outside_loss(model, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    """Minus the log of the probability that an answer's first own id chunk belongs to any candidate: in doubt between
+    several, a small model otherwise writes a token between them that nobody has."""
+    rows = torch.arange(len(hidden))
+    first = (batch["labels"] != IGNORE).int().argmax(1)  # the answer's "B0"; the chunk is predicted from there
+    log_p = F.log_softmax(model.lm_head(hidden[rows, first]), -1)
+    b, p = batch["candidate"].T
+    mine = torch.zeros_like(log_p, dtype=torch.bool)
+    mine[b, batch["ids"][b, p]] = True
+    return -log_p.masked_fill(~mine, -torch.inf).logsumexp(-1).mean()
+
+
+def language_loss(model, helpers: Helpers, batch: dict[str, Tensor], embeds: Tensor | None = None,
+                  sharpen: bool = False) -> dict[str, Tensor]:
     """Answer cross-entropy plus the auxiliary losses; right padding needs no mask under causal attention."""
     embeds = model.get_input_embeddings()(batch["ids"]) if embeds is None else embeds
     out = model.model.language_model(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
@@ -227,6 +240,8 @@ def language_loss(model, helpers: Helpers, batch: dict[str, Tensor], embeds: Ten
         b, p = batch["candidate"].T
         loss["match"] = F.binary_cross_entropy_with_logits(helpers.match(out.hidden_states[4][b, p])[:, 0],
                                                            batch["matches"])
+        if sharpen:
+            loss["valid"] = outside_loss(model, batch, out.last_hidden_state)
     chosen = torch.randint(batch["ids"][:, 1:].numel(), (512,), generator=torch.Generator().manual_seed(int(keep.sum())))
     before = helpers.before(out.hidden_states[2][:, 1:].flatten(0, 1)[chosen])
     loss["before"] = F.cross_entropy(model.lm_head(before), batch["ids"][:, :-1].flatten()[chosen])

@@ -99,8 +99,14 @@ def tower_loss(model, heads: TowerHeads, pool: ImagePool, rng: random.Random, ba
 
 
 def image_embeds(model, pool: ImagePool, rows: list[int], single_tile: bool) -> list[Tensor]:
-    """Projected patch tokens from the frozen tower: the whole-image tile alone, or all tiles packed as LLaVA does."""
-    patches = [pool.patches[r][:1].float() if single_tile else pool.patches[r].float() for r in rows]
+    """Projected patch tokens: the whole-image tile alone, or all tiles packed as LLaVA does. From the stored patches of
+    a frozen tower, or, where none are stored, from the tower itself (which then learns too)."""
+    if pool.patches:
+        patches = [pool.patches[r][:1].float() if single_tile else pool.patches[r].float() for r in rows]
+    else:
+        tiles = [pool.pixels[r, :1 if single_tile else vision.tile_count(model, pool.sizes[r])].float() for r in rows]
+        hidden = model.model.vision_tower(torch.cat(tiles), output_hidden_states=True).hidden_states[-2][:, 1:]
+        patches = list(hidden.split([len(t) for t in tiles]))
     projected = model.model.multi_modal_projector(torch.cat(patches)).split([len(t) for t in patches])
     if single_tile:
         return [t[0] for t in projected]
@@ -108,7 +114,7 @@ def image_embeds(model, pool: ImagePool, rows: list[int], single_tile: bool) -> 
 
 
 def full_length(model, pool: ImagePool, row: int, memo: dict) -> int:
-    key = (len(pool.patches[row]), *pool.sizes[row].tolist())
+    key = tuple(pool.sizes[row].tolist())
     if key not in memo:
         with torch.no_grad():
             memo[key] = len(image_embeds(model, pool, [row], False)[0])
@@ -119,7 +125,7 @@ def joint_rows(model, pool: ImagePool, rng: random.Random, done: float, encode, 
                tokens: int) -> tuple[list[p.Row], bool]:
     """One batch: captions from full tokens, choices by pictures (one tile, or full tokens), or replay of text."""
     draw, rows, used = rng.random(), [], 0
-    captions = 0.45 if done < 0.1 else 0.2
+    captions = 0.2 if 0.1 < done < 0.85 else 0.45
     if draw > 0.65:
         return p.language_rows(rng, 1.0, encode, tokenizer, tokens), True
     single = draw < 0.57
@@ -139,12 +145,42 @@ def joint_rows(model, pool: ImagePool, rng: random.Random, done: float, encode, 
     return rows, single and draw >= captions
 
 
-def joint_loss(model, helpers, pool, rng, done, encode, tokenizer, memo, tokens=3000) -> dict[str, Tensor]:
+def joint_loss(model, helpers, pool, rng, done, encode, tokenizer, memo, tokens=3000, sharpen=False) -> dict[str, Tensor]:
     rows, single = joint_rows(model, pool, rng, done, encode, tokenizer, memo, tokens)
     batch = p.collate(rows, tokenizer.pad_token_id)
     images = [i for r in rows for i in r.images]
     visual = image_embeds(model, pool, images, single) if images else []
-    loss = p.language_loss(model, helpers, batch, vision.place(model, batch["ids"], visual, tokenizer.pad_token_id))
+    loss = p.language_loss(model, helpers, batch, vision.place(model, batch["ids"], visual, tokenizer.pad_token_id),
+                           sharpen)
     name = "text" if not images else "caption" if not rows[0].matches else f"choice{len(rows[0].matches)}"
     loss[f"{name}.exact"] = loss["exact"]
+    return loss
+
+
+def late_loss(model, helpers, heads: TowerHeads, pool: ImagePool, rng, encode, tokenizer, memo) -> dict[str, Tensor]:
+    """Everything but the tower's last layer together, on fresh pictures: what makes shapes hold on unseen items."""
+    loss = joint_loss(model, helpers, pool, rng, 0.9, encode, tokenizer, memo, tokens=2000)
+    tower = tower_loss(model, heads, pool, rng, 48)
+    words = {k: v for k, v in tower.items() if k.startswith("patch")}
+    loss["total"] = loss["total"] + 0.2 * sum(v for k, v in words.items() if not k.endswith("right"))
+    return loss | {k: v for k, v in words.items() if "shape" in k or "accent" in k}
+
+
+def anchors(width: int = 128, scale: float = 4.0) -> dict[str, Tensor]:
+    """Frozen word embeddings, random directions: the text side that the last layer's [CLS] learns to meet."""
+    generator = torch.Generator().manual_seed(5)
+    return {name: F.normalize(torch.randn(len(v), width, generator=generator), dim=-1) * scale for name, v in WORDS.items()}
+
+
+def last_layer_loss(model, pool: ImagePool, words: dict[str, Tensor], rng, batch: int = 256) -> dict[str, Tensor]:
+    """CLIP's task for the last layer alone: an image's [CLS] meets the sum of its words' embeddings. LLaVA reads the
+    layer before, so nothing it can do changes; and [CLS] now lies in a space its projector has never seen."""
+    rows = torch.tensor(rng.sample(range(len(pool.facts)), batch))
+    tile = torch.tensor([rng.randrange(3) if rng.random() < 0.5 else 0 for _ in range(batch)])
+    cls = model.model.vision_tower(pool.pixels[rows, tile].float()).last_hidden_state[:, 0]
+    target = sum(words[name][pool.labels[rows, i]] for i, name in enumerate(WORDS))
+    loss = {"total": (cls - target).square().sum(-1).mean()}
+    shape = list(WORDS).index("shape")
+    rest = cls - (target - words["shape"][pool.labels[rows, shape]])
+    loss["shape.right"] = ((rest @ words["shape"].T).argmax(-1) == pool.labels[rows, shape]).float().mean().detach()
     return loss

@@ -45,7 +45,7 @@ def code_hash(package: Path = PACKAGE, only: Sequence[str] | None = None) -> str
     """12 hex over the package: *.py (or only these modules), profiles/*.yaml and mini_model/* (weights by content);
     line ends normalised."""
     code = package.rglob("*.py") if only is None else [package / f"{name}.py" for name in only]
-    weights = (p for p in package.glob("mini_model/*") if p.suffix != ".md")
+    weights = (p for p in package.glob("mini_model/*") if p.name not in ("README.md", "abilities.json"))
     files = [*code, *([] if only else package.glob("profiles/*.yaml")), *weights]
     digest = hashlib.sha256()
     for path in sorted(set(files), key=lambda p: p.relative_to(package).as_posix()):

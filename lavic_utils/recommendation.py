@@ -148,44 +148,76 @@ def _answer_batch(model, prompter: Prompter, prompts: list[Encoded], candidates:
     tokenizer, pad = prompter.tokenizer, prompter.tokenizer.pad_token_id
     ids = pad_left([p.ids for p in prompts], pad).to(model.device)
     mask = pad_left([[1] * len(p.ids) for p in prompts], 0).to(model.device)
-    embeds = vision.place(model, ids, prompter.tokens(prompts), pad)
-    out = model.generate(inputs_embeds=embeds, attention_mask=mask, do_sample=False, pad_token_id=pad,
-                         max_new_tokens=prompter.profile.recommendation.max_new_tokens)
+    read = Read(model, vision.place(model, ids, prompter.tokens(prompts), pad), mask)
+    tables = read.score([[prompter.answer(name) for name in names] for names in candidates]) if scored else []
+    out = read.greedy(prompter.profile.recommendation.max_new_tokens, tokenizer.eos_token_id)
     answers = [Answer(response=text.strip(), dropped_dialogue_tokens=p.dropped_dialogue_tokens,
                       dropped_images=p.dropped_images)
                for text, p in zip(tokenizer.batch_decode(out, skip_special_tokens=True), prompts, strict=True)]
-    if scored:
-        for found, names, table in zip(answers, candidates, score_ids(model, prompter, embeds, mask, candidates),
-                                       strict=True):
-            found.log_likelihoods = [round(float(row.sum()), 4) for row in table]
-            found.scored = names[max(range(len(names)), key=lambda i: found.log_likelihoods[i])]
-            found.constrained = names[constrained_choice(table, [prompter.answer(n) for n in names])]
+    for found, names, table in zip(answers, candidates, tables, strict=False):
+        found.log_likelihoods = [round(float(row.sum()), 4) for row in table]
+        found.scored = names[max(range(len(names)), key=lambda i: found.log_likelihoods[i])]
+        found.constrained = names[constrained_choice(table, [prompter.answer(n) for n in names])]
     return answers
 
 
-def score_ids(model, prompter: Prompter, embeds: Tensor, mask: Tensor, candidates: list[Sequence[str]]) -> list[Tensor]:
-    """Per prompt a (candidates, id tokens) table of token log-likelihoods. The prompt is read once; its cache, all but
-    its last token, is shared by the candidates (a fully cached prefix goes silently wrong in some versions)."""
-    rows, width = len(candidates), max(len(names) for names in candidates)
-    targets = [prompter.answer(name) for names in candidates for name in names + names[:1] * (width - len(names))]
-    longest = max(len(t) for t in targets)
-    table = torch.tensor([t + [IGNORE] * (longest - len(t)) for t in targets], device=embeds.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    cache = DynamicCache()
-    core.model.language_model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1],
-                              position_ids=positions[:, :-1], past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(width)
-    known = table[:, :-1].masked_fill(table[:, :-1] == IGNORE, prompter.tokenizer.pad_token_id)
-    last = embeds[:, -1:].repeat_interleave(width, 0)
-    step = torch.cat([last, core.get_input_embeddings()(known).to(last.dtype)], 1)
-    grown = torch.cat([mask.repeat_interleave(width, 0), torch.ones_like(known)], 1)
-    where = positions[:, -1:].repeat_interleave(width, 0) + torch.arange(step.shape[1], device=embeds.device)
-    hidden = core.model.language_model(inputs_embeds=step, attention_mask=grown, position_ids=where,
-                                       past_key_values=cache).last_hidden_state
-    scores = F.log_softmax(core.lm_head(hidden).float(), -1).gather(-1, table.clamp(min=0).unsqueeze(-1))[..., 0]
-    scores = scores.masked_fill(table == IGNORE, 0.0).view(rows, width, longest).cpu()
-    return [scores[i, :len(names)] for i, names in enumerate(candidates)]
+class Read:
+    """Prompts read once (all but their last token): greedy answers and scores of given ids share that cache.
+
+    A fully cached prefix goes silently wrong in some versions, so one token stays uncached; equality with the plain
+    forward and with `generate` is tested.
+    """
+
+    def __init__(self, model, embeds: Tensor, mask: Tensor) -> None:
+        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.language, self.head, self.table = core.model.language_model, core.lm_head, core.get_input_embeddings()
+        self.mask, self.last, self.length = mask, embeds[:, -1:], embeds.shape[1] - 1
+        self.position = mask.sum(1, keepdim=True) - 1  # of the last prompt token
+        self.cache = DynamicCache()
+        self.language(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1],
+                      position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], past_key_values=self.cache, use_cache=True)
+
+    def _logits(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        out = self.language(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
+                            use_cache=True)
+        return self.head(out.last_hidden_state)
+
+    def greedy(self, most: int, end: int) -> Tensor:
+        """Token ids (rows, at most `most`), the end token repeated after it."""
+        found, embeds, mask = [], self.last, self.mask
+        done = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+        for step in range(most):
+            token = self._logits(embeds, mask, self.position + step)[:, -1].argmax(-1).masked_fill(done, end)
+            found.append(token)
+            done |= token == end
+            if done.all():
+                break
+            embeds, mask = self.table(token)[:, None].to(self.last.dtype), F.pad(mask, (0, 1), value=1)
+        self.cache.crop(self.length - self.cache.get_seq_length())  # back to the prompt
+        return torch.stack(found, 1)
+
+    def score(self, targets: list[list[list[int]]]) -> list[Tensor]:
+        """Per prompt a (candidates, tokens) table of token log-likelihoods. All candidates stand in one row, side by
+        side: each sees the prompt and itself."""
+        rows, width = len(targets), max(len(group) for group in targets)
+        longest = max(len(t) for group in targets for t in group)
+        filled = [[t + [IGNORE] * (longest - len(t)) for t in group + group[:1] * (width - len(group))] for group in targets]
+        table = torch.tensor(filled, device=self.mask.device)  # (rows, width, longest)
+        inputs = table[:, :, :-1].clamp(min=0).flatten(1)
+        embeds = torch.cat([self.last, self.table(inputs).to(self.last.dtype)], 1)
+        steps = torch.arange(1, longest, device=self.mask.device).repeat(width)
+        positions = self.position + F.pad(steps, (1, 0))
+        own = torch.ones(longest - 1, longest - 1, device=self.mask.device).tril()
+        block = F.pad(torch.block_diag(*[own] * width), (1, 0, 1, 0), value=0.0)
+        block[:, 0] = 1.0  # everybody sees the prompt's last token
+        seen = torch.cat([self.mask[:, None, :-1].expand(-1, block.shape[0], -1).float(), block.expand(rows, -1, -1)], -1)
+        hidden = (1.0 - seen[:, None]).to(self.last.dtype) * torch.finfo(self.last.dtype).min
+        scores = F.log_softmax(self._logits(embeds, hidden, positions).float(), -1)
+        self.cache.crop(self.length - self.cache.get_seq_length())  # back to the prompt
+        first = scores[:, :1].expand(-1, width, -1)[:, :, None]
+        later = scores[:, 1:].unflatten(1, (width, longest - 1))
+        found = torch.cat([first, later], 2).gather(-1, table.clamp(min=0)[..., None])[..., 0].masked_fill(table == IGNORE, 0)
+        return [found[i, :len(group)].cpu() for i, group in enumerate(targets)]
 
 
 def constrained_choice(table: Tensor, targets: Sequence[Sequence[int]]) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -116,23 +116,18 @@ def batched(items: Sequence, size: int) -> Iterable[Sequence]:
     return (items[i:i + size] for i in range(0, len(items), size))
 
 
-def encode_items(model, processor, images: dict[str, Image.Image | None], how=cls_tokens, batch: int = 64,
-                 path: Path | None = None) -> dict[str, Tensor]:
-    """Every item once: {asin: (tokens, hidden size)}. The vision side is frozen in stage 2, so these are constants.
+@torch.inference_mode()
+def encode(model, names: Sequence[str], pixel_values: Tensor, sizes: Tensor, how=cls_tokens) -> dict[str, Tensor]:
+    """Visual tokens of some items, in float32 on the CPU: {asin: (tokens, hidden size)}.
 
-    Items without a readable image get no entry (callers show their title alone). With `path`, kept as safetensors.
+    The vision side is frozen in stage 2, so these are constants: encode each item once, never once a dialogue.
     """
-    if path is not None and path.is_file():
-        return load_file(path)
-    found: dict[str, Tensor] = {}
-    names = [name for name, image in images.items() if image is not None]
-    with torch.inference_mode():
-        for group in batched(names, batch):
-            values, sizes = pixels(processor, [images[name] for name in group])
-            tokens = how(model, values.to(device(), model.dtype), sizes)
-            found |= {name: t.float().cpu().clone() for name, t in zip(group, tokens, strict=True)}
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(found, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-    return found
+    tokens = how(model, pixel_values.to(model.device, model.dtype), sizes)
+    return {name: t.float().cpu().clone() for name, t in zip(names, tokens, strict=True)}
+
+
+def store(tokens: dict[str, Tensor], path: Path) -> None:
+    """Atomic safetensors file of items' visual tokens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tokens, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file
 
 from lavic_utils import distillation as dist
 from lavic_utils import minimodel, prompts, vision
@@ -93,11 +94,12 @@ def test_placing_refuses_a_wrong_number_of_tokens(model, prompter, visual):
 
 
 def test_stored_tokens_equal_fresh_ones_in_any_batch(processor, model, tmp_path):
-    images = {"a": picture(96, 96, 1), "b": picture(96, 48, 2), "c": None, "d": picture(72, 96, 3)}
-    stored = vision.encode_items(model, processor, images, batch=2, path=tmp_path / "t.safetensors")
-    again = vision.encode_items(model, processor, images, batch=3)
-    assert set(stored) == {"a", "b", "d"}  # no image, no tokens: never a white one
-    assert all(torch.allclose(stored[k], again[k], atol=1e-5) for k in stored)
+    images = {"a": picture(96, 96, 1), "b": picture(96, 48, 2), "d": picture(72, 96, 3)}
+    together = vision.encode(model, list(images), *vision.pixels(processor, list(images.values())))
+    alone = {k: vision.encode(model, [k], *vision.pixels(processor, [i]))[k] for k, i in images.items()}
+    vision.store(together, tmp_path / "t.safetensors")
+    stored = load_file(tmp_path / "t.safetensors")
+    assert all(torch.allclose(stored[k], alone[k], atol=1e-5) for k in images)
     assert not torch.allclose(stored["a"], stored["d"], atol=1e-3)
 
 
@@ -228,6 +230,23 @@ def test_generation_does_not_depend_on_the_batch(model, prompter):
     alone = [rec.answer(model, prompter, [row], "candidates_st")[0] for row in rows]
     assert [a.response for a in together] == [a.response for a in alone]
     assert [a.scored for a in together] == [a.scored for a in alone]
+
+
+def test_greedy_from_the_shared_cache_equals_generate(model, prompter):
+    rows = [dialogue(text=t) for t in ("a jar", "i want a red jar, it should be vegan, please.", "hi")]
+    prompts_ = [prompter.prompt(row, row.candidates_st) for row in rows]
+    ids, mask = dist.pad_left([p.ids for p in prompts_], 0), dist.pad_left([[1] * len(p.ids) for p in prompts_], 0)
+    embeds = vision.place(model, ids, prompter.tokens(prompts_), 0)
+    expected = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with torch.inference_mode():
+        read = rec.Read(model, embeds, mask)
+        read.score([[prompter.answer(a) for a in IDS[:10]]] * 3)  # leaves the cache as it was
+        ours = read.greedy(6, 2)
+    assert ours.tolist() == expected.tolist()
+    with torch.inference_mode():  # negative control: a mask of the wrong rows changes the answer's scores
+        wrong = rec.Read(model, embeds, mask.flip(0)).score([[prompter.answer(a) for a in IDS[:10]]] * 3)
+        right = rec.Read(model, embeds, mask).score([[prompter.answer(a) for a in IDS[:10]]] * 3)
+    assert not torch.allclose(wrong[0], right[0], atol=1e-3)
 
 
 def test_constrained_choice_walks_token_by_token():
