@@ -104,7 +104,7 @@ def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
         "seed": seed,
         "tier": profile.tier,
         "code_hash": code_hash(),
-        "numbers_hash": code_hash(only=NUMBERS),
+        "numbers_hash": key(code=code_hash(only=NUMBERS), settings=profile.model_dump(mode="json")),
         "data_hash": data_hash,
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),

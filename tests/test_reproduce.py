@@ -212,7 +212,7 @@ def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile):
     found = [(r["domain"], r["seed"], r["hits"]) for r in out["rows"]]
     assert found == [("beauty", 5, 1), ("home", 5, 7), ("home", 6, 1)]
     assert out["provenance"]["seeds"] == [5, 6] and json.loads(path.read_text()) == out
-    out = provenance.upsert_metrics(path, [row], about | {"code_hash": "new"})
+    out = provenance.upsert_metrics(path, [row], about | {"numbers_hash": "new"})
     assert len(out["rows"]) == 1  # rows of another state of the code are never mixed in
     with pytest.raises(ValueError, match="missing ci95"):
         provenance.upsert_metrics(path, [{k: v for k, v in row.items() if k != "ci95"}], about)
