@@ -104,9 +104,9 @@ def figure_path(name: str) -> Path:
     return (Path(os.environ["LAVIC_RESULTS"]) if "LAVIC_RESULTS" in os.environ else ROOT) / "figures" / f"{name}.png"
 
 
-def keep(fig, name: str, run: Run, tier: str | None = None):
-    """Save a figure with its tier and provenance, and return it for display."""
-    save_figure(fig, figure_path(name), tier or run.profile.tier, run.stamp())
+def keep(fig, name: str, run: Run, tier: str | None = None, seeds: Sequence[int] | None = None):
+    """Save a figure with its tier and provenance (`seeds`: where it shows more than this run's), and return it."""
+    save_figure(fig, figure_path(name), tier or run.profile.tier, run.stamp() | ({"seeds": seeds} if seeds else {}))
     plt.close(fig)
     return fig
 
@@ -178,7 +178,7 @@ def framework_figure(shapes: Mapping[str, str]):
         axis.text(x + 0.87, y + 0.16, shapes.get(label, ""), ha="center", va="center", fontsize=6.5, color="0.3")
     for x0, y0, x1, y1 in [(1.85, 2.9, 2, 2.9), (3.75, 2.9, 3.9, 2.9), (5.65, 2.9, 5.8, 2.9), (7.55, 2.9, 7.9, 2.9),
                            (6.6, 2.4, 5.2, 1.5), (1.85, 0.8, 7.9, 0.8), (5.65, 1.0, 7.9, 1.0)]:
-        axis.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "0.4"})
+        axis.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "0.4"}, zorder=0)
     axis.text(0.1, 3.6, "Stage 1: visual knowledge self-distillation", weight="bold")
     axis.text(0.1, 1.7, "Stage 2: recommendation fine-tuning", weight="bold")
     axis.text(9.65, 3.6, "red: trained with LoRA; grey: frozen", ha="right", fontsize=7)
