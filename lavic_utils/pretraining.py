@@ -27,7 +27,7 @@ from lavic_utils import minimodel
 from lavic_utils import wording as w
 
 IGNORE = -100
-AUXILIARY = {"answer": 1.0, "asked": 0.5, "match": 1.0, "before": 0.3, "valid": 1.0}
+WEIGHTS = {"answer": 1.0, "asked": 0.5, "match": 1.0, "before": 0.3, "valid": 2.0, "overlap": 30.0}
 PROPERTY_COUNTS = (1, 2, 2, 3, 3)
 
 
@@ -223,43 +223,61 @@ def outside_loss(model, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
     return -log_p.masked_fill(~mine, -torch.inf).logsumexp(-1).mean()
 
 
-def language_loss(model, helpers: Helpers, batch: dict[str, Tensor], embeds: Tensor | None = None,
-                  sharpen: bool = False) -> dict[str, Tensor]:
-    """Answer cross-entropy plus the auxiliary losses; right padding needs no mask under causal attention."""
+def helper_losses(model, helpers: Helpers, batch: dict[str, Tensor], hidden: tuple[Tensor, ...], seed: int) -> dict:
+    loss = {}
+    asked = batch["in_request"] != IGNORE
+    if asked.any():
+        loss["asked"] = F.binary_cross_entropy_with_logits(
+            helpers.asked(hidden[2])[..., 0][asked], batch["in_request"][asked].float())
+    if batch["matches"].numel() > 1:
+        b, p = batch["candidate"].T
+        loss["match"] = F.binary_cross_entropy_with_logits(helpers.match(hidden[4][b, p])[:, 0], batch["matches"])
+    chosen = torch.randint(batch["ids"][:, 1:].numel(), (512,), generator=torch.Generator().manual_seed(seed))
+    before = helpers.before(hidden[2][:, 1:].flatten(0, 1)[chosen])
+    loss["before"] = F.cross_entropy(model.lm_head(before), batch["ids"][:, :-1].flatten()[chosen])
+    return loss
+
+
+def overlap_loss(model, chunks: Tensor) -> Tensor:
+    """Mean squared cosine between the embeddings of different id chunks. An answer in doubt between k ids is about the
+    mean of k embeddings: where they overlap, a chunk that nobody has scores higher than any of the k."""
+    rows = F.normalize(model.get_input_embeddings().weight[chunks], dim=-1)
+    return ((rows @ rows.T).square().sum() - len(chunks)) / (len(chunks) * (len(chunks) - 1))
+
+
+def language_loss(model, helpers: Helpers | None, batch: dict[str, Tensor], embeds: Tensor | None = None,
+                  chunks: Tensor | None = None) -> dict[str, Tensor]:
+    """Answer cross-entropy plus auxiliary losses: the helpers' while the language model learns, the two on ids (given
+    `chunks`, the tokens of id chunks) once they are gone. Right padding needs no mask under causal attention."""
     embeds = model.get_input_embeddings()(batch["ids"]) if embeds is None else embeds
     out = model.model.language_model(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
     labels = batch["labels"][:, 1:]
     keep = labels != IGNORE
     logits = model.lm_head(out.last_hidden_state[:, :-1][keep])
     loss = {"answer": F.cross_entropy(logits, labels[keep])}
-    asked = batch["in_request"] != IGNORE
-    if asked.any():
-        loss["asked"] = F.binary_cross_entropy_with_logits(
-            helpers.asked(out.hidden_states[2])[..., 0][asked], batch["in_request"][asked].float())
-    if len(batch["matches"]) > 1:
-        b, p = batch["candidate"].T
-        loss["match"] = F.binary_cross_entropy_with_logits(helpers.match(out.hidden_states[4][b, p])[:, 0],
-                                                           batch["matches"])
-        if sharpen:
+    many = batch["matches"].numel() > 1
+    if helpers is not None:
+        loss |= helper_losses(model, helpers, batch, out.hidden_states, int(keep.sum()))
+    if chunks is not None:
+        loss["overlap"] = overlap_loss(model, chunks)
+        if many:
             loss["valid"] = outside_loss(model, batch, out.last_hidden_state)
-    chosen = torch.randint(batch["ids"][:, 1:].numel(), (512,), generator=torch.Generator().manual_seed(int(keep.sum())))
-    before = helpers.before(out.hidden_states[2][:, 1:].flatten(0, 1)[chosen])
-    loss["before"] = F.cross_entropy(model.lm_head(before), batch["ids"][:, :-1].flatten()[chosen])
-    loss["total"] = sum(loss[k] * v for k, v in AUXILIARY.items() if k in loss)
-    loss["copied" if not batch["matches"].numel() > 1 else f"chosen{len(batch['matches']) // len(batch['ids'])}"] = (
+    loss["total"] = sum(loss[k] * v for k, v in WEIGHTS.items() if k in loss)
+    loss["copied" if not many else f"chosen{len(batch['matches']) // len(batch['ids'])}"] = (
         logits.argmax(-1) == labels[keep]).float().mean().detach()
     loss["exact"] = (logits.argmax(-1) == labels[keep]).float().mean().detach()
     return loss
 
 
-def language_rows(rng: random.Random, done: float, encode, tokenizer, tokens: int) -> list[Row]:
-    """One batch of about `tokens` tokens; the number of candidates follows a fixed schedule over `done` in [0, 1]."""
+def language_rows(rng: random.Random, done: float, encode, tokenizer, tokens: int, titles: float = 0.2) -> list[Row]:
+    """One batch of about `tokens` tokens; the number of candidates follows a fixed schedule over `done` in [0, 1].
+    A share `titles` shows titles alone, so that several candidates fit."""
     draw = rng.random()
     if draw < (0.3 if done < 0.3 else 0.05):
         size = rng.randint(10, 40)
         return [copy_row(rng, size, len(tokenizer)) for _ in range(tokens // (2 * size))]
     count = 3 if done < 0.25 else 5 if done < 0.4 else rng.choice((3, 5, 10, 10, 10))
-    style = "text" if draw < 0.8 else "title"
+    style = "text" if draw < 1 - titles else "title"
     rows, used = [], 0
     while used < tokens:
         rows.append(problem_row(sample_problem(rng, count, style), encode, [], rng, tokenizer))

@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lavic_utils import minimodel, vision
 from lavic_utils import pretraining as p
-from lavic_utils import vision
 from lavic_utils import wording as w
 from lavic_utils.draw import draw_product
 
 SIDE = 144
+PATCHES = (minimodel.TILE // minimodel.PATCH) ** 2  # of one tile
 SIZES = ((1, 1), (1, 1), (1, 1), (1, 0.5), (0.5, 1), (1, 0.75))
 KIND_NAMES = tuple(w.PARTS)
 WORDS = {"kind": KIND_NAMES, **w.ATTRIBUTES}
@@ -122,13 +123,14 @@ def full_length(model, pool: ImagePool, row: int, memo: dict) -> int:
 
 
 def joint_rows(model, pool: ImagePool, rng: random.Random, done: float, encode, tokenizer, memo: dict,
-               tokens: int) -> tuple[list[p.Row], bool]:
-    """One batch: captions from full tokens, choices by pictures (one tile, or full tokens), or replay of text."""
+               tokens: int, sharpen: bool = False) -> tuple[list[p.Row], int | None]:
+    """One batch: captions from full tokens, choices by pictures, or replay of text; and how many patches of its first
+    tile an item shows (None: full tokens). `sharpen` adds doubt: more choices by title, and pictures of 5 patches."""
     draw, rows, used = rng.random(), [], 0
     captions = 0.2 if 0.1 < done < 0.85 else 0.45
     if draw > 0.65:
-        return p.language_rows(rng, 1.0, encode, tokenizer, tokens), True
-    single = draw < 0.57
+        return p.language_rows(rng, 1.0, encode, tokenizer, tokens, 0.5 if sharpen else 0.2), None
+    shown = None if draw < captions or draw >= 0.57 else 5 if sharpen and rng.random() < 0.6 else PATCHES
     while used < tokens:
         if draw < captions:
             row = rng.randrange(len(pool.facts))
@@ -137,22 +139,25 @@ def joint_rows(model, pool: ImagePool, rng: random.Random, done: float, encode, 
             thing = p.random_thing(rng, domain, image=(row, facts))
             rows.append(p.caption_row(thing, encode, full_length(model, pool, row, memo), tokenizer))
         else:
-            count = 3 if not single or done < 0.25 else 5 if done < 0.4 else rng.choice((3, 5, 10))
+            count = 10 if shown == 5 else 3 if not shown or done < 0.25 else 5 if done < 0.4 else rng.choice((3, 5, 10))
             problem = p.sample_problem(rng, count, "image", pool)
-            lengths = [16 if single else full_length(model, pool, t.image, memo) for t in problem.candidates]
+            lengths = [shown or full_length(model, pool, t.image, memo) for t in problem.candidates]
             rows.append(p.problem_row(problem, encode, lengths, rng, tokenizer))
         used += len(rows[-1].ids)
-    return rows, single and draw >= captions
+    return rows, shown
 
 
-def joint_loss(model, helpers, pool, rng, done, encode, tokenizer, memo, tokens=3000, sharpen=False) -> dict[str, Tensor]:
-    rows, single = joint_rows(model, pool, rng, done, encode, tokenizer, memo, tokens)
+def joint_loss(model, helpers, pool, rng, done, encode, tokenizer, memo, tokens=3000, chunks=None) -> dict[str, Tensor]:
+    """`chunks` (tokens of id chunks): the sharpening phase."""
+    rows, shown = joint_rows(model, pool, rng, done, encode, tokenizer, memo, tokens, sharpen=chunks is not None)
     batch = p.collate(rows, tokenizer.pad_token_id)
     images = [i for r in rows for i in r.images]
-    visual = image_embeds(model, pool, images, single) if images else []
+    visual = image_embeds(model, pool, images, bool(shown)) if images else []
+    if shown and shown < PATCHES:
+        visual = [tokens[sorted(rng.sample(range(PATCHES), shown))] for tokens in visual]
     loss = p.language_loss(model, helpers, batch, vision.place(model, batch["ids"], visual, tokenizer.pad_token_id),
-                           sharpen)
-    name = "text" if not images else "caption" if not rows[0].matches else f"choice{len(rows[0].matches)}"
+                           chunks)
+    name = "text" if not images else "caption" if not rows[0].matches else f"choice{len(rows[0].matches)}.{shown}"
     loss[f"{name}.exact"] = loss["exact"]
     return loss
 

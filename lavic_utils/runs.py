@@ -159,10 +159,13 @@ class Run:
 
     def accuracy(self, model, how, rows: Sequence[distillation.Picture]) -> dict[str, float]:
         """Attribute accuracy of descriptions from `how` (full tokens or [CLS]); mini world only."""
-        read = distillation.Pictures(self.processor, keep=False)
         texts = distillation.describe(model, self.processor, self.profile, [r.title for r in rows],
-                                      [read(r.path) for r in rows], how)
+                                      [self.read_picture(r.path) for r in rows], how)
         return distillation.attribute_accuracy(texts, [self.facts["items"][r.asin] for r in rows])
+
+    @cached_property
+    def read_picture(self) -> distillation.Pictures:
+        return distillation.Pictures(self.processor, keep=self.profile.distillation.keep_pixels)
 
     def distil(self) -> dict:
         """Stage 1. Returns its history by epoch and, on the mini world, attribute accuracies on unseen items."""
@@ -177,15 +180,16 @@ class Run:
                                                  self.seed, measure)
             found = {"history": history, "train_images": len(train), "valid_images": len(valid)}
             if self.facts["items"]:
-                base = self.model()
-                found["accuracy"] = {"teacher (full tokens)": self.accuracy(base, vision.full_tokens, valid),
-                                     "raw [CLS]": self.accuracy(base, vision.cls_tokens, valid)}
+                base, truths = self.model(), [self.facts["items"][p.asin] for p in valid]
+                found["accuracy"] = {
+                    "teacher (full tokens)": distillation.attribute_accuracy([p.description for p in valid], truths),
+                    "raw [CLS]": self.accuracy(base, vision.cls_tokens, valid)}
                 student = distillation.load_student(self.profile, base, folder)
                 found["accuracy"]["distilled [CLS]"] = self.accuracy(student, vision.cls_tokens, valid)
             return found
         return self.kept(folder, make, stage="distil")
 
-    def visual(self, tokens: str | None, splits: Sequence[str] = ("train", "valid", "test")) -> dict[str, Tensor] | None:
+    def visual(self, tokens: str | None, splits: Sequence[str] = ("train", "test")) -> dict[str, Tensor] | None:
         """Visual tokens of every dialogue item with a readable first image: "distilled" or "base" [CLS], or "full".
 
         Each image is decoded once; the base model is the student with its adapter switched off.
@@ -252,7 +256,7 @@ class Run:
             tokens = TRAINED[method].tokens if method in TRAINED else ZERO_SHOT[method]
             visual = self.visual(tokens, (split,))
             prompter = self.prompter(control(visual) if control else visual)
-            found = recommendation.answer(self.tuned(method, domain), prompter, dialogues, which)
+            found = recommendation.answer(self.tuned(method, domain), prompter, dialogues, which, scored=control is None)
             rows = [{"line": d.line, "recommended": parse_answer(a.response), **asdict(a)}
                     for d, a in zip(dialogues, found, strict=True)]
             write_text(folder / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
