@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
-.PHONY: reproduce test install quick mini-model world notebooks readme lock lab clean
+.PHONY: reproduce test install quick mini-model world bench notebooks readme lock lab clean
 
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
@@ -46,6 +46,9 @@ mini-model: $(STAMP)
 
 world: $(STAMP)
 	$(PY) -m lavic_utils world --profile $(PROFILE)
+
+bench: $(STAMP)
+	$(PY) -m lavic_utils bench crawl
 
 notebooks: $(STAMP)
 	$(PY) -m lavic_utils notebooks execute

@@ -8,12 +8,16 @@ from typing import Annotated
 
 import typer
 
+from .commands import bench, data
+
 app = typer.Typer(
     help="LaViC companion: the paper's two stages, tables and figures, from the command line.",
     pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True,
 )  # fmt: skip
 notebooks = typer.Typer(help="The committed notebooks: execute in place, or check.", no_args_is_help=True)
 app.add_typer(notebooks, name="notebooks")
+app.add_typer(data, name="data")
+app.add_typer(bench, name="bench")
 ProfileOption = Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")]
 FolderOption = Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.", hidden=True)]
 CheckOption = Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where a file is not up to date.")]

@@ -1,0 +1,82 @@
+"""The sub-commands `data` and `bench` of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+data = typer.Typer(help="The published data: fetch, crawl the images, verify, stats.", no_args_is_help=True)
+bench = typer.Typer(help="Measurements on this machine, as JSON.", no_args_is_help=True)
+DataOption = Annotated[Path | None, typer.Option("--data", help="Default: LAVIC_DATA, else data/reddit-amazon.")]
+
+
+@data.command("fetch")
+def fetch_files(
+    to: Annotated[Path | None, typer.Option(help="Default: LAVIC_DATA, else data/reddit-amazon.")] = None,
+) -> None:
+    """Download the authors' files and verify each; goes on where it was broken off."""
+    from .acquire import data_dir, fetch
+
+    folder = data_dir(to)
+    print(fetch(folder))
+    print(f"next: export LAVIC_DATA='{folder.resolve()}', then python -m lavic_utils data crawl")
+
+
+@data.command("crawl")
+def crawl_images(
+    folder: DataOption = None,
+    first_only: Annotated[bool, typer.Option("--first-only", help="Of train_images only ASIN_0.jpg.")] = False,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Images asked for at once.")] = 32,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again for what failed for good.")] = False,
+) -> None:
+    """Download the product images; goes on where it was broken off. Exit 1: some were not reached, run it again."""
+    from .acquire import data_dir
+    from .crawl import Settings, crawl, summary
+
+    counts = crawl(data_dir(folder), first_only, retry_failed, Settings(concurrency=concurrency))
+    print(summary(counts))
+    raise typer.Exit(1 if counts["unreached"] else 0)
+
+
+@data.command("verify")
+def verify_files(folder: DataOption = None) -> None:
+    """Say what is there, missing or corrupt and what that touches. Exit 1: a wrong file or a corrupt image."""
+    from .acquire import data_dir, verify
+
+    lines, right = verify(data_dir(folder))
+    print("\n".join(lines))
+    raise typer.Exit(0 if right else 1)
+
+
+@data.command("stats")
+def stats(
+    folder: DataOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Counts, lengths and recall of every dialogue file present."""
+    import json
+
+    import pandas as pd
+
+    from .acquire import data_dir
+    from .evaluation import real_data_summary
+
+    rows = real_data_summary(data_dir(folder))
+    print(json.dumps(rows, indent=1) if as_json else pd.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format))
+
+
+@bench.command("crawl")
+def bench_crawl() -> None:
+    """Images a second, one at a time and many at once, from a local server with 100 ms latency."""
+    import json
+
+    from .bench import crawl_speed
+
+    print(json.dumps(crawl_speed(), indent=1))
+
+
+@bench.callback()
+def _several() -> None:
+    """Keeps `crawl` a sub-command: typer would run a single command without its name."""
