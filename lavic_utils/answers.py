@@ -104,7 +104,7 @@ def parse_known(text: str, candidates: Sequence[str]) -> str | None:
 
 
 def parse_any_candidate(text: str, candidates: Sequence[str]) -> str | None:
-    """The first candidate id anywhere in the answer, or None: the most generous reading, for comparison."""
+    """The first candidate id anywhere in the answer, or None: the reading with the highest VR, for comparison."""
     return _first(text, candidates, "")
 
 
@@ -118,8 +118,7 @@ def _first(text: str, candidates: Sequence[str], otherwise: str) -> str | None:
 def reparse(rows: Sequence[Answer], parser: Callable[[str, Sequence[str]], str | None] = parse_known,
             where: Path | str = "answers") -> list[Answer]:
     """The same rows with `recommended` read again from the raw answers. UserError where one has none."""
-    missing = next((i for i, row in enumerate(rows, 1) if row.response is None), None)
-    if missing:
+    if missing := next((i for i, row in enumerate(rows, 1) if row.response is None), None):
         raise UserError(f"{where}, line {missing}: no raw answer (field response_<key>); leave --reparse out, or add it")
     return [replace(row, recommended=parser(row.response or "", row.candidates)) for row in rows]
 
@@ -154,9 +153,10 @@ def _intervals(table: np.ndarray, seed: int) -> dict[str, list[float] | None]:
 def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
     """Counts, ratios and `ci95` of answered rows (JSON-able); ValueError without rows.
 
-    `rows`, `valid` (answer is a candidate), `unparsed` (no id): conversations. `pairs`: ground-truth items, `hits`: those
-    equal to the answer, both with repeats. `hit_ratio_pairs` = hits / pairs; `hit_ratio_conversations`: share of rows
-    whose answer is a ground-truth item; `hit_ratio_mean`: mean over rows of hits / items (a mean over batches of one).
+    `rows`, `valid` (answer is a candidate), `unparsed` (no id), `hits_outside` (right, though no candidate): conversations.
+    `pairs`: ground-truth items, `hits`: those equal to the answer, with repeats.
+    `hit_ratio_pairs` = hits / pairs; `hit_ratio_conversations`: share of rows whose answer is a ground-truth item;
+    `hit_ratio_mean`: mean over rows of hits / items (a mean over batches of one).
     `ceiling_*`: the same ratios of somebody who always names the best candidate; `of_ceiling` =
     hit_ratio_conversations / ceiling_conversations (None where no row's candidates hold a ground-truth item).
     """
@@ -167,6 +167,7 @@ def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
     ratios = {name: float(total[a] / total[b]) if total[b] else None for name, (a, b) in RATIOS.items()}
     return {"rows": len(rows), "pairs": int(total["pairs"]), "hits": int(total["hits"]), **ratios,
             "valid": int(total["valid"]), "unparsed": sum(row.recommended is None for row in rows),
+            "hits_outside": sum(row.hit and row.recommended not in row.candidates for row in rows),
             "ci95": _intervals(table, seed)}
 
 
@@ -237,7 +238,7 @@ def show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("figure", "value", "95 % interval")
-    for name in ("rows", "pairs", "hits", "valid", "unparsed"):
+    for name in ("rows", "pairs", "hits", "valid", "unparsed", "hits_outside"):
         table.add_row(name, str(found[name]), "")
     for name, bounds in found["ci95"].items():
         table.add_row(name, *(("-", "-") if bounds is None else (f"{found[name]:.4f}", "[{:.4f}, {:.4f}]".format(*bounds))))

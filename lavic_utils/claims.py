@@ -161,8 +161,8 @@ def claims_summary(found: Mapping[str, Any] | None = None) -> str:
     lines = []
     for name, methods in groups.items():
         part = [c["verdict"] for c in found["comparisons"] if c["against"] in methods]
-        beyond = sum(v == "beyond chance in every pairing" for v in part)
-        lines.append(f"  - {name}: {beyond} of {len(part)} differences are beyond chance whatever the pairing of answers")
+        lines.append(f"  - {name}: of {len(part)} differences {part.count(audit.BEYOND)} are beyond chance however the answers "
+                     f"pair, {part.count(audit.WITHIN)} never are, {part.count(audit.DEPENDS)} depend on unpublished answers")
     pooled = next(r for r in found["value_of_images"] if r["domain"] == "all" and r["title+image against"] == "title")
     return "\n".join([
         f"- {len(hits)} published HR@1 above zero: {readings['pairs']} are a count of ground-truth items with repeats, "

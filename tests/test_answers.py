@@ -39,6 +39,7 @@ def write(path: Path, *rows: object) -> Path:
 # One repeated truth that is hit, one of two truths hit, a valid miss, an invented id, no id, a truth not in the list.
 KNOWN = [row(TEN[0], [TEN[0], TEN[0]], "1"), row(TEN[1], [TEN[1], OTHER], "2"), row(TEN[2], [TEN[3]], "3"),
          row("B0WRONG001", [TEN[4]], "4"), row(None, [TEN[5]], "5"), row(TEN[6], [OTHER], "6\u2028\u0085x")]
+OUTSIDE = row(OTHER, [OTHER], "7")  # right, and no candidate
 
 
 def test_known_figures(tmp_path: Path) -> None:
@@ -48,6 +49,8 @@ def test_known_figures(tmp_path: Path) -> None:
                 "ceiling_conversations": 5 / 6, "of_ceiling": 2 / 5}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert all(low <= found[name] <= high for name, (low, high) in found["ci95"].items())
+    outside = an.evaluate(an.read_answers(write(tmp_path / "b.jsonl", *KNOWN, OUTSIDE)))
+    assert (found["hits_outside"], outside["hits_outside"], outside["hits"], outside["valid"]) == (0, 1, 4, 4)
     # negative controls: the repeated truth makes a difference, and so does every row that is left out
     assert ev.score([r["recommended_st"] for r in KNOWN], [r["gt_items"] for r in KNOWN]).hits == 2
     rows = an.read_answers(tmp_path / "a.jsonl")
