@@ -82,6 +82,8 @@ def read_answers(path: Path | str, answer: str | None = None, candidates: str | 
         raise UserError(f"{path}: {reason}; give a JSONL file of answered test rows")
     raws = read_rows(path, Raw)
     names, first = list(raws[0].model_extra or ()), f"{path}, line 1"
+    if unknown := {answer, candidates} - {None, *names}:
+        raise UserError(f"{first}: no field {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     chosen = answer or only_field(names, PREFIX, "--answer", first)
     said, same = (chosen.replace(PREFIX, kind, 1) for kind in ("response_", "candidates_"))
     ten = candidates or (same if same in names and same != chosen else only_field(names, "candidates_", "--candidates", first))

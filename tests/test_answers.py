@@ -178,7 +178,7 @@ BAD = {
     "an array": (b"[]\n", [], "line 1: a JSON object"),
     "no answer field": ({k: v for k, v in GOOD.items() if k != "recommended_st"}, [], "no field recommended_<key>"),
     "no candidates": ({k: v for k, v in GOOD.items() if k != "candidates_st"}, [], "no field candidates_<key>"),
-    "unknown field": (GOOD, ["--candidates", "nope"], "line 1: field nope"),
+    "unknown field": (GOOD, ["--candidates", "nope"], "line 1: no field nope; there are context, "),
     "a number": ({**GOOD, "recommended_st": 7}, [], "line 1: field recommended_st"),
     "text for a list": ({**GOOD, "candidates_st": TEN[0]}, [], "field candidates_st"),
     "no ground truth": ({**GOOD, "gt_items": []}, [], "field gt_items"), "no context": ({**GOOD, "context": None}, [], "context"),
