@@ -94,6 +94,24 @@ def readme(check: CheckOption = False) -> None:
 
 
 @app.command()
+def evaluate(
+    answers: Annotated[Path, typer.Argument(help="JSONL of answered test rows, as the authors' script writes them.")],
+    against: Annotated[Path | None, typer.Option(help="Answers to compare with, on the rows both hold.")] = None,
+    candidates: Annotated[str | None, typer.Option(help="Field with the candidates (candidates_<key>).")] = None,
+    answer: Annotated[str | None, typer.Option(help="Field with the id read (recommended_<key>).")] = None,
+    reparse: Annotated[bool, typer.Option("--reparse", help="Read the raw answers again; say what that changes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Score answers: HR@1 over items and conversations, VR, ceilings, intervals, a paired test."""
+    import json
+
+    from .answers import report, show
+
+    found = report(answers, against, candidates, answer, reparse)
+    print(json.dumps(found, indent=1)) if as_json else show(found)
+
+
+@app.command()
 def environment(
     check: CheckOption = False,
     lock: Annotated[bool, typer.Option("--lock", help="Also pin what is installed here.")] = False,

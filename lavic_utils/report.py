@@ -15,6 +15,7 @@ import pandas as pd  # noqa: E402
 
 from lavic_utils import data  # noqa: E402
 from lavic_utils import wording as w  # noqa: E402, F401  (notebooks name the attributes through here)
+from lavic_utils.claims import claims_summary  # noqa: E402
 from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, results_dir  # noqa: E402
 from lavic_utils.evaluation import summary_by_seed  # noqa: E402
 from lavic_utils.provenance import footer, save_figure, upsert_metrics, write_text  # noqa: E402
@@ -22,7 +23,6 @@ from lavic_utils.runs import Run  # noqa: E402
 
 INK = {"published": "#9aa5b1", "mini run": "#d1495b", "replication answers": "#2e7d6b", "full run": "#30638e"}
 SHADES = ("#d1495b", "#edae49", "#30638e", "#8d96a3", "#2e7d6b", "#6a4c93")
-MARK = "<!-- results: {} -->"
 
 
 # ---------------------------------------------------------------- tables
@@ -274,19 +274,20 @@ def readme_block() -> str:
 
 
 def update_readme(check: bool = False) -> list[str]:
-    """Rewrite (or, with `check`, only compare) the README's generated block. Returns what is stale."""
+    """Rewrite (or, with `check`, only compare) the README's generated blocks. Returns what is stale."""
     path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    begin, end = MARK.format("begin"), MARK.format("end")
-    if begin not in text or end not in text:
-        raise UserError(f"{path.name}: markers {begin} and {end} not found; put them where the tables belong")
-    head, rest = text.split(begin, 1)
-    fresh = head + begin + "\n" + readme_block() + end + rest.split(end, 1)[1]
+    text = fresh = path.read_text(encoding="utf-8")
+    for name, block in (("results", readme_block), ("claims", claims_summary)):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin not in fresh or end not in fresh:
+            raise UserError(f"{path.name}: markers {begin} and {end} not found; put them where the tables belong")
+        head, rest = fresh.split(begin, 1)
+        fresh = head + begin + "\n" + block() + end + rest.split(end, 1)[1]
     if fresh == text:
         return []
     if not check:
         write_text(path, fresh)
         return []
-    return [f"{path.name}: its results differ from results/mini/metrics.json; run `python -m lavic_utils readme`"]
+    return [f"{path.name}: its generated blocks differ from the files under results/; run `python -m lavic_utils readme`"]
 
 
