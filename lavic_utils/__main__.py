@@ -129,7 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
     from .config import UserError
 
     try:
-        return app(args=arguments, prog_name="lavic_utils", standalone_mode=False) or 0
+        code = app(args=arguments, prog_name="lavic_utils", standalone_mode=False) or 0
+        if code == 130:  # typer has taken the interrupt
+            raise KeyboardInterrupt
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

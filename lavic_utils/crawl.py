@@ -25,12 +25,11 @@ from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, TextColu
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from .config import UserError
-from .data import open_image, read_catalogue, read_stage1_valid
+from .data import FORMATS, open_image, read_catalogue, read_stage1_valid
 
 MANIFEST = "images.sqlite"
 MAX_PIXELS = 64_000_000
 MAX_REDIRECTS = 5
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # of all that Pillow reads, some start other programs
 GIVE_UP = 50  # images in a row that no answer came for: the network or the server is down
 LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
 HEADERS = {"User-Agent": "lavic-companion", "Accept-Encoding": "identity"}  # bytes as stored: sizes and ranges are exact

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import datasets
 
 SPLITS = ("train", "valid", "test")
-GET_DATA = "get the published files (repository jeon185/LaViC) and give their folder, e.g. in LAVIC_DATA"
+GET_DATA = ("get the published files (repository jeon185/LaViC; `python -m lavic_utils data fetch`) and give their folder, "
+            "e.g. in LAVIC_DATA")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # not every reader of Pillow: one starts Ghostscript
 TURN = re.compile(r"<(submission|comment)>(.*?)</\1>", re.DOTALL)
 TAG = re.compile(r"</?(?:submission|comment)>")
 SPEAKERS = {"submission": "seeker", "comment": "helper"}
@@ -217,7 +219,7 @@ def image_file(root: Path | str, asin: str, k: int = 0) -> Path:
 def open_image(path: Path | str) -> Image.Image | None:
     """The whole image decoded, RGB; None where the file is missing or corrupt (never a blank stand-in)."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
         return None

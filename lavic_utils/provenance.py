@@ -58,10 +58,10 @@ def code_hash(package: Path = PACKAGE, only: Sequence[str] | None = None) -> str
 
 
 def tree_hash(folder: Path | None) -> str:
-    """16 hex over names, sizes and modification times below a folder; 'unset' or 'absent' where there is none."""
+    """16 hex over names, sizes and times of the JSON files below a folder; 'unset' or 'absent' where there is none."""
     if folder is None or not folder.is_dir():
         return "unset" if folder is None else "absent"
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for p in folder.rglob("*.json*") if p.is_file())
     return key(files=[(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
 
 
