@@ -237,11 +237,13 @@ class Run:
         return self.kept(folder, make, stage="tune", method=method, domain=domain)
 
     def tuned(self, method: str, domain: str):
-        """The base model with the method's adapter (the base model itself for zero-shot rows)."""
+        """The base model with the method's adapter (the base model itself for zero-shot rows), merged where that is exact:
+        into 4-bit weights it would round."""
         if method in ZERO_SHOT:
             return self.model()
         self.tune(method, domain)
-        return PeftModel.from_pretrained(self.model(), self.folder / "stage2" / slug(method) / domain / "adapter").eval()
+        model = PeftModel.from_pretrained(self.model(), self.folder / "stage2" / slug(method) / domain / "adapter").eval()
+        return model if self.profile.quantize_4bit else model.merge_and_unload()
 
     def answers(self, method: str, domain: str, split: str = "test",
                 control: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None, name: str = "") -> list[dict]:
