@@ -119,7 +119,7 @@ def train_recommender(profile: Profile, model, prompter: Prompter, examples: Seq
     saving = {"save_strategy": "steps", "save_steps": stage.save_steps} if stage.save_steps else {"save_strategy": "no"}
     trainer = RecommendationTrainer(
         model=tuned, processing_class=prompter.tokenizer, train_dataset=rows, data_collator=collator(prompter),
-        args=training_arguments(folder / "checkpoints", stage, seed, logging_steps=5, save_total_limit=1,
+        args=training_arguments(folder / "checkpoints", stage, seed, logging_steps=2, save_total_limit=1,
                                 train_sampling_strategy="group_by_length", **saving))
     trainer.remove_callback(PrinterCallback)
     last = any((folder / "checkpoints").glob("checkpoint-*"))
