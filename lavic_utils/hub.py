@@ -1,0 +1,59 @@
+"""Models from the hub: id, pinned revision and size in one place, and whether one can be had here and now."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import UserError
+
+
+class Unavailable(UserError):
+    """A model or service that cannot be had here: names it, its size, and the command that would help."""
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A checkpoint on the hub. `revision`: a commit, so that nobody can change what is loaded (None: not known when this
+    was written, the newest is taken and the answers say which); `gigabytes`: what the download takes."""
+
+    id: str
+    revision: str | None
+    gigabytes: float
+
+    @property
+    def command(self) -> str:
+        return f"hf download {self.id}" + (f" --revision {self.revision}" if self.revision else "")
+
+    def source(self, folder: str | None = None) -> tuple[str, str | None]:
+        """(path or id, revision) for `from_pretrained`: the folder given, the local cache, or the hub where it answers.
+        Raises Unavailable otherwise, UserError for a folder that holds no checkpoint."""
+        if folder:
+            if not (Path(folder) / "config.json").is_file():
+                raise UserError(f"{folder}: no config.json in it, so no checkpoint of {self.id}; correct the profile's `models`")
+            return folder, None
+        if self.cached() or _hub_answers():
+            return self.id, self.revision
+        raise Unavailable(f"needs {self.id} ({self.gigabytes:g} GB), which is not in the local cache, and the hub does not "
+                          f"answer; with a network: {self.command}")
+
+    def cached(self) -> bool:
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(self.id, "config.json", revision=self.revision), str)
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Asked once a process, for at most three seconds; never where HF_HUB_OFFLINE is set."""
+    import httpx
+    from huggingface_hub import constants
+
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    try:
+        return httpx.head(constants.ENDPOINT, timeout=3, follow_redirects=True).status_code < 500
+    except httpx.HTTPError:
+        return False
