@@ -20,6 +20,7 @@ app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 ProfileOption = Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")]
 FolderOption = Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.", hidden=True)]
+RealOption = Annotated[Path | None, typer.Option("--data", help="Folder of the published data. Default: LAVIC_DATA.")]
 CheckOption = Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where a file is not up to date.")]
 
 
@@ -35,23 +36,29 @@ def reproduce(
     seeds: Annotated[int, typer.Option(help="Number of seeds: the profile's, +1, ...")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Run this notebook alone, e.g. 03. Repeatable.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Run notebooks that are up to date too.")] = False,
+    real: RealOption = None,
     folder: FolderOption = None,
 ) -> None:
     """Execute the notebooks in order; what has not changed is not run again."""
+    from .config import use_data
     from .notebooks import NOTEBOOKS
     from .reproduce import reproduce as run
 
+    use_data(real)
     raise typer.Exit(run(profile, seeds, only or [], force, folder or NOTEBOOKS))
 
 
 @notebooks.command("execute")
 def notebooks_execute(
     numbers: Annotated[list[str] | None, typer.Argument(help="e.g. 02 03; all by default.")] = None,
+    real: RealOption = None,
     folder: FolderOption = None,
 ) -> None:
     """Execute notebooks in place and stamp them."""
+    from .config import use_data
     from .notebooks import NOTEBOOKS, execute
 
+    use_data(real)
     raise typer.Exit(execute(numbers or [], folder or NOTEBOOKS))
 
 

@@ -143,6 +143,14 @@ def real_data_dir() -> Path | None:
     return Path(value) if value else None
 
 
+def use_data(folder: Path | None) -> None:
+    """Let a folder given on the command line stand for LAVIC_DATA, for what is started from here too."""
+    if folder and not folder.is_dir():
+        raise UserError(f"--data {folder}: no such folder; give the one with the published files")
+    if folder:
+        os.environ["LAVIC_DATA"] = str(folder.resolve())
+
+
 def replications_dir() -> Path | None:
     """The folder with answers of real 7B models (LAVIC_REPLICATIONS), or None where the variable is unset."""
     value = os.environ.get("LAVIC_REPLICATIONS")
