@@ -127,13 +127,18 @@ def list_table(table: pd.DataFrame) -> pd.DataFrame:
                          "candidates in both lists": groups["shared"].mean()})
 
 
-def id_table(root: Path | str) -> pd.DataFrame:
-    """Distinct ids of lists, truths and dialogues, by form: how many, and the tokens that one needs (least, median, most)."""
+def id_tokens(root: Path | str) -> pd.DataFrame:
+    """One row a distinct id of lists, truths and dialogues: its `form` and the `tokens` it needs."""
     ids = {one for domain, split in present(root) for d in data.read_dialogues(root, domain, split)
            for one in (*d.candidates_st, *d.candidates_gpt_large, *d.gt_items, *d.context_items)}
     rows = [{"form": next((name for name, form in FORMS.items() if form.fullmatch(one)), "other"), "tokens": count}
             for one, count in zip(sorted(ids), mistral_tokens(sorted(ids)), strict=True)]
-    return pd.DataFrame(rows).groupby("form")["tokens"].agg(ids="size", least="min", median="median", most="max")
+    return pd.DataFrame(rows)
+
+
+def id_table(root: Path | str) -> pd.DataFrame:
+    """`id_tokens` by form: how many ids, and the tokens that one needs (least, median, most)."""
+    return id_tokens(root).groupby("form")["tokens"].agg(ids="size", least="min", median="median", most="max")
 
 
 def tile_table(sizes: Sequence[tuple[int, int]]) -> pd.DataFrame:

@@ -95,8 +95,8 @@ def read_rows(path: Path, kind: type[AnyRow], set_aside: list[dict[str, Any]] | 
 
     Only "\\n" ends a line: texts may hold U+2028, U+0085 and others that `str.splitlines` takes for line ends.
     A duplicate row, equal to an earlier one of the file in every field that `kind` reads, is a bad one: it would count
-    twice. A dialogue asked again with its candidates in another order is none (the published files hold five such rows),
-    nor is a context that comes with other answers.
+    twice. A dialogue that comes again with its candidates in another order is none, since the prompt is another one (five
+    rows of the published valid and test files), nor is a context with another answer.
     """
     found, seen = [], {}
     names = [name for name in kind.model_fields if name not in ("line", *extra)]

@@ -350,7 +350,6 @@ def test_real_files_are_read_unchanged_in_strict_mode() -> None:
         for split in ("valid", "test"):
             truth = [json.loads(raw) for raw in (root / folder / f"{split}.jsonl").read_bytes().split(b"\n") if raw]
             rows = data.read_dialogues(root, domain, split)
-            assert [[d.context, list(d.gt_items), list(d.candidates_st)] for d in rows] == [
-                [row["context"], row["gt_items"], row["candidates_st"]] for row in truth]
+            assert [{k: list(v) if isinstance(v := getattr(d, k), tuple) else v for k in FIELDS} for d in rows] == truth
             assert all(d.turns[0][0] == "seeker" for d in rows)
     assert len(data.read_stage1_valid(root)) == 512
