@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -23,8 +23,10 @@ class Section(BaseModel):
 
 
 class Prompts(Section):
-    """Text templates. `candidate` must hold {id} and {title}; `image` is left out for methods without images."""
+    """Text templates. `candidate` must hold {id} and {title}; `image` is left out for methods without images. `chat` is
+    the model's own form of a conversation, put around the message of `describe` and `recommend`."""
 
+    chat: Annotated[str, StringConstraints(pattern=r"\{message\}")] = "{message}"
     describe: str
     recommend: str
     candidate: str
@@ -101,6 +103,7 @@ class Profile(Section):
     tier: Literal["mini run", "full run"]
     model: str  # a folder inside the package, a path, or a hub id
     revision: str | None = None
+    models: dict[str, str] = {}  # method -> your own folder with its checkpoint, instead of the hub's
     quantize_4bit: bool = False
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     seed: int = 42

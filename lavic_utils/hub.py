@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import UserError
+from .config import PACKAGE, UserError
 
 
 class Unavailable(UserError):
@@ -23,6 +23,9 @@ class HubModel:
     revision: str | None
     gigabytes: float
 
+    def __str__(self) -> str:
+        return f"{self.id} ({self.gigabytes:g} GB)"
+
     @property
     def command(self) -> str:
         return f"hf download {self.id}" + (f" --revision {self.revision}" if self.revision else "")
@@ -36,13 +39,22 @@ class HubModel:
             return folder, None
         if self.cached() or _hub_answers():
             return self.id, self.revision
-        raise Unavailable(f"needs {self.id} ({self.gigabytes:g} GB), which is not in the local cache, and the hub does not "
+        raise Unavailable(f"needs {self}, which is not in the local cache, and the hub does not "
                           f"answer; with a network: {self.command}")
 
     def cached(self) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
         return isinstance(try_to_load_from_cache(self.id, "config.json", revision=self.revision), str)
+
+
+def fingerprint(folder: str | None) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of a local checkpoint, for keys of what was made with it; empty for the hub's (id
+    and revision say all) and for the packaged one (the code's hash holds it)."""
+    path = Path(folder or "")
+    if not folder or not path.is_dir() or path.resolve().is_relative_to(PACKAGE):
+        return []
+    return sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir() if f.is_file())
 
 
 @functools.cache

@@ -7,8 +7,9 @@ row ends. [CLS] tokens: position 0 of the last layer of every tile, projected: n
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from transformers.utils import logging
 
 from lavic_utils.config import Profile, UserError
+from lavic_utils.hub import HubModel
 
 logging.disable_progress_bar()  # loading bars would stand in every notebook's output
 
@@ -38,9 +40,22 @@ def load_processor(profile: Profile) -> LlavaNextProcessor:
                               vision_feature_select_strategy="default", **vision)
 
 
+def model_source(profile: Profile) -> tuple[str, str | None]:
+    """(folder or hub id, revision) of the profile's model. Raises Unavailable where it cannot be had here."""
+    path = profile.model_path
+    if Path(path).is_dir():
+        return path, None
+    return HubModel(profile.model, profile.revision, 15.1).source()
+
+
 def load_model(profile: Profile) -> LlavaNextForConditionalGeneration:
     """The base model, in eval mode and without gradients. Raises UserError where it cannot be had."""
-    options: dict = {"revision": profile.revision, "dtype": profile.dtype}
+    return load(LlavaNextForConditionalGeneration, profile, *model_source(profile))
+
+
+def load(kind, profile: Profile, source: str, revision: str | None):
+    """A checkpoint as the profile wants it (dtype, 4 bits), in eval mode and without gradients."""
+    options: dict = {"revision": revision, "dtype": profile.dtype}
     if profile.quantize_4bit:
         from transformers import BitsAndBytesConfig
 
@@ -49,13 +64,18 @@ def load_model(profile: Profile) -> LlavaNextForConditionalGeneration:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16,
             llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"])}
     try:
-        model = LlavaNextForConditionalGeneration.from_pretrained(profile.model_path, **options)
+        model = kind.from_pretrained(source, **options)
     except OSError as error:
         line = str(error).split("\n")[0]
-        raise UserError(f"model {profile.model!r} of profile {profile.name} cannot be loaded ({line}); "
-                        "connect to the network once, or name a local folder in the profile's `model`") from None
+        raise UserError(f"model {source!r} cannot be loaded ({line}); download it whole, or name a local folder in the "
+                        f"profile {profile.name}") from None
     model = model if profile.quantize_4bit else model.to(device())
     return model.eval().requires_grad_(False)
+
+
+def context_window(model) -> int:
+    """Tokens the language model was made for."""
+    return model.config.get_text_config().max_position_embeddings
 
 
 def pixels(processor: LlavaNextProcessor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -100,8 +120,8 @@ def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int) -> Tensor:
 
     Raises ValueError when placeholders and visual tokens differ in number: nothing is ever dropped silently.
     """
-    image_token = model.config.image_token_id
-    slots = ids == image_token
+    image_token = getattr(model.config, "image_token_id", None)
+    slots = ids == (-1 if image_token is None else image_token)
     rows = sum(len(v) for v in visual)
     if int(slots.sum()) != rows:
         raise ValueError(f"{int(slots.sum())} image placeholders in the prompts, {rows} visual tokens to place")
@@ -124,6 +144,29 @@ def encode(model, names: Sequence[str], pixel_values: Tensor, sizes: Tensor, how
     """
     tokens = how(model, pixel_values.to(model.device, model.dtype), sizes)
     return {name: t.float().cpu().clone() for name, t in zip(names, tokens, strict=True)}
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Visual tokens encoded when they are asked for, of images too many and too large to keep (a 7B model's full tokens take
+    47 MB an item). `size_of(asin)` says how many there will be without encoding; the last few items are kept."""
+
+    def __init__(self, names: Sequence[str], encode_one: Callable[[str], Tensor], size_of: Callable[[str], int]) -> None:
+        self.sizes = {name: size_of(name) for name in names}
+        self._get = functools.lru_cache(maxsize=32)(encode_one)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def lengths(visual: Mapping[str, Tensor]) -> dict[str, int]:
+    """Visual tokens of each item, counted without encoding any."""
+    return visual.sizes if isinstance(visual, Lazy) else {name: len(tokens) for name, tokens in visual.items()}
 
 
 def store(tokens: dict[str, Tensor], path: Path) -> None:
