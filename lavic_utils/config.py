@@ -140,6 +140,12 @@ def results_dir(profile: Profile) -> Path:
     return Path(os.environ.get("LAVIC_RESULTS", ROOT / "results")) / profile.name
 
 
+def figures_dir(profile: Profile) -> Path:
+    """Where figures go: `results/<profile>/figures/`, or the committed `figures/` while `notebooks execute` says so by
+    LAVIC_COMMIT, so that a run of your own changes none of the committed pictures."""
+    return ROOT / "figures" if os.environ.get("LAVIC_COMMIT") == "1" else results_dir(profile) / "figures"
+
+
 def real_data_dir() -> Path | None:
     """The folder with the published Reddit-Amazon files (LAVIC_DATA), or None where the variable is unset."""
     value = os.environ.get("LAVIC_DATA")

@@ -126,6 +126,7 @@ def execute_in_place(path: Path) -> None:
     import papermill
 
     set_kernel_environment()
+    os.environ["LAVIC_COMMIT"] = "1"
     code = code_hash()
     source = _strip(read_notebook(path), clear_outputs=True)
     with tempfile.TemporaryDirectory() as folder:

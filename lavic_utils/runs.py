@@ -24,7 +24,7 @@ from lavic_utils import data, distillation, methods, proprietary, recommendation
 from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
 from lavic_utils.evaluation import Score, score
 from lavic_utils.hub import fingerprint
-from lavic_utils.provenance import NUMBERS, code_hash, key, provenance, world_dir, write_json
+from lavic_utils.provenance import NUMBERS, code_hash, key, provenance, world_dir, write_json, write_text
 
 
 class Run:
@@ -288,6 +288,32 @@ class Run:
         kept = [i for i in range(len(dialogues)) if keep(i)]
         lists = [rows[i]["candidates"] for i in kept] if methods.find(method).chooses else None
         return score([rows[i][reading] for i in kept], [dialogues[i].gt_items for i in kept], lists)
+
+
+def run_method(run: Run, method: str, domain: str, split: str = "test", order: int = 0, limit: int | None = None,
+               out: Path | None = None) -> str:
+    """Answer a split with one method, write the answers file, and say where it is. UserError where the method cannot run here.
+
+    The file holds each row as published, with `recommended_<key>`, `response_<key>` and `candidates_<key>`; the key is "st" (or
+    "gpt_large") for a method that chooses, else the method's own, and its list the ten it ranks first.
+    """
+    chosen = methods.find(method)
+    if domain not in DOMAINS or split not in data.SPLITS:
+        raise UserError(f"no dialogues {domain}/{split}; use one of {', '.join(DOMAINS)} and of {', '.join(data.SPLITS)}")
+    if why := chosen.reason(run):
+        raise UserError(f"{chosen.name}: {why}")
+    found = run.answered(chosen.name, domain, split, order=order, limit=limit)
+    key = run.profile.candidates.removeprefix("candidates_") if chosen.chooses else methods.slug(chosen.name)
+    part = f"{domain}_{split}" + (f"_order{order}" if order else "") + (f"_first{limit}" if limit else "")
+    out = out or run.folder.parent / "answers" / f"{methods.slug(chosen.name)}_{part}_seed{run.seed}.jsonl"
+    lines = [json.dumps({**d.model_dump(exclude={"domain", "split", "line"}), f"candidates_{key}": a["candidates"],
+                         f"recommended_{key}": a["recommended"], f"response_{key}": a["response"]}) + "\n"
+             for d, a in zip(run.dialogues(domain, split), found["rows"], strict=False)]
+    write_text(out, "".join(lines))
+    spent = found["cost"]
+    return (f"{chosen.name}, {domain}/{split}: {len(lines)} answers in {spent['seconds']:g} s, "
+            f"{sum(a['refused'] > 0 for a in found['rows'])} prompts refused as too long, ${spent['usd']:.4f}\n{out}\n"
+            f"score them: python -m lavic_utils evaluate {out}")
 
 
 def cost(answers: Sequence[recommendation.Answer], seconds: float) -> dict[str, float]:
