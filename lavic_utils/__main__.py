@@ -74,7 +74,7 @@ def run(
     max_usd: Annotated[float, typer.Option(min=0, help="Never spend more than this on one run.")] = 1.0,
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
-    from .proprietary import Settings
+    from .endpoint import Settings
     from .runs import Run, run_method
 
     api = Settings(base_url=base_url, served=served, max_usd=max_usd)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from lavic_utils import openmodels, prompts, proprietary, recommendation, retrieval, vision
+from lavic_utils import endpoint, openmodels, prompts, proprietary, recommendation, retrieval, vision
 from lavic_utils.config import UserError, results_dir
 from lavic_utils.data import Dialogue, image_file
 from lavic_utils.encoders import ENCODERS
@@ -130,26 +130,35 @@ class Proprietary(Method):
     """A model behind an OpenAI-compatible service. Answers are kept for good: nothing is paid twice."""
 
     def needs(self, run):
-        return f"{proprietary.MODELS[self.name].served} at an OpenAI-compatible service (key in {proprietary.KEY}, or --base-url)"
+        return f"{proprietary.MODELS[self.name].served} at an OpenAI-compatible service (key in {endpoint.KEY}, or --base-url)"
 
     def reason(self, run):
-        return _reason(lambda: proprietary.api_key(run.api))
+        return _reason(lambda: endpoint.Endpoint(proprietary.MODELS[self.name], run.api))
 
     def identity(self, run):
         return str(run.api)
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
-        requests = []
-        for d in dialogues:
-            names = getattr(d, run.profile.candidates)
-            text = prompts.recommend_message(run.profile.prompts, d.turns, names, run.titles)
-            images = [(a, image_file(run.root, a)) for a in names] if self.inputs == BOTH else []
-            requests.append(proprietary.build_messages(text, images))
-        model, cache = proprietary.MODELS[self.name], results_dir(run.profile) / "api_answers.sqlite"
-        replies = proprietary.ask_all(requests, model, run.api, cache)
-        return [Answer(r.text or "", parse_answer(r.text or ""), tuple(getattr(d, run.profile.candidates)),
-                       prompt_tokens=r.input_tokens, new_tokens=r.output_tokens, usd=r.usd)
+        replies = proprietary.ask_all(Requests(run, dialogues, self.inputs == BOTH), proprietary.MODELS[self.name], run.api,
+                                      results_dir(run.profile) / "api_answers.sqlite")
+        return [Answer(r.text or "", parse_answer(r.text or ""), getattr(d, run.profile.candidates),
+                       prompt_tokens=r.input_tokens, new_tokens=r.output_tokens, usd=0.0 if r.cached else r.usd)
                 for d, r in zip(dialogues, replies, strict=True)]
+
+
+class Requests(Sequence):
+    """Chat messages of dialogues, made when they are read: ten pictures each are too much to hold for all."""
+
+    def __init__(self, run: Run, dialogues: Sequence[Dialogue], images: bool) -> None:
+        self.run, self.dialogues, self.images = run, dialogues, images
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
+
+    def __getitem__(self, i: int) -> list[dict]:
+        names = getattr(self.dialogues[i], self.run.profile.candidates)
+        text = prompts.recommend_message(self.run.profile.prompts, self.dialogues[i].turns, names, self.run.titles)
+        return proprietary.build_messages(text, [(a, image_file(self.run.root, a)) for a in names] if self.images else [])
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,7 @@ METHODS = _registry(
     Base("LLaVA-v1.6 (title)"),
     Open("LLaVA-v1.5 (title+image)", BOTH, hub=LLAVA_15, chat=LLAVA),
     Base("LLaVA-v1.6 (title+image)", BOTH),
-    *(Proprietary(name, BOTH if model.images else TITLE, "proprietary") for name, model in proprietary.MODELS.items()),
+    *(Proprietary(name, BOTH if "image" in name else TITLE, "proprietary") for name in proprietary.MODELS),
     Trained("Entire tokens (5x577)", BOTH, "ablation", "full", examples=0.15),
     Trained("LaViC w/o images", TITLE, "ablation", None),
     Trained("LaViC w/o self-distillation", BOTH, "ablation", "base"),

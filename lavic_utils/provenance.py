@@ -22,7 +22,7 @@ ROW_FIELDS = (
 )  # fmt: skip
 # Modules whose code can change a number; the command line, the driver and the drawing of tables and figures cannot.
 NUMBERS = ("config", "wording", "draw", "world", "data", "retrieval", "encoders", "prompts", "vision", "distillation",
-           "recommendation", "openmodels", "proprietary", "methods", "runs", "evaluation")
+           "recommendation", "openmodels", "endpoint", "proprietary", "methods", "runs", "evaluation")
 TEXT = {".py", ".yaml", ".yml", ".json", ".jsonl", ".md", ".txt"}
 
 

@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lavic_utils import data, distillation, methods, proprietary, recommendation, vision
+from lavic_utils import data, distillation, endpoint, methods, recommendation, vision
 from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
 from lavic_utils.evaluation import Score, score
 from lavic_utils.hub import fingerprint
@@ -35,10 +35,10 @@ class Run:
     """
 
     def __init__(self, profile: str | Profile = "mini", seed: int | None = None, data_folder: Path | None = None,
-                 api: proprietary.Settings | None = None) -> None:
+                 api: endpoint.Settings | None = None) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
         self.seed = self.profile.seed if seed is None else seed
-        self.given, self.api = data_folder, api or proprietary.Settings()
+        self.given, self.api = data_folder, api or endpoint.Settings(max_usd=0.0)
         self._read: dict[tuple[str, str], list[data.Dialogue]] = {}
         place = results_dir(self.profile) / (f"data-{self.data_hash}" if data_folder else "")
         self.folder = place / f"seed{self.seed}"
