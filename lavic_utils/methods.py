@@ -119,7 +119,8 @@ class Open(Method):
         profile, visual, window = openmodels.with_chat(run.profile, self.chat), None, None
         model, processor = openmodels.load(profile, *self.hub.source(profile.models.get(self.name)))
         if self.inputs == BOTH:
-            visual = openmodels.full_tokens(model, processor, run.root, dialogues, profile.candidates)
+            paths = {a: image_file(run.root, a) for d in dialogues for a in getattr(d, profile.candidates)}
+            visual = vision.lazy_full_tokens(model, processor, paths)
             window = vision.context_window(model)
         tokenizer = getattr(processor, "tokenizer", processor)
         prompter = recommendation.Prompter(tokenizer, profile, run.titles, visual, window)

@@ -202,13 +202,16 @@ class Run:
             return found
         return self.kept(folder, make, stage="distil")
 
-    def visual(self, tokens: str | None, splits: Sequence[str] = ("train", "test")) -> dict[str, Tensor] | None:
+    def visual(self, tokens: str | None, splits: Sequence[str] = ("train", "test")) -> Mapping[str, Tensor] | None:
         """Visual tokens of every dialogue item with a readable first image: "distilled" or "base" [CLS], or "full".
 
         Each image is decoded once; the base model is the student with its adapter switched off.
         """
         if tokens is None:
             return None
+        if tokens == "full" and not self.profile.world:  # a 7B model's are 47 MB an item: encoded when asked for, never stored
+            paths = {a: data.image_file(self.root, a) for split in splits for a in self.items[split]}
+            return vision.lazy_full_tokens(self.model(), self.processor, paths)
         self.distil()
         folder, merged = self.folder / "tokens", {}
 
@@ -221,7 +224,7 @@ class Run:
                 found["distilled"] |= vision.encode(model, group, values, sizes, vision.cls_tokens)
                 with model.disable_adapter():
                     found["base"] |= vision.encode(model, group, values, sizes, vision.cls_tokens)
-                    if self.profile.world:  # a 7B model's full tokens are tens of megabytes an item: never stored
+                    if self.profile.world:
                         found["full"] |= vision.encode(model, group, values, sizes, vision.full_tokens)
             for name, kept in found.items():
                 vision.store(kept, folder / f"{name}_{split}.safetensors")

@@ -22,6 +22,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from transformers.utils import logging
 
 from lavic_utils.config import Profile, UserError
+from lavic_utils.data import open_image
 from lavic_utils.hub import HubModel
 
 logging.disable_progress_bar()  # loading bars would stand in every notebook's output
@@ -162,6 +163,23 @@ class Lazy(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+
+def lazy_full_tokens(model, processor, paths: Mapping[str, Path]) -> Lazy:
+    """Full tokens of each readable image (item id -> file), by the model's own forward; LLaVA-NeXT or LLaVA 1.5."""
+    images = {name: image.size for name, path in paths.items() if (image := open_image(path)) is not None}
+
+    @torch.inference_mode()
+    def encode_one(name: str) -> Tensor:
+        batch = processor.image_processor(open_image(paths[name]), return_tensors="pt").to(model.device)
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+        return inner(model).get_image_features(**batch).pooler_output[0].float().cpu()
+
+    def size_of(name: str) -> int:
+        width, height = images[name]
+        return processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens[0]
+
+    return Lazy(list(images), encode_one, size_of)
 
 
 def lengths(visual: Mapping[str, Tensor]) -> dict[str, int]:
