@@ -1,6 +1,6 @@
 """The sentence encoders of the retrieval rows: which checkpoint, how one vector is made of its tokens, and a cache of vectors.
 
-Where the sources of the pooling are: SimCSE, README of princeton-nlp/SimCSE; BLaIR, blair/README of hyp1231/AmazonReviews2023.
+Sources of the poolings: SimCSE, README of princeton-nlp/SimCSE; BLaIR, blair/README of hyp1231/AmazonReviews2023.
 """
 
 from __future__ import annotations

@@ -214,8 +214,10 @@ def test_what_the_hub_does_not_give_is_named_with_its_size_and_command(name: str
     with pytest.raises(Unavailable, match=re.escape(f"{model.id} ({model.gigabytes:g} GB)")) as refused:
         rank(name, ["a mug"], TEXTS)
     assert model.command in str(refused.value) and model.revision in model.command
+    stopped = replace(model, id="nobody/nothing")
+    monkeypatch.setitem(ENCODERS, name, replace(ENCODERS[name], model=stopped))
     monkeypatch.setattr(HubModel, "cached", lambda self: True)  # a download that stopped after config.json
-    with pytest.raises(Unavailable, match=re.escape(model.command)):
+    with pytest.raises(Unavailable, match=re.escape(stopped.command)):
         rank(name, ["a mug"], TEXTS)
 
 
