@@ -126,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
         if not first:
             return self.good(first)
         self.send(b"{", length=500)
-        for _ in range(20):
+        for _ in range(40):
             time.sleep(0.2)
             self.wfile.write(b" ")
 
@@ -255,6 +255,8 @@ def test_all_that_can_arrive_does_and_a_second_run_asks_for_nothing(server: Serv
     assert {word: times for word, times in server.asked().items() if times != 1 + (word in ARRIVE)} == {}
     at = [seconds for seconds, prompt in server.log if prompt == "busy"]
     assert at[1] - at[0] >= 1  # Retry-After was kept; the backoff alone is a hundredth of it
+    at = [seconds for seconds, prompt in server.log if prompt == "drip"]
+    assert at[1] - at[0] < 5  # the time-out is of the whole attempt; left alone it drips for 8 seconds
     assert len(rows(cache)) == len(words) - len(UNPAID)
 
     server.log.clear()
