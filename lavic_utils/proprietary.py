@@ -27,10 +27,11 @@ from .endpoint import ApiModel, Endpoint, Lost, Reply, Settings, address
 from .inspection import mistral_tokens
 from .provenance import key as key_of
 
-# Dated snapshots, so that nobody can change what answers. OpenAI's list prices in USD a million tokens, looked up in November
-# 2026 and the same since each snapshot came out (discounts left out). OpenAI announced to shut down gpt-3.5-turbo-0125 on
-# 2026-10-23 and the other two on 2027-01-14: from then on a row needs an endpoint that still serves its model (`base_url`,
-# `served`). An image in low detail takes gpt-4o-mini 33 times as many tokens as gpt-4o, and so twice the dollars.
+# Dated snapshots, so that nobody can change what answers. Prices: OpenAI's list of May 2026, as reported in November 2026
+# without its discounts. Tokens of an image in low detail: as documented and as users measured them; gpt-4o-mini takes 33 times
+# as many as gpt-4o, and so twice the dollars. OpenAI's deprecations page (November 2026) gives 2026-10-23 as the day on which
+# gpt-3.5-turbo-0125 is shut down, 2027-01-14 for the other two: from then on a row needs an endpoint that still serves its
+# model (`base_url`, `served`).
 _GPT35 = ApiModel("gpt-3.5-turbo-0125", images=False, usd_input=0.50, usd_output=1.50)
 _GPT4O_MINI = ApiModel("gpt-4o-mini-2024-07-18", images=True, usd_input=0.15, usd_output=0.60, image_tokens=2833)
 _GPT4O = ApiModel("gpt-4o-2024-08-06", images=True, usd_input=2.50, usd_output=10.00, image_tokens=85)
@@ -225,8 +226,8 @@ def ask_all(requests: Sequence[list[dict]], model: ApiModel, settings: Settings,
     """
     work = _ask_all(requests, model, settings, cache, on_progress or (lambda done, of: None))
     try:
-        asyncio.get_running_loop()
+        looping = bool(asyncio.get_running_loop())
     except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as beside:  # in a notebook, whose kernel runs a loop already
-        return beside.submit(asyncio.run, work).result()
+        looping = False
+    # a notebook's kernel runs a loop already, and a thread has but one
+    return ThreadPoolExecutor(1).submit(asyncio.run, work).result() if looping else asyncio.run(work)
