@@ -54,8 +54,8 @@ def methods(profile: ProfileOption = "mini", as_json: JsonOption = False) -> Non
     from .runs import Run
 
     rows = listing(Run(profile))
-    columns = ("name", "family", "inputs", "runnable", "needs", "reason")
-    print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, columns)
+    columns = ("name", "family", "inputs", "runnable", "needs")
+    print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, columns, "reason")
 
 
 @app.command()
@@ -94,17 +94,23 @@ def table(
     from .runs import Run
 
     rows = table_rows(Run(profile), name)
-    print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, tuple(rows[0]))
+    print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, tuple(rows[0])[:-1], "note")
 
 
-def _print_rows(rows: list[dict], columns: tuple[str, ...]) -> None:
+def _print_rows(rows: list[dict], columns: tuple[str, ...], note: str) -> None:
+    """A table of some columns, then each different `note` once, with the methods it is of."""
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(*columns)
+    console, shown = Console(width=None if sys.stdout.isatty() else 160), Table(*columns)
+    notes: dict[str, list[str]] = {}
     for row in rows:
         shown.add_row(*("" if row[c] is None else str(row[c]) for c in columns))
-    Console().print(shown, markup=False)
+        if row[note]:
+            notes.setdefault(row[note], []).append(str(row[columns[0]]))
+    console.print(shown, markup=False)
+    for text, names in notes.items():
+        print(f"{', '.join(dict.fromkeys(names))}: {text}")
 
 
 @notebooks.command("execute")

@@ -22,13 +22,16 @@ class HubModel:
     id: str
     revision: str | None
     gigabytes: float
+    safetensors: bool = True  # the weights are there in this format; its other formats are not needed then
 
     def __str__(self) -> str:
         return f"{self.id} ({self.gigabytes:g} GB)"
 
     @property
     def command(self) -> str:
-        return f"hf download {self.id}" + (f" --revision {self.revision}" if self.revision else "")
+        other = ["*.h5", "*.msgpack", "*.onnx", *(["*.bin"] if self.safetensors else [])]
+        return " ".join([f"hf download {self.id}", *([f"--revision {self.revision}"] if self.revision else []),
+                         *(f"--exclude '{pattern}'" for pattern in other)])
 
     def source(self, folder: str | None = None) -> tuple[str, str | None]:
         """(path or id, revision) for `from_pretrained`: the folder given, the local cache, or the hub where it answers.

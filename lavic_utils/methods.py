@@ -203,7 +203,7 @@ def _reason(find: Callable[[], object]) -> str | None:
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
           "polite answers to the user's questions. USER: {message} ASSISTANT:")  # the form Vicuna v1.5 was trained with
 LLAVA = "USER: {message} ASSISTANT:"  # llava-1.5's own template
-VICUNA_7B = HubModel("lmsys/vicuna-7b-v1.5", "3321f76e3f527bd14065daf69dad9344000a201d", 13.5)
+VICUNA_7B = HubModel("lmsys/vicuna-7b-v1.5", "3321f76e3f527bd14065daf69dad9344000a201d", 13.5, safetensors=False)
 LLAVA_15 = HubModel("llava-hf/llava-1.5-7b-hf", "b234b804b114d9e37bb655e11cbbb5f5e971b7a9", 14.1)
 
 def _registry(*methods: Method) -> dict[str, Method]:

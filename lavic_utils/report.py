@@ -109,7 +109,7 @@ def table_rows(run: Run, table: str) -> list[dict[str, str]]:
         why = find(method).reason(run)
         for domain in DOMAINS:
             ours = line[(domain, metrics["provenance"]["tier"])]
-            todo = f"python -m lavic_utils run {method!r} --domain {domain} --profile {run.profile.name}"
+            todo = f"python -m lavic_utils run {method!r} --domain DOMAIN --profile {run.profile.name}"
             rows.append({"method": method, "domain": domain, "published": line[(domain, "published")],
                          "ours": "" if ours == NOT_RUN else ours,
                          "tier of ours": "" if ours == NOT_RUN else metrics["provenance"]["tier"],

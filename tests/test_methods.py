@@ -162,7 +162,8 @@ def test_open_rows_run_and_evaluate_reads_them(run, name):
     assert len(rows) == 6
     key = "st" if method.chooses else methods.slug(name)
     lines = read(path)
-    assert all({f"recommended_{key}", f"response_{key}", f"candidates_{key}", "context", "gt_items"} <= set(line) for line in lines)
+    fields = {f"recommended_{key}", f"response_{key}", f"candidates_{key}", "context", "gt_items"}
+    assert all(fields <= set(line) for line in lines)
     original = [d.candidates_st for d in run.dialogues("beauty", "test")[:6]]
     if method.chooses:
         assert [tuple(line["candidates_st"]) for line in lines] == original
@@ -178,8 +179,8 @@ def test_a_profile_that_names_a_folder_without_a_model_says_so(run, tmp_path):
 
 # ---------------------------------------------------------------- prompts: golden
 GOLDEN = {
-    "Vicuna-v1.5": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-                   "and polite answers to the user's questions. USER: MESSAGE ASSISTANT:",
+    "Vicuna-v1.5": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+                   "detailed, and polite answers to the user's questions. USER: MESSAGE ASSISTANT:",
     "LLaVA-v1.5 (title)": "USER: MESSAGE ASSISTANT:",
     "LLaVA-v1.5 (title+image)": "USER: MESSAGE ASSISTANT:",
 }
@@ -211,7 +212,7 @@ def test_long_dialogues_lose_their_oldest_comments_first():
     assert all(len(p.ids) <= room for p, room in zip(fits, (80, 60), strict=True))
     assert 0 < fits[0].dropped_dialogue_tokens < fits[1].dropped_dialogue_tokens
     whole = prompts.recommend_prompt(tokenizer, profile.prompts, turns, NAMES, TITLES, None, 500)
-    assert whole.dropped_dialogue_tokens == 0 and len(fits[0].ids) > 80 - 4  # no more is cut than must be
+    assert whole.dropped_dialogue_tokens == 0 and len(fits[0].ids) > 80 - 8  # no more is cut than must be
 
 
 # ---------------------------------------------------------------- equality with transformers' own forward
@@ -303,7 +304,7 @@ def test_table_prints_published_beside_ours_with_tier_and_reason(run, capsys, mo
     assert len(rows) == 11 * 3
     assert rows["BM25", "home"]["ours"].count("[") == 1 and rows["BM25", "home"]["tier of ours"] == "mini run"
     assert rows["BM25", "home"]["published"] == "0.0479" and rows["BM25", "home"]["note"] == ""
-    assert rows["LaViC", "home"]["ours"] == "" and "lavic_utils run 'LaViC' --domain home" in rows["LaViC", "home"]["note"]
+    assert rows["LaViC", "home"]["ours"] == "" and "lavic_utils run 'LaViC' --domain DOMAIN" in rows["LaViC", "home"]["note"]
     with pytest.raises(UserError, match="no table 'nine'"):
         report.table_rows(run, "nine")
     assert main(["table", "ablation"]) == 0 and "0.1187 / 0.970" in capsys.readouterr().out
