@@ -28,6 +28,7 @@ from lavic_utils.config import DOMAINS
 from lavic_utils.runs import Run
 
 DOMAIN = "beauty"
+TOLERANCE = 1e-5
 
 
 def synchronize() -> None:
@@ -113,7 +114,7 @@ class Bench:
         for stage, sides in pairs.items():
             with torch.inference_mode():
                 ours, plain = (float(side()) for side in sides)
-            if not math.isclose(ours, plain, rel_tol=1e-5, abs_tol=1e-5):
+            if not math.isclose(ours, plain, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
                 raise RuntimeError(f"{stage}: our loss is {ours:.7f}, the direct way's {plain:.7f}: nothing was measured")
             losses[stage] = {"ours": ours, "direct": plain}
         some = self.dialogues[:few]
@@ -122,7 +123,7 @@ class Bench:
         if ours != plain:
             unlike = sum(a != b for a, b in zip(ours, plain, strict=True))
             raise RuntimeError(f"{unlike} of {len(some)} answers differ from the direct way's: nothing was measured")
-        return {"losses": losses, "tolerance": 1e-5, "equal_answers": len(some)}
+        return {"losses": losses, "tolerance": TOLERANCE, "equal_answers": len(some)}
 
     # ------------------------------------------------------------ ratios
     def stage2_training(self) -> dict:
@@ -186,8 +187,8 @@ class Bench:
         """What encoding all items once costs; what is left of the ratios of `parts` when it is counted in, on the
         profile's own number of dialogues; and after how many dialogues it has paid for itself."""
         names = sorted(set().union(*self.run.items.values()))[:most]
-        groups = [names[i::self.rounds] for i in range(self.rounds)]
-        rate = spread([len(group) / timed(lambda group=group: self.encode(group)) for group in groups])
+        rate = spread([len(group) / timed(lambda group=group: self.encode(group))
+                       for group in (names[i::self.rounds] for i in range(self.rounds))])
         found: dict = {"items_a_second": rate, "items_encoded": len(names)}
         for part, split in (("stage2_training", "train"), ("evaluation", "test")):
             items = len(self.run.items[split])
@@ -289,8 +290,7 @@ def operators(work: Callable[[], object], most: int = 8) -> dict[str, float]:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Most bytes of tensors that a call holds at once beyond those held before it: by torch's own count of allocations,
-    so that other users of the process's memory do not matter."""
+    """Most bytes of tensors that a call holds at once beyond those held before it, by torch's count of allocations."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

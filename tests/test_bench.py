@@ -131,7 +131,7 @@ def test_the_file_holds_what_the_readme_needs(profile, tmp_path, capsys, monkeyp
     monkeypatch.setattr(bench, "QUICK", bench.QUICK | {"candidates": (2, 3), "words": (5, 9), "catalogues": (10, 20)})
     path = bench.bench(quick=True, name=profile)
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert path.parent.name == "bench-quick" and "stage2_training: " in capsys.readouterr().out
+    assert path.parent.name == "bench-quick" and "stage2_training: " in capsys.readouterr().err
     assert set(found["ratios"]) == {"stage2_training", "evaluation", "stage1_training", "crawl"}
     for part, ratio in found["ratios"].items():
         figure = found["figures"][part]
@@ -141,6 +141,8 @@ def test_the_file_holds_what_the_readme_needs(profile, tmp_path, capsys, monkeyp
     assert {"code_hash", "versions", "machine", "tier", "threads", "card"} <= set(found["provenance"])
     work = found["figures"]["work"]
     for stage in ("stage1_training", "stage2_training", "evaluation"):
+        full = found["ratios"][stage] / work[stage]["share"]["float32"]
+        assert found["figures"][stage]["ratio_at_full_rate"] == pytest.approx(full, rel=1e-3)
         assert work[stage]["flop"] > 1e6 and sum(work[stage]["time_by_operator"].values()) == pytest.approx(1, abs=0.01)
     host = platform.node()
     assert f'"{host}"' not in path.read_text(encoding="utf-8") and path.stem == bench.machine_name(found["provenance"]["machine"])
