@@ -229,8 +229,7 @@ class Bench:
         return self.stage2_loss(model, batch | {"visual": visual})
 
     def work(self) -> dict:
-        """FLOP/s of a training step of ours, and of answering one batch, over the machine's matrix-product rate; and the
-        operators that take their time."""
+        """FLOP/s of our training steps and of answering a batch, over the matrix-product rate; where their time goes."""
         profile, rates = self.run.profile, matrix_rates()
 
         def step(model, stage, loss, batch) -> Callable[[], None]:
