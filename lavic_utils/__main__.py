@@ -36,13 +36,14 @@ def reproduce(
     seeds: Annotated[int, typer.Option(help="Number of seeds: the profile's, +1, ...")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Run this notebook alone, e.g. 03. Repeatable.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Run notebooks that are up to date too.")] = False,
+    extended: Annotated[bool, typer.Option("--extended", help="Also train what goes beyond the paper (minutes).")] = False,
     folder: FolderOption = None,
 ) -> None:
     """Execute the notebooks in order; what has not changed is not run again."""
     from .notebooks import NOTEBOOKS
     from .reproduce import reproduce as run
 
-    raise typer.Exit(run(profile, seeds, only or [], force, folder or NOTEBOOKS))
+    raise typer.Exit(run(profile, seeds, only or [], force, folder or NOTEBOOKS, extended))
 
 
 @app.command()

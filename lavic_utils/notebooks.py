@@ -90,6 +90,10 @@ def source_hash(nb: Any, code_only: bool = False) -> str:
     return key(cells=[(c.cell_type, c.source.replace("\r\n", "\n"), sorted(tags(c))) for c in cells])
 
 
+def has_parameter(nb: Any, name: str) -> bool:
+    return any("parameters" in tags(cell) and re.search(rf"^{name}\b", cell.source, re.M) for cell in nb.cells)
+
+
 def _parameter(nb: Any, name: str, default: str) -> str:
     for cell in nb.cells:
         if "parameters" in tags(cell):

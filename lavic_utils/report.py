@@ -19,7 +19,7 @@ from lavic_utils import wording as w  # noqa: E402, F401  (notebooks name the at
 from lavic_utils.claims import claims_summary  # noqa: E402
 from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, figures_dir, results_dir  # noqa: E402
 from lavic_utils.evaluation import summary_by_seed  # noqa: E402
-from lavic_utils.methods import find  # noqa: E402
+from lavic_utils.methods import Trained, find  # noqa: E402
 from lavic_utils.provenance import footer, save_figure, upsert_metrics, write_text  # noqa: E402
 from lavic_utils.ranking import ranking_scores  # noqa: E402
 from lavic_utils.runs import Run  # noqa: E402
@@ -42,13 +42,15 @@ def published_rows(table: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def record(run: Run, chosen: Sequence[str], domains: Sequence[str] = tuple(DOMAINS)) -> pd.DataFrame:
-    """Score methods on test and put their rows into `results/<profile>/metrics.json`: beside the required fields the readings
+def record(run: Run, chosen: Sequence[str], domains: Sequence[str] = tuple(DOMAINS), path: Path | None = None) -> pd.DataFrame:
+    """Score methods on test and put their rows into `results/<profile>/metrics.json` (or `path`): beside the required fields the readings
     "constrained" and "scored", MRR and NDCG@10, and how many prompts were refused as too long for the context."""
     rows = []
     for method in chosen:
         for domain in domains:
             answers, row = run.answers(method, domain), run.score(method, domain).row(method, domain, run.seed)
+            if isinstance(find(method), Trained):
+                row["examples"] = run.tune(method, domain)["examples"]
             row["refused"] = sum(a["refused"] > 0 for a in answers)
             if any(a["log_likelihoods"] for a in answers):
                 for reading in ("constrained", "scored"):
@@ -56,12 +58,24 @@ def record(run: Run, chosen: Sequence[str], domains: Sequence[str] = tuple(DOMAI
                 ranked = ranking_scores(answers, [d.gt_items for d in run.dialogues(domain, "test")])
                 row |= {"mrr": ranked["MRR"], "ndcg@10": ranked["NDCG@10"]}
             rows.append(row)
-    upsert_metrics(metrics_path(run), rows, run.stamp())
+    upsert_metrics(path or metrics_path(run), rows, run.stamp())
     return pd.DataFrame(rows)
 
 
 def metrics_path(run: Run) -> Path:
     return results_dir(run.profile) / "metrics.json"
+
+
+def extended_path(run: Run) -> Path:
+    return results_dir(run.profile) / "extended.json"
+
+
+def read_extended(run: Run) -> dict | None:
+    """What `reproduce --extended` measured, where it was by this very code and data; None otherwise."""
+    path, now = extended_path(run), run.stamp()
+    found = read_metrics(path) if path.is_file() else None
+    same = found and all(found["provenance"][name] == now[name] for name in ("numbers_hash", "data_hash"))
+    return found if same else None
 
 
 def read_metrics(path: Path) -> dict:
@@ -258,6 +272,31 @@ def bars(metrics: Mapping, methods: Sequence[str], tier: str):
     axes[0, 0].set_ylabel("published")
     axes[1, 0].set_ylabel(tier)
     axes[0, 0].invert_yaxis()
+    fig.tight_layout()
+    return fig
+
+
+def extended_figure(beyond: Mapping, metrics: Mapping):
+    """Beyond the paper: HR@1 by the number of training examples, and with one [CLS] an image beside one a tile; means over
+    seeds (dots: each seed) with 95 % intervals over dialogues."""
+    frame = pd.DataFrame(beyond["rows"] + [row for row in metrics["rows"] if row["method"] == "LaViC"])
+    means = summary_by_seed(frame.to_dict("records")).set_index(["method", "domain"])
+    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
+    for colour, domain in zip(SHADES, DOMAINS, strict=False):
+        part = frame[(frame["domain"] == domain) & (frame["method"] != "LaViC, one [CLS]")]
+        sizes = part.groupby("method")["examples"].mean().sort_values()
+        line = means.loc[[(m, domain) for m in sizes.index]]
+        axes[0].errorbar(sizes, line["mean"], [line["mean"] - line["low"], line["high"] - line["mean"]], label=domain,
+                         color=colour, marker="o", ms=4, capsize=2)
+        axes[0].plot(part["examples"], part["hit_ratio_conversations"], ".", color=colour, ms=3)
+    axes[0].set(xlabel="training examples", ylabel="HR@1 over conversations", xscale="log")
+    axes[0].legend(fontsize=7)
+    for shift, colour, method in ((-0.2, SHADES[3], "LaViC, one [CLS]"), (0.2, SHADES[0], "LaViC")):
+        line, x = means.loc[[(method, d) for d in DOMAINS]], np.arange(len(DOMAINS)) + shift
+        axes[1].bar(x, line["mean"], 0.38, yerr=[line["mean"] - line["low"], line["high"] - line["mean"]], color=colour,
+                    label=method if "one" in method else "LaViC, one a tile")
+    axes[1].set_xticks(range(len(DOMAINS)), list(DOMAINS))
+    axes[1].legend(fontsize=7)
     fig.tight_layout()
     return fig
 
