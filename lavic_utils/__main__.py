@@ -112,6 +112,23 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    profile: ProfileOption = "mini",
+    gpu: Annotated[str | None, typer.Option(help="t4, a100 or h100; default: the card of this machine, else all three.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Memory, tokens, disk and hours a profile needs; exit 2 where it cannot fit the card."""
+    import json
+
+    from .config import load_profile
+    from .plan import plan as make
+    from .plan import show
+
+    found = make(load_profile(profile), gpu)
+    print(json.dumps(found, indent=1)) if as_json else show(found)
+
+
+@app.command()
 def environment(
     check: CheckOption = False,
     lock: Annotated[bool, typer.Option("--lock", help="Also pin what is installed here.")] = False,
