@@ -89,19 +89,20 @@ def training_arguments(folder: Path, stage, seed: int, **more) -> TrainingArgume
     """What both stages share: AdamW, constant settings of the profile, no reporting, precision by the card.
 
     AdamW on plain float32 adapters everywhere: they have 21 million parameters at most, so that paged or 8-bit states
-    would save 0.1 GB of 8. Checkpointing is non-reentrant: the reentrant kind gives LoRA below frozen layers no gradient.
+    would save 0.1 GB of 8. Checkpointing is non-reentrant: the other kind needs inputs that carry gradients.
     """
     cuda = torch.cuda.is_available()
     bf16 = cuda and vision.half() == torch.bfloat16
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}
+                     } if stage.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(folder), learning_rate=stage.learning_rate, weight_decay=stage.weight_decay,
         per_device_train_batch_size=stage.batch_size, gradient_accumulation_steps=stage.gradient_accumulation,
         num_train_epochs=stage.epochs, max_grad_norm=1.0, seed=seed, data_seed=seed, bf16=bf16, fp16=cuda and not bf16,
-        optim="adamw_torch_fused", gradient_checkpointing=stage.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False}, logging_nan_inf_filter=False,
+        optim="adamw_torch_fused", logging_nan_inf_filter=False,
         remove_unused_columns=False, report_to=[], disable_tqdm=True, logging_strategy="steps",
         lr_scheduler_type=stage.schedule, warmup_steps=stage.warmup_steps, label_names=["labels"],
-        dataloader_pin_memory=cuda, **more)
+        dataloader_pin_memory=cuda, **checkpointing, **more)
 
 
 class StageTrainer(Trainer):
