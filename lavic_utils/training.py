@@ -99,7 +99,7 @@ def training_arguments(folder: Path, stage, seed: int, **more) -> TrainingArgume
         output_dir=str(folder), learning_rate=stage.learning_rate, weight_decay=stage.weight_decay,
         per_device_train_batch_size=stage.batch_size, gradient_accumulation_steps=stage.gradient_accumulation,
         num_train_epochs=stage.epochs, max_grad_norm=1.0, seed=seed, data_seed=seed, bf16=bf16, fp16=cuda and not bf16,
-        optim="adamw_torch_fused", logging_nan_inf_filter=False,
+        optim="adamw_torch_fused", logging_nan_inf_filter=False, use_cpu=not cuda, ddp_find_unused_parameters=False,
         remove_unused_columns=False, report_to=[], disable_tqdm=True, logging_strategy="steps",
         lr_scheduler_type=stage.schedule, warmup_steps=stage.warmup_steps, label_names=["labels"],
         dataloader_pin_memory=cuda, **checkpointing, **more)

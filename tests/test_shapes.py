@@ -55,7 +55,7 @@ def test_each_pattern_hits_every_linear_layer_of_its_side_and_none_of_the_other(
     tuned = adapted(target)
     names = training.trainable_names(tuned)
     linear = {name for name, m in bare().named_modules() if isinstance(m, torch.nn.Linear) and name.split(".")[1:2] in
-              [[side] for side in inside]}  # lm_head, the tied-in-spirit output layer, is outside: as in peft's "all-linear"
+              [[side] for side in inside]}  # lm_head is outside, as in peft's "all-linear"
     hit = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names}
     assert hit == linear and len(hit) == layers and len(names) == 2 * layers
     assert tuned.num_parameters(only_trainable=True) == trained

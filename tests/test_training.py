@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState
 
@@ -148,8 +149,7 @@ def student(processor, tmp_path, batch: int, accumulation: int):
     base = minimodel.build_model(processor, seed=1).requires_grad_(False)
     rows = []
     for i in range(4):
-        from tests.test_stages import picture
-        picture(96, 96, i).save(tmp_path / f"{i}.png")
+        Image.linear_gradient("L").rotate(90 * i).resize((96, 96)).convert("RGB").save(tmp_path / f"{i}.png")
         rows.append(dist.Picture(str(i), "Velora jar", tmp_path / f"{i}.png", "red and plain" + ", round" * i))
     profile = profile.model_copy(update={"distillation": stage})
     tuned = training.add_adapter(base, LORA, dist.VISION_LINEAR)
