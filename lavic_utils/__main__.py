@@ -157,7 +157,7 @@ def mini_model() -> None:
 @app.command()
 def readme(check: CheckOption = False) -> None:
     """Write the generated tables of README.md."""
-    from .report import update_readme
+    from .readme import update_readme
 
     stale = update_readme(check=check)
     _report(stale if check else [])
@@ -178,6 +178,23 @@ def evaluate(
     from .answers import report, show
 
     found = report(answers, against, candidates, answer, reparse)
+    print(json.dumps(found, indent=1)) if as_json else show(found)
+
+
+@app.command()
+def plan(
+    profile: ProfileOption = "mini",
+    gpu: Annotated[str | None, typer.Option(help="t4, a100 or h100; default: the card of this machine, else all three.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Memory, tokens, disk and hours a profile needs; exit 2 where it cannot fit the card."""
+    import json
+
+    from .config import load_profile
+    from .plan import plan as make
+    from .plan import show
+
+    found = make(load_profile(profile), gpu)
     print(json.dumps(found, indent=1)) if as_json else show(found)
 
 

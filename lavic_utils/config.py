@@ -74,6 +74,9 @@ class Distillation(Section):
     gradient_accumulation: int = Field(1, ge=1)
     max_length: int = Field(ge=16)
     max_new_tokens: int = Field(ge=4)
+    teacher_batch_size: int = Field(48, ge=1)  # images described at once
+    eval_batch_size: int = Field(64, ge=1)
+    gradient_checkpointing: bool = False
     images_per_item: int | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
     keep_pixels: bool = False  # hold all pixel tensors in memory instead of decoding images every epoch
@@ -93,6 +96,7 @@ class Recommendation(Section):
     max_length: int = Field(ge=16)
     max_new_tokens: int = Field(ge=4)
     eval_batch_size: int = Field(ge=1)
+    gradient_checkpointing: bool = False
     save_steps: int | None = None  # a checkpoint every so many steps; None: a killed run starts this adapter again
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -102,10 +106,11 @@ class Profile(Section):
     name: str
     tier: Literal["mini run", "full run"]
     model: str  # a folder inside the package, a path, or a hub id
-    revision: str | None = None
+    revision: str | None = None  # a commit of the hub's repository
+    download_gb: float = Field(0, ge=0)
     models: dict[str, str] = {}  # method -> your own folder with its checkpoint, instead of the hub's
     quantize_4bit: bool = False
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    dtype: Literal["float32", "half"] = "float32"  # half: what `vision.half` says of the card
     seed: int = 42
     candidates: Literal["candidates_st", "candidates_gpt_large"] = "candidates_st"
     prompts: Prompts

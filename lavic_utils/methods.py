@@ -90,7 +90,7 @@ class Base(Method):
         return f"the profile's model ({run.profile.model})"
 
     def reason(self, run):
-        return _reason(lambda: vision.model_source(run.profile))
+        return _reason(lambda: vision.source(run.profile))
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
         model, visual, window = run.model(), None, None
@@ -175,7 +175,7 @@ class Trained(Method):
         return f"the profile's model ({run.profile.model}), the train split and the images"
 
     def reason(self, run):
-        return _reason(lambda: (vision.model_source(run.profile), run.need_training_data()))
+        return _reason(lambda: (vision.source(run.profile), run.need_training_data()))
 
     def visual(self, run: Run, split: str) -> Mapping[str, Tensor] | None:
         """Visual tokens of a split's items, as its prompts carry them."""

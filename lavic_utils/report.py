@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,11 +15,10 @@ import pandas as pd  # noqa: E402
 
 from lavic_utils import data  # noqa: E402
 from lavic_utils import wording as w  # noqa: E402, F401  (notebooks name the attributes through here)
-from lavic_utils.claims import claims_summary  # noqa: E402
-from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, figures_dir, results_dir  # noqa: E402
+from lavic_utils.config import DOMAINS, PACKAGE, UserError, figures_dir, results_dir  # noqa: E402
 from lavic_utils.evaluation import summary_by_seed  # noqa: E402
 from lavic_utils.methods import Trained, find  # noqa: E402
-from lavic_utils.provenance import footer, save_figure, upsert_metrics, write_text  # noqa: E402
+from lavic_utils.provenance import save_figure, upsert_metrics  # noqa: E402
 from lavic_utils.ranking import ranking_scores  # noqa: E402
 from lavic_utils.runs import Run  # noqa: E402
 
@@ -43,8 +41,8 @@ def published_rows(table: str | None = None) -> pd.DataFrame:
 
 
 def record(run: Run, chosen: Sequence[str], domains: Sequence[str] = tuple(DOMAINS), path: Path | None = None) -> pd.DataFrame:
-    """Score methods on test and put their rows into `results/<profile>/metrics.json` (or `path`): beside the required fields the readings
-    "constrained" and "scored", MRR and NDCG@10, and how many prompts were refused as too long for the context."""
+    """Score methods on test and put their rows into `results/<profile>/metrics.json` (or `path`): beside the required fields the
+    readings "constrained" and "scored", MRR and NDCG@10, and how many prompts were refused as too long for the context."""
     rows = []
     for method in chosen:
         for domain in domains:
@@ -316,53 +314,3 @@ def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping
         label = method.removeprefix("LaViC ") + ("" if answer["recommended"] in names else "\n(invalid)")
         axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7.5)
     return fig
-
-
-# ---------------------------------------------------------------- README
-def readme_block() -> str:
-    """The results tables of the README, from the committed metrics file alone."""
-    metrics = json.loads((ROOT / "results" / "mini" / "metrics.json").read_text(encoding="utf-8"))
-    lines = [f"*{footer(metrics['provenance'])}. HR@1 over conversations, mean over seeds [95 % interval over dialogues] / VR; "
-             "published figures: the paper's. The two columns measure different worlds and are not comparable.*", ""]
-    for table in ("open_source", "ablation"):
-        frame = comparison(metrics, table)
-        tier = metrics["provenance"]["tier"]
-        ran = frame[frame[("beauty", tier)] != "not run here"]
-        heads = [f"{d}, {kind}" for d, kind in frame.columns]
-        lines += [f"**Table: {table.replace('_', ' ')}**", "", "| method | " + " | ".join(heads) + " |",
-                  "| --- |" + " --- |" * len(heads)]
-        lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(ran.index, ran.values, strict=True)]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def own_results() -> bool:
-    """Whether the results here are of a run of somebody's own, later than what is committed: README.md then is as committed and
-    results/mini/metrics.json is not. Without git, or outside a checkout: no."""
-    changed = subprocess.run(["git", "status", "--porcelain", "README.md", "results/mini/metrics.json"], cwd=ROOT,
-                             capture_output=True, text=True, check=False).stdout
-    return "metrics.json" in changed and "README.md" not in changed
-
-
-def update_readme(check: bool = False) -> list[str]:
-    """Rewrite (or, with `check`, only compare) the README's generated blocks. Returns what is stale. After a run of one's own
-    there is nothing to compare: the README shows the committed results."""
-    if check and own_results():
-        print("README.md shows the committed results, results/mini/metrics.json those of a run of your own: not compared")
-        return []
-    path = ROOT / "README.md"
-    text = fresh = path.read_text(encoding="utf-8")
-    for name, block in (("results", readme_block), ("claims", claims_summary)):
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if begin not in fresh or end not in fresh:
-            raise UserError(f"{path.name}: markers {begin} and {end} not found; put them where the tables belong")
-        head, rest = fresh.split(begin, 1)
-        fresh = head + begin + "\n" + block() + end + rest.split(end, 1)[1]
-    if fresh == text:
-        return []
-    if not check:
-        write_text(path, fresh)
-        return []
-    return [f"{path.name}: its generated blocks differ from the files under results/; run `python -m lavic_utils readme`"]
-
-

@@ -16,59 +16,69 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers import AutoConfig, AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-from transformers.utils import logging
+from transformers.utils import is_flash_attn_2_available, logging
 
 from lavic_utils.config import Profile, UserError
 from lavic_utils.data import open_image
 from lavic_utils.hub import HubModel
 
 logging.disable_progress_bar()  # loading bars would stand in every notebook's output
+UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")  # in v5 this list replaces the default
+
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def half() -> torch.dtype:
+    """Half precision here: bfloat16, but float16 on a card below compute capability 8, which only emulates bfloat16."""
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
+    return torch.float16 if old else torch.bfloat16
+
+
+def attention(dtype: torch.dtype) -> str:
+    """Kernel for training: FlashAttention 2 where it is installed and the card and dtype allow it, else torch's own.
+    Inference stays with torch's: `recommendation.Read` masks candidates from each other, which the other cannot."""
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
+    return "flash_attention_2" if able and is_flash_attn_2_available() else "sdpa"
+
+
+def source(profile: Profile) -> tuple[str, str | None]:
+    """(folder or hub id, revision) of the profile's model; UserError in one line where it cannot be had."""
+    path = profile.model_path
+    return HubModel(profile.model, profile.revision, profile.download_gb).source(path if Path(path).is_dir() else None)
+
+
 def load_processor(profile: Profile) -> LlavaNextProcessor:
     """The PIL image processor by name (the plain name needs torchvision) and the checkpoint's own tokenizer."""
-    where = {"revision": profile.revision} if profile.revision else {}
-    tokenizer = AutoTokenizer.from_pretrained(profile.model_path, **where)
-    image_processor = LlavaNextImageProcessorPil.from_pretrained(profile.model_path, **where)
-    vision = {"patch_size": image_processor.crop_size["height"] // 4 if profile.world else 14}
+    path, revision = source(profile)
+    where = {"revision": revision} if revision else {}
+    tokenizer = AutoTokenizer.from_pretrained(path, **where)
+    image_processor = LlavaNextImageProcessorPil.from_pretrained(path, **where)
+    patch = AutoConfig.from_pretrained(path, **where).vision_config.patch_size
     return LlavaNextProcessor(image_processor=image_processor, tokenizer=tokenizer, num_additional_image_tokens=1,
-                              vision_feature_select_strategy="default", **vision)
-
-
-def model_source(profile: Profile) -> tuple[str, str | None]:
-    """(folder or hub id, revision) of the profile's model. Raises Unavailable where it cannot be had here."""
-    path = profile.model_path
-    if Path(path).is_dir():
-        return path, None
-    return HubModel(profile.model, profile.revision, 15.1).source()
+                              vision_feature_select_strategy="default", patch_size=patch)
 
 
 def load_model(profile: Profile) -> LlavaNextForConditionalGeneration:
     """The base model, in eval mode and without gradients. Raises UserError where it cannot be had."""
-    return load(LlavaNextForConditionalGeneration, profile, *model_source(profile))
+    return load(LlavaNextForConditionalGeneration, profile, *source(profile))
 
 
-def load(kind, profile: Profile, source: str, revision: str | None):
-    """A checkpoint as the profile wants it (dtype, 4 bits), in eval mode and without gradients."""
-    options: dict = {"revision": revision, "dtype": profile.dtype}
+def load(kind, profile: Profile, path: str, revision: str | None):
+    """A checkpoint (folder or hub id) as the profile wants it (dtype, 4 bits), in eval mode and without gradients."""
+    options: dict = {"dtype": half() if profile.dtype == "half" else torch.float32, "attn_implementation": "sdpa",
+                     "revision": revision}
     if profile.quantize_4bit:
-        from transformers import BitsAndBytesConfig
-
-        # The vision side stays unquantised: its [CLS] vectors are what stage 1 trains (skip list is anchored in v5).
-        options |= {"device_map": {"": 0}, "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16,
-            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"])}
+        options |= {"device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}, "quantization_config": _four_bits(profile)}
     try:
-        model = kind.from_pretrained(source, **options)
+        model = kind.from_pretrained(path, **options)
     except OSError as error:
         line = str(error).split("\n")[0]
-        raise UserError(f"model {source!r} cannot be loaded ({line}); download it whole, or name a local folder in the "
+        raise UserError(f"model {path!r} cannot be loaded ({line}); download it whole, or name a local folder in the "
                         f"profile {profile.name}") from None
     model = model if profile.quantize_4bit else model.to(device())
     return model.eval().requires_grad_(False)
@@ -77,6 +87,19 @@ def load(kind, profile: Profile, source: str, revision: str | None):
 def context_window(model) -> int:
     """Tokens the language model was made for."""
     return model.config.get_text_config().max_position_embeddings
+
+
+def _four_bits(profile: Profile):
+    """The language model's layers in NF4; the vision side, whose [CLS] vectors are the method, and the head are not."""
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not torch.cuda.is_available() or not is_bitsandbytes_available():
+        lacking = "bitsandbytes is not installed" if torch.cuda.is_available() else "none is here"
+        raise UserError(f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and bitsandbytes "
+                        f"({lacking}): pip install 'lavic-companion[gpu]', or use another profile")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=half(),
+                              llm_int8_skip_modules=list(UNQUANTISED))
 
 
 def pixels(processor: LlavaNextProcessor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
