@@ -77,6 +77,7 @@ class Distillation(Section):
     teacher_batch_size: int = Field(48, ge=1)  # images described at once
     eval_batch_size: int = Field(64, ge=1)
     gradient_checkpointing: bool = False
+    descriptions: Literal["write", "published"] = "write"  # by the base model now, or as they stand in the data
     images_per_item: int | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
     keep_pixels: bool = False  # hold all pixel tensors in memory instead of decoding images every epoch

@@ -64,7 +64,7 @@ def mean_row_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def forward_loss(model, ids: Tensor, labels: Tensor, mask: Tensor, visual: list[Tensor], pad: int):
     """The real forward of the whole model on placed embeddings; logits are kept for the target's positions only."""
-    embeds = vision.place(model, ids, visual, pad)
+    embeds = vision.place(getattr(model, "module", model), ids, visual, pad)  # `module`: where several processes wrap it
     kept = int((labels != IGNORE).sum(1).max()) + 1
     out = model(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=kept)
     return mean_row_loss(out.logits, labels[:, -(kept - 1):]), out

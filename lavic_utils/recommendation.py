@@ -14,14 +14,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
 from torch import Tensor
-from transformers import DynamicCache, PrinterCallback, Trainer
+from transformers import DynamicCache
 
-from lavic_utils import vision
+from lavic_utils import training, vision
 from lavic_utils.config import Profile
 from lavic_utils.data import Dialogue
-from lavic_utils.distillation import IGNORE, forward_loss, lora_config, pad_left, trainable_names, training_arguments
+from lavic_utils.distillation import IGNORE, forward_loss, pad_left
 from lavic_utils.evaluation import parse_answer
 from lavic_utils.prompts import Encoded, encode, recommend_prompt
 
@@ -105,7 +104,7 @@ class Prompter:
         return [self.visual[asin] for prompt in prompts for asin in prompt.visual]
 
 
-class RecommendationTrainer(Trainer):
+class RecommendationTrainer(training.StageTrainer):
     prompter: Prompter
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
@@ -128,20 +127,16 @@ def train_recommender(profile: Profile, model, prompter: Prompter, examples: Seq
     """Fine-tune one domain's adapter, saved as a standard peft folder `folder/adapter`. Returns (model, loss log)."""
     torch.manual_seed(seed)
     stage = profile.recommendation
-    tuned = get_peft_model(model, lora_config(stage.lora, LANGUAGE_LINEAR))
-    names = trainable_names(tuned)
-    if not names or any("language_model.layers" not in name for name in names):
-        raise RuntimeError(f"stage 2 must train the language model only, would train {names[:3]}")
+    tuned = training.add_adapter(model, stage.lora, LANGUAGE_LINEAR)
     rows = [prompter.row(example) for example in examples]
     saving = {"save_strategy": "steps", "save_steps": stage.save_steps} if stage.save_steps else {"save_strategy": "no"}
     trainer = RecommendationTrainer(
         model=tuned, processing_class=prompter.tokenizer, train_dataset=rows, data_collator=collator(prompter),
-        args=training_arguments(folder / "checkpoints", stage, seed, logging_steps=2, save_total_limit=1,
+        args=training.training_arguments(folder / "checkpoints", stage, seed, logging_steps=2, save_total_limit=1,
                                 train_sampling_strategy="group_by_length", **saving))
-    trainer.remove_callback(PrinterCallback)
     last = any((folder / "checkpoints").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=last or None)
-    tuned.save_pretrained(folder / "adapter")
+    training.save_adapter(tuned, folder / "adapter")
     return tuned.eval(), [{"step": e["step"], "loss": e["loss"]} for e in trainer.state.log_history if "loss" in e]
 
 

@@ -16,11 +16,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lavic_utils import data, distillation, endpoint, methods, recommendation, vision
+from lavic_utils import data, distillation, endpoint, methods, recommendation, training, vision
 from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
 from lavic_utils.evaluation import Score, score
 from lavic_utils.hub import fingerprint
@@ -149,10 +148,22 @@ class Run:
             rows = [(a, k, self.titles[a]) for a in chosen for k in range(len(self.catalogue[a].images))]
         rows = [row for row in rows if stage.images_per_item is None or row[1] < stage.images_per_item]
         found = [distillation.Picture(a, t, data.image_file(self.root, a, k)) for a, k, t in rows]
+        if stage.descriptions == "published":
+            found = [p for p in found if self.published.get(p.path.name)]
         return [p for p in found if data.open_image(p.path) is not None]
 
+    @cached_property
+    def published(self) -> dict[str, str]:
+        """Image file -> the description that stands in the data."""
+        rows = [*data.stage1_rows(self.catalogue.values()), *data.read_stage1_valid(self.root)]
+        return {row.image_name: row.description for row in rows}
+
     def teach(self) -> dict[str, list[str]]:
-        """The teacher's descriptions of the training and validation images (base model, full tokens)."""
+        """The teacher's descriptions of the training and validation images: the base model's from full tokens, or those that
+        the data comes with, where the profile says so."""
+        if self.profile.distillation.descriptions == "published":
+            return {split: [self.published[p.path.name] for p in self.pictures(split)] for split in ("train", "valid")}
+
         def make() -> dict:
             model, read = self.model(), distillation.Pictures(self.processor, keep=False)
             found = {}
@@ -216,7 +227,7 @@ class Run:
         folder, merged = self.folder / "tokens", {}
 
         def make(split: str) -> dict:
-            model = PeftModel.from_pretrained(self.model(), self.folder / "stage1" / "adapter").eval()
+            model = training.load_adapter(self.model(), self.folder / "stage1" / "adapter").eval()
             images = {a: data.open_image(data.image_file(self.root, a)) for a in self.items[split]}
             found: dict[str, dict] = {"distilled": {}, "base": {}, "full": {}}
             for group in vision.batched([a for a, image in images.items() if image is not None], 64):
@@ -256,8 +267,7 @@ class Run:
         """The base model with a trained method's adapter, merged where that is exact: it would round in fewer bits."""
         self.tune(method, domain)
         folder = self.folder / "stage2" / methods.slug(method) / domain / "adapter"
-        model = PeftModel.from_pretrained(self.model(), folder).eval()
-        return model.merge_and_unload() if self.profile.dtype == "float32" and not self.profile.quantize_4bit else model
+        return training.merged(training.load_adapter(self.model(), folder)).eval()
 
     def answered(self, method: str, domain: str, split: str = "test", control: methods.Control | None = None,
                  name: str = "", order: int = 0, limit: int | None = None) -> dict:

@@ -65,6 +65,8 @@ def load_processor(profile: Profile) -> LlavaNextProcessor:
 
 def load_model(profile: Profile) -> LlavaNextForConditionalGeneration:
     """The base model, in eval mode and without gradients. Raises UserError where it cannot be had."""
+    if profile.quantize_4bit:
+        _four_bits(profile)  # says what is missing before anything is looked for or downloaded
     return load(LlavaNextForConditionalGeneration, profile, *source(profile))
 
 
