@@ -142,11 +142,11 @@ def memory(config, counted: Count, adapter: int, profile: Profile, stage: str, c
 
 
 def memories(profile: Profile, cuda: bool = True) -> dict[str, dict[str, float]]:
-    """Memory in GiB by stage and component, with the total."""
+    """Memory in GiB by stage and component, with the total. Where descriptions come with the data, no teacher runs."""
     model = profile.model_path
     bare, found = skeleton(model), {}
     sizes = trainables(profile)
-    for stage in STAGES:
+    for stage in STAGES[profile.distillation.descriptions == "published":]:
         adapter = {"teacher": 0, "inference": sum(sizes.values())}.get(stage, sizes.get(stage, 0))
         parts = memory(bare.config, count(bare), adapter, profile, stage, cuda)
         found[stage] = {name: round(value / GIB, 3) for name, value in parts.items()}

@@ -127,6 +127,7 @@ def hours(profile: Profile, todo: Work, card: Card) -> dict[str, float]:
     described, b = TITLE / 2 + todo.described, one.teacher_batch_size
     length = full_tokens(config) + TITLE / 2
     teacher = todo.images / b * (passes(1, b * tiles, b * length) + write(b, todo.described, length))
+    teacher *= one.descriptions == "write"  # else they come with the data
     b = one.batch_size
     student = one.epochs * todo.images / b * passes(2 + one.gradient_checkpointing, b * tiles, b * described)
     b = two.batch_size

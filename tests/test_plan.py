@@ -200,7 +200,8 @@ def test_the_plan_as_json_has_everything(capsys, name):
     assert main(["plan", "--profile", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"parameters", "trainable", "download_gb", "disk_gb", "tokens", "memory_gib", "hours", "fits", "levers"} <= set(found)
-    assert set(found["memory_gib"]) == {"teacher", "distillation", "recommendation", "inference"}
+    stages = {"distillation", "recommendation", "inference"} | ({"teacher"} if name == "mini" else set())
+    assert set(found["memory_gib"]) == stages
     assert list(found["fits"].values()) == [name != "paper", True, True] and len(found["hours"]) == sum(found["fits"].values())
     rows = {row["lever"]: row for row in found["levers"]["rows"]}
     if name == "mini":
@@ -216,7 +217,7 @@ def test_work_is_counted_where_the_data_is(tmp_path):
     row = {"context": "<submission>a red jar</submission>\n", "context_items": [], "gt": "this", "gt_items": ["B000000001"] * 2,
            "candidates_st": [f"B00000000{i}" for i in range(10)], "candidates_gpt_large": [f"B00000000{i}" for i in range(10)]}
     for split, number in (("train", 3), ("test", 2)):
-        (folder / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * number)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({**row, "gt": f"this {i}"}) + "\n" for i in range(number)))
     link = {"large": "https://example.org/1.jpg"}
     catalogue = {f"B00000000{i}": {"title": "A jar", "images": [link] * (i + 1)} for i in range(3)}
     (tmp_path / "item2meta_train.json").write_text(json.dumps(catalogue))
@@ -237,3 +238,10 @@ def test_hours_agree_with_the_one_outside_figure():
     profile = changed(PAPER, "distillation", batch_size=1, epochs=1)
     assert 4 / 2 < plan.hours(profile, plan.ASSUMED, card)["distillation"] < 5 * 2
     assert not plan.hours(PAPER, plan.ASSUMED, card)["distillation"] < 5 * 2 - 1  # five epochs are not one
+
+
+def test_a_teacher_that_need_not_write_costs_nothing():
+    writes = changed(PAPER, "distillation", descriptions="write")
+    card = plan.CARDS["h100"]
+    assert plan.hours(PAPER, plan.ASSUMED, card)["teacher"] == 0 < plan.hours(writes, plan.ASSUMED, card)["teacher"]
+    assert "teacher" in memory.memories(writes) and "teacher" not in memory.memories(PAPER)
