@@ -48,7 +48,7 @@ world: $(STAMP)
 	$(PY) -m lavic_utils world --profile $(PROFILE)
 
 bench: $(STAMP)
-	$(PY) -m lavic_utils bench crawl
+	$(PY) -m lavic_utils bench
 
 notebooks: $(STAMP)
 	$(PY) -m lavic_utils notebooks execute

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import bench, data
+from .commands import DataOption, bench, data
 
 app = typer.Typer(
     help="LaViC companion: the paper's two stages, tables and figures, from the command line.",
@@ -21,6 +21,7 @@ app.add_typer(bench, name="bench")
 ProfileOption = Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")]
 FolderOption = Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.", hidden=True)]
 RealOption = Annotated[Path | None, typer.Option("--data", help="Folder of the published data. Default: LAVIC_DATA.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of a table.")]
 CheckOption = Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where a file is not up to date.")]
 
 
@@ -37,6 +38,7 @@ def reproduce(
     only: Annotated[list[str] | None, typer.Option(help="Run this notebook alone, e.g. 03. Repeatable.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Run notebooks that are up to date too.")] = False,
     real: RealOption = None,
+    extended: Annotated[bool, typer.Option("--extended", help="Also train what goes beyond the paper (minutes).")] = False,
     folder: FolderOption = None,
 ) -> None:
     """Execute the notebooks in order; what has not changed is not run again."""
@@ -45,7 +47,75 @@ def reproduce(
     from .reproduce import reproduce as run
 
     use_data(real)
-    raise typer.Exit(run(profile, seeds, only or [], force, folder or NOTEBOOKS))
+    raise typer.Exit(run(profile, seeds, only or [], force, folder or NOTEBOOKS, extended))
+
+
+@app.command()
+def methods(profile: ProfileOption = "mini", as_json: JsonOption = False) -> None:
+    """List the 19 methods of the paper's tables: what each needs, and whether it can run here."""
+    import json
+
+    from .methods import listing
+    from .runs import Run
+
+    rows = listing(Run(profile))
+    columns = ("name", "family", "inputs", "runnable", "needs")
+    print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, columns, "reason")
+
+
+@app.command()
+def run(
+    method: Annotated[str, typer.Argument(help="A name of `methods`, in any case, or its slug (lavic_w_o_images).")],
+    domain: Annotated[str, typer.Option(help="beauty, fashion or home.")],
+    profile: ProfileOption = "mini",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many dialogues.")] = None,
+    split: Annotated[str, typer.Option(help="test or valid.")] = "test",
+    seed: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
+    order: Annotated[int, typer.Option(min=0, help="0: candidates as in the file; 1, 2, ...: seeded shuffles.")] = 0,
+    data_folder: DataOption = None,
+    out: Annotated[Path | None, typer.Option(help="Default: results/<profile>/answers/<method>_<domain>.jsonl.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible service, for the proprietary rows.")] = None,
+    served: Annotated[str | None, typer.Option(help="The model's name at that service.")] = None,
+    max_usd: Annotated[float, typer.Option(min=0, help="Never spend more than this on one run.")] = 1.0,
+) -> None:
+    """Answer a split with one method; writes an answers file that `evaluate` reads."""
+    from .endpoint import Settings
+    from .runs import Run, run_method
+
+    api = Settings(base_url=base_url, served=served, max_usd=max_usd)
+    print(run_method(Run(profile, seed, data_folder, api), method, domain, split, order, limit, out))
+
+
+@app.command()
+def table(
+    name: Annotated[str, typer.Argument(help="open_source, proprietary or ablation.")],
+    profile: ProfileOption = "mini",
+    as_json: JsonOption = False,
+) -> None:
+    """Print one of the paper's tables beside ours: intervals, evidence tier, and why a cell is empty."""
+    import json
+
+    from .report import table_rows
+    from .runs import Run
+
+    rows = table_rows(Run(profile), name)
+    print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, tuple(rows[0])[:-1], "note")
+
+
+def _print_rows(rows: list[dict], columns: tuple[str, ...], note: str) -> None:
+    """A table of some columns, then each different `note` once, with the methods it is of."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, shown = Console(width=None if sys.stdout.isatty() else 160), Table(*columns)
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        shown.add_row(*("" if row[c] is None else str(row[c]) for c in columns))
+        if row[note]:
+            notes.setdefault(row[note], []).append(str(row[columns[0]]))
+    console.print(shown, markup=False)
+    for text, names in notes.items():
+        print(f"{', '.join(dict.fromkeys(names))}: {text}")
 
 
 @notebooks.command("execute")
@@ -94,7 +164,7 @@ def mini_model() -> None:
 @app.command()
 def readme(check: CheckOption = False) -> None:
     """Write the generated tables of README.md."""
-    from .report import update_readme
+    from .readme import update_readme
 
     stale = update_readme(check=check)
     _report(stale if check else [])
@@ -115,6 +185,23 @@ def evaluate(
     from .answers import report, show
 
     found = report(answers, against, candidates, answer, reparse)
+    print(json.dumps(found, indent=1)) if as_json else show(found)
+
+
+@app.command()
+def plan(
+    profile: ProfileOption = "mini",
+    gpu: Annotated[str | None, typer.Option(help="t4, a100 or h100; default: the card of this machine, else all three.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Memory, tokens, disk and hours a profile needs; exit 2 where it cannot fit the card."""
+    import json
+
+    from .config import load_profile
+    from .plan import plan as make
+    from .plan import show
+
+    found = make(load_profile(profile), gpu)
     print(json.dumps(found, indent=1)) if as_json else show(found)
 
 

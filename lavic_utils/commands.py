@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 data = typer.Typer(help="The published data: fetch, crawl the images, verify, stats.", no_args_is_help=True)
-bench = typer.Typer(help="Measurements on this machine, as JSON.", no_args_is_help=True)
+bench = typer.Typer(help="Speed on this machine beside the direct way, as JSON.")
 DataOption = Annotated[Path | None, typer.Option("--data", help="Default: LAVIC_DATA, else data/reddit-amazon.")]
 
 
@@ -94,6 +94,17 @@ def bench_crawl() -> None:
     raise typer.Exit(0 if found["ratio"] >= 10 else 1)
 
 
-@bench.callback()
-def _several() -> None:
-    """Keeps `crawl` a sub-command: typer would run a single command without its name."""
+@bench.callback(invoke_without_command=True)
+def bench_all(
+    context: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="Few and small: does it work? Written to bench-quick.")] = False,
+    only: Annotated[str | None, typer.Option(help="This part alone, printed and written nowhere.")] = None,
+) -> None:
+    """Measure both stages, evaluation, download, store and growth; writes results/bench/MACHINE.json and a figure."""
+    import json
+
+    from .bench import bench as measure
+
+    if context.invoked_subcommand is None:
+        found = measure(quick, only)
+        print(found if isinstance(found, Path) else json.dumps(found, indent=1))

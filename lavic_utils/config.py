@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -23,8 +23,10 @@ class Section(BaseModel):
 
 
 class Prompts(Section):
-    """Text templates. `candidate` must hold {id} and {title}; `image` is left out for methods without images."""
+    """Text templates. `candidate` must hold {id} and {title}; `image` is left out for methods without images. `chat` is
+    the model's own form of a conversation, put around the message of `describe` and `recommend`."""
 
+    chat: Annotated[str, StringConstraints(pattern=r"\{message\}")] = "{message}"
     describe: str
     recommend: str
     candidate: str
@@ -72,6 +74,10 @@ class Distillation(Section):
     gradient_accumulation: int = Field(1, ge=1)
     max_length: int = Field(ge=16)
     max_new_tokens: int = Field(ge=4)
+    teacher_batch_size: int = Field(48, ge=1)  # images described at once
+    eval_batch_size: int = Field(64, ge=1)
+    gradient_checkpointing: bool = False
+    descriptions: Literal["write", "published"] = "write"  # by the base model now, or as they stand in the data
     images_per_item: int | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
     keep_pixels: bool = False  # hold all pixel tensors in memory instead of decoding images every epoch
@@ -91,6 +97,7 @@ class Recommendation(Section):
     max_length: int = Field(ge=16)
     max_new_tokens: int = Field(ge=4)
     eval_batch_size: int = Field(ge=1)
+    gradient_checkpointing: bool = False
     save_steps: int | None = None  # a checkpoint every so many steps; None: a killed run starts this adapter again
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -100,9 +107,11 @@ class Profile(Section):
     name: str
     tier: Literal["mini run", "full run"]
     model: str  # a folder inside the package, a path, or a hub id
-    revision: str | None = None
+    revision: str | None = None  # a commit of the hub's repository
+    download_gb: float = Field(0, ge=0)
+    models: dict[str, str] = {}  # method -> your own folder with its checkpoint, instead of the hub's
     quantize_4bit: bool = False
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    dtype: Literal["float32", "half"] = "float32"  # half: what `vision.half` says of the card
     seed: int = 42
     candidates: Literal["candidates_st", "candidates_gpt_large"] = "candidates_st"
     prompts: Prompts
@@ -135,6 +144,12 @@ def load_profile(name: str = "mini") -> Profile:
 def results_dir(profile: Profile) -> Path:
     """Where everything a run makes goes: `results/<profile>/`, or under LAVIC_RESULTS if it is set."""
     return Path(os.environ.get("LAVIC_RESULTS", ROOT / "results")) / profile.name
+
+
+def figures_dir(profile: Profile) -> Path:
+    """Where figures go: `results/<profile>/figures/`, or the committed `figures/` while `notebooks execute` says so by
+    LAVIC_COMMIT, so that a run of your own changes none of the committed pictures."""
+    return ROOT / "figures" if os.environ.get("LAVIC_COMMIT") == "1" else results_dir(profile) / "figures"
 
 
 def real_data_dir() -> Path | None:

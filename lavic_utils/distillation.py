@@ -15,15 +15,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from lavic_utils import vision
 from lavic_utils import wording as w
-from lavic_utils.config import Lora, Profile
+from lavic_utils.config import Profile
 from lavic_utils.prompts import describe_prompt, encode
+from lavic_utils.training import StageTrainer, add_adapter, load_adapter, merged, save_adapter, training_arguments
+from lavic_utils.training import lora_config as lora_config  # stage 2 takes these two from here
+from lavic_utils.training import trainable_names as trainable_names
 
 IGNORE = -100
 # Anchored: "model." keeps the language model's layers, whose names end alike, out.
@@ -39,11 +41,6 @@ class Picture:
     title: str
     path: Path
     description: str = ""
-
-
-def lora_config(lora: Lora, target: str) -> LoraConfig:
-    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target,
-                      task_type="CAUSAL_LM")
 
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -67,7 +64,7 @@ def mean_row_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def forward_loss(model, ids: Tensor, labels: Tensor, mask: Tensor, visual: list[Tensor], pad: int):
     """The real forward of the whole model on placed embeddings; logits are kept for the target's positions only."""
-    embeds = vision.place(model, ids, visual, pad)
+    embeds = vision.place(getattr(model, "module", model), ids, visual, pad)  # `module`: where several processes wrap it
     kept = int((labels != IGNORE).sum(1).max()) + 1
     out = model(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=kept)
     return mean_row_loss(out.logits, labels[:, -(kept - 1):]), out
@@ -97,10 +94,10 @@ def stack_pixels(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
 
 
 def describe(model, processor, profile: Profile, titles: Sequence[str], pictures: Sequence[tuple[Tensor, Tensor]],
-             how=vision.full_tokens, batch: int = 48) -> list[str]:
+             how=vision.full_tokens) -> list[str]:
     """Greedy descriptions from full tokens (`how=vision.full_tokens`, the teacher) or [CLS] (`vision.cls_tokens`)."""
     tokenizer, texts = processor.tokenizer, []
-    for rows in vision.batched(range(len(titles)), batch):
+    for rows in vision.batched(range(len(titles)), profile.distillation.teacher_batch_size):
         values, sizes = stack_pixels([pictures[i] for i in rows])
         with torch.inference_mode():
             visual = how(model, values.to(model.device, model.dtype), sizes)
@@ -137,7 +134,7 @@ class StudentCollator:
                 "image_sizes": sizes}
 
 
-class StudentTrainer(Trainer):
+class StudentTrainer(StageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, **_):
         visual = vision.cls_tokens(self.accelerator.unwrap_model(model), inputs["pixel_values"], inputs["image_sizes"])
         loss, out = forward_loss(model, inputs["input_ids"], inputs["labels"], inputs["attention_mask"], visual,
@@ -149,23 +146,6 @@ class StudentTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
 
-def trainable_names(model) -> list[str]:
-    return sorted(name for name, p in model.named_parameters() if p.requires_grad)
-
-
-def training_arguments(folder: Path, stage, seed: int, **more) -> TrainingArguments:
-    """What both stages share: AdamW, constant settings of the profile, no reporting, precision by the processor."""
-    cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8  # a T4 only emulates bf16
-    return TrainingArguments(
-        output_dir=str(folder), learning_rate=stage.learning_rate, weight_decay=stage.weight_decay,
-        per_device_train_batch_size=stage.batch_size, gradient_accumulation_steps=stage.gradient_accumulation,
-        num_train_epochs=stage.epochs, max_grad_norm=1.0, seed=seed, data_seed=seed, bf16=bf16, fp16=cuda and not bf16,
-        remove_unused_columns=False, report_to=[], disable_tqdm=True, logging_strategy="steps",
-        lr_scheduler_type=stage.schedule, warmup_steps=stage.warmup_steps, label_names=["labels"],
-        dataloader_pin_memory=cuda, **more)
-
-
 def train_student(profile: Profile, model, processor, train: Sequence[Picture], valid: Sequence[Picture],
                   folder: Path, seed: int, on_epoch=None) -> list[dict]:
     """Train the student and leave the best epoch's adapter in `folder/adapter`. Returns one record an epoch.
@@ -175,23 +155,19 @@ def train_student(profile: Profile, model, processor, train: Sequence[Picture], 
     """
     torch.manual_seed(seed)
     stage = profile.distillation
-    student = get_peft_model(model, lora_config(stage.lora, VISION_LINEAR))
-    names = trainable_names(student)
-    if not names or any("language_model" in n or not re.search("vision_tower|multi_modal_projector", n) for n in names):
-        raise RuntimeError(f"stage 1 must train the vision side only, would train {names[:3]}")
+    student = add_adapter(model, stage.lora, VISION_LINEAR)
     pictures = Pictures(processor, stage.keep_pixels)
     trainer = StudentTrainer(
         model=student, processing_class=processor.tokenizer, train_dataset=list(train), eval_dataset=list(valid),
         data_collator=StudentCollator(model, processor, profile, pictures),
         args=training_arguments(folder / "checkpoints", stage, seed, eval_strategy="epoch", save_strategy="epoch",
                                 save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
-                                greater_is_better=False, logging_steps=10, per_device_eval_batch_size=64))
-    trainer.remove_callback(PrinterCallback)
+                                greater_is_better=False, logging_steps=10, per_device_eval_batch_size=stage.eval_batch_size))
     if on_epoch:
         trainer.add_callback(_EachEpoch(on_epoch, student))
     last = any((folder / "checkpoints").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=last or None)
-    student.save_pretrained(folder / "adapter")
+    save_adapter(student, folder / "adapter")
     return epoch_history(trainer.state.log_history)
 
 
@@ -220,8 +196,8 @@ def epoch_history(log: Sequence[dict]) -> list[dict]:
 
 
 def load_student(profile: Profile, model, folder: Path):
-    """The base model with a stage-1 adapter merged into its vision side (exact in floating point weights)."""
-    return PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().eval().requires_grad_(False)
+    """The base model with a stage-1 adapter, merged into its vision side where the weights are float32."""
+    return merged(load_adapter(model, folder / "adapter")).eval().requires_grad_(False)
 
 
 def attribute_accuracy(texts: Sequence[str], facts: Sequence[dict]) -> dict[str, float]:

@@ -90,6 +90,10 @@ def source_hash(nb: Any, code_only: bool = False) -> str:
     return key(cells=[(c.cell_type, c.source.replace("\r\n", "\n"), sorted(tags(c))) for c in cells])
 
 
+def has_parameter(nb: Any, name: str) -> bool:
+    return any("parameters" in tags(cell) and re.search(rf"^{name}\b", cell.source, re.M) for cell in nb.cells)
+
+
 def _parameter(nb: Any, name: str, default: str) -> str:
     for cell in nb.cells:
         if "parameters" in tags(cell):
@@ -126,6 +130,7 @@ def execute_in_place(path: Path) -> None:
     import papermill
 
     set_kernel_environment()
+    os.environ["LAVIC_COMMIT"] = "1"
     code = code_hash()
     source = _strip(read_notebook(path), clear_outputs=True)
     with tempfile.TemporaryDirectory() as folder:

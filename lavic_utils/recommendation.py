@@ -10,17 +10,18 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
 from torch import Tensor
-from transformers import DynamicCache, PrinterCallback, Trainer
+from transformers import DynamicCache
 
-from lavic_utils import vision
+from lavic_utils import training, vision
 from lavic_utils.config import Profile
 from lavic_utils.data import Dialogue
-from lavic_utils.distillation import IGNORE, forward_loss, lora_config, pad_left, trainable_names, training_arguments
+from lavic_utils.distillation import IGNORE, forward_loss, pad_left
+from lavic_utils.evaluation import parse_answer
 from lavic_utils.prompts import Encoded, encode, recommend_prompt
 
 LANGUAGE_LINEAR = (r"(base_model\.model\.)?model\.language_model\.layers\.\d+\."
@@ -38,14 +39,26 @@ class Example:
 
 @dataclass
 class Answer:
-    """What a method said to one dialogue, read three ways. `log_likelihoods` follow the candidates' order."""
+    """What a method said to one dialogue, read three ways.
+
+    `log_likelihoods`: mean over an id's tokens, which ranks ids of different lengths fairly; `probabilities`: of whole
+    ids, among the ten. Both follow the order of `candidates`, in which they were shown. `refused`: the tokens a prompt
+    would have needed that was not asked, since it does not fit: a miss, and an invalid answer.
+    """
 
     response: str
+    recommended: str | None = None
+    candidates: tuple[str, ...] = ()
     constrained: str = ""
     scored: str = ""
     log_likelihoods: list[float] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    new_tokens: int = 0
     dropped_dialogue_tokens: int = 0
     dropped_images: int = 0
+    refused: int = 0
+    usd: float = 0.0
 
 
 def training_examples(dialogues: Sequence[Dialogue], which: str, seed: int) -> list[Example]:
@@ -62,17 +75,20 @@ def training_examples(dialogues: Sequence[Dialogue], which: str, seed: int) -> l
 
 
 class Prompter:
-    """Dialogues to encoded prompts, with the items' visual tokens (none for a method without images)."""
+    """Dialogues to encoded prompts, with the items' visual tokens (none for a method without images). With `window`, a
+    prompt that does not fit this many tokens with all its images is refused, instead of shortened to the profile's."""
 
-    def __init__(self, tokenizer, profile: Profile, titles: Mapping[str, str], visual: Mapping[str, Tensor] | None):
-        self.tokenizer, self.profile, self.titles, self.visual = tokenizer, profile, titles, visual or {}
-        self.lengths = {asin: len(tokens) for asin, tokens in self.visual.items()}
-        stage = profile.recommendation
-        self.room = stage.max_length - stage.max_new_tokens
+    def __init__(self, tokenizer, profile: Profile, titles: Mapping[str, str], visual: Mapping[str, Tensor] | None,
+                 window: int | None = None):
+        self.tokenizer, self.profile, self.titles = tokenizer, profile, titles
+        self.visual: Mapping[str, Tensor] = {} if visual is None else visual
+        self.lengths = vision.lengths(self.visual)
+        self.room = (window or profile.recommendation.max_length) - profile.recommendation.max_new_tokens
+        self.overflow: Literal["shorten", "refuse"] = "refuse" if window else "shorten"
 
     def prompt(self, dialogue: Dialogue, candidates: Sequence[str]) -> Encoded:
         return recommend_prompt(self.tokenizer, self.profile.prompts, dialogue.turns, candidates, self.titles,
-                                self.lengths, self.room)
+                                self.lengths, self.room, overflow=self.overflow)
 
     def answer(self, asin: str) -> list[int]:
         """The target: the id and the end of the sequence."""
@@ -88,7 +104,7 @@ class Prompter:
         return [self.visual[asin] for prompt in prompts for asin in prompt.visual]
 
 
-class RecommendationTrainer(Trainer):
+class RecommendationTrainer(training.StageTrainer):
     prompter: Prompter
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
@@ -111,20 +127,16 @@ def train_recommender(profile: Profile, model, prompter: Prompter, examples: Seq
     """Fine-tune one domain's adapter, saved as a standard peft folder `folder/adapter`. Returns (model, loss log)."""
     torch.manual_seed(seed)
     stage = profile.recommendation
-    tuned = get_peft_model(model, lora_config(stage.lora, LANGUAGE_LINEAR))
-    names = trainable_names(tuned)
-    if not names or any("language_model.layers" not in name for name in names):
-        raise RuntimeError(f"stage 2 must train the language model only, would train {names[:3]}")
+    tuned = training.add_adapter(model, stage.lora, LANGUAGE_LINEAR)
     rows = [prompter.row(example) for example in examples]
     saving = {"save_strategy": "steps", "save_steps": stage.save_steps} if stage.save_steps else {"save_strategy": "no"}
     trainer = RecommendationTrainer(
         model=tuned, processing_class=prompter.tokenizer, train_dataset=rows, data_collator=collator(prompter),
-        args=training_arguments(folder / "checkpoints", stage, seed, logging_steps=2, save_total_limit=1,
+        args=training.training_arguments(folder / "checkpoints", stage, seed, logging_steps=2, save_total_limit=1,
                                 train_sampling_strategy="group_by_length", **saving))
-    trainer.remove_callback(PrinterCallback)
     last = any((folder / "checkpoints").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=last or None)
-    tuned.save_pretrained(folder / "adapter")
+    training.save_adapter(tuned, folder / "adapter")
     return tuned.eval(), [{"step": e["step"], "loss": e["loss"]} for e in trainer.state.log_history if "loss" in e]
 
 
@@ -132,14 +144,13 @@ def train_recommender(profile: Profile, model, prompter: Prompter, examples: Seq
 def answer(model, prompter: Prompter, dialogues: Sequence[Dialogue], which: str, scored: bool = True) -> list[Answer]:
     """Greedy answers in the dialogues' order; prompts are batched by length. With `scored`, also the log-likelihood
     of each candidate's id, the id a constrained greedy decoder would write, and the most likely id."""
-    prompts = [prompter.prompt(d, getattr(d, which)) for d in dialogues]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    answers: dict[int, Answer] = {}
+    lists = [getattr(dialogue, which) for dialogue in dialogues]
+    prompts = [prompter.prompt(d, names) for d, names in zip(dialogues, lists, strict=True)]
+    answers = {i: Answer("", candidates=lists[i], refused=p.refused) for i, p in enumerate(prompts) if p.refused}
+    order = sorted(set(range(len(prompts))) - set(answers), key=lambda i: len(prompts[i].ids))
     for group in vision.batched(order, prompter.profile.recommendation.eval_batch_size):
-        candidates = [getattr(dialogues[i], which) for i in group]
-        for i, found in zip(group, _answer_batch(model, prompter, [prompts[i] for i in group], candidates, scored),
-                            strict=True):
-            answers[i] = found
+        found = _answer_batch(model, prompter, [prompts[i] for i in group], [lists[i] for i in group], scored)
+        answers |= dict(zip(group, found, strict=True))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -151,13 +162,19 @@ def _answer_batch(model, prompter: Prompter, prompts: list[Encoded], candidates:
     read = Read(model, vision.place(model, ids, prompter.tokens(prompts), pad), mask)
     tables = read.score([[prompter.answer(name) for name in names] for names in candidates]) if scored else []
     out = read.greedy(prompter.profile.recommendation.max_new_tokens, tokenizer.eos_token_id)
-    answers = [Answer(response=text.strip(), dropped_dialogue_tokens=p.dropped_dialogue_tokens,
-                      dropped_images=p.dropped_images)
-               for text, p in zip(tokenizer.batch_decode(out, skip_special_tokens=True), prompts, strict=True)]
+    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+    written = (out != tokenizer.eos_token_id).sum(1).tolist()
+    answers = [Answer(text.strip(), parse_answer(text), names, prompt_tokens=len(p.ids), new_tokens=new,
+                      dropped_dialogue_tokens=p.dropped_dialogue_tokens, dropped_images=p.dropped_images)
+               for text, names, p, new in zip(texts, candidates, prompts, written, strict=True)]
     for found, names, table in zip(answers, candidates, tables, strict=False):
-        found.log_likelihoods = [round(float(row.sum()), 4) for row in table]
-        found.scored = names[max(range(len(names)), key=lambda i: found.log_likelihoods[i])]
-        found.constrained = names[constrained_choice(table, [prompter.answer(n) for n in names])]
+        targets = [prompter.answer(name) for name in names]
+        totals = table.sum(1)
+        means = totals / torch.tensor([len(target) for target in targets])
+        found.log_likelihoods = [round(value, 5) for value in means.tolist()]
+        found.probabilities = [round(value, 5) for value in totals.softmax(0).tolist()]
+        found.scored = names[int(means.argmax())]
+        found.constrained = names[constrained_choice(table, targets)]
     return answers
 
 
@@ -170,7 +187,8 @@ class Read:
 
     def __init__(self, model, embeds: Tensor, mask: Tensor) -> None:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.language, self.head, self.table = core.model.language_model, core.lm_head, core.get_input_embeddings()
+        self.language = getattr(core.model, "language_model", core.model)  # a plain language model has no other inside
+        self.head, self.table = core.lm_head, core.get_input_embeddings()
         self.mask, self.last, self.length = mask, embeds[:, -1:], embeds.shape[1] - 1
         self.position = mask.sum(1, keepdim=True) - 1  # of the last prompt token
         self.cache = DynamicCache()

@@ -15,13 +15,15 @@ import pandas as pd  # noqa: E402
 
 from lavic_utils import data  # noqa: E402
 from lavic_utils import wording as w  # noqa: E402, F401  (notebooks name the attributes through here)
-from lavic_utils.claims import claims_summary  # noqa: E402
-from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, results_dir  # noqa: E402
+from lavic_utils.config import DOMAINS, PACKAGE, UserError, figures_dir, results_dir  # noqa: E402
 from lavic_utils.evaluation import summary_by_seed  # noqa: E402
-from lavic_utils.provenance import footer, save_figure, upsert_metrics, write_text  # noqa: E402
+from lavic_utils.methods import Trained, find  # noqa: E402
+from lavic_utils.provenance import save_figure, upsert_metrics  # noqa: E402
+from lavic_utils.ranking import ranking_scores  # noqa: E402
 from lavic_utils.runs import Run  # noqa: E402
 
 INK = {"published": "#9aa5b1", "mini run": "#d1495b", "replication answers": "#2e7d6b", "full run": "#30638e"}
+NOT_RUN = "not run here"
 SHADES = ("#d1495b", "#edae49", "#30638e", "#8d96a3", "#2e7d6b", "#6a4c93")
 
 
@@ -38,22 +40,40 @@ def published_rows(table: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def record(run: Run, methods: Sequence[str]) -> pd.DataFrame:
-    """Score `methods` on test in every domain and put their rows into `results/<profile>/metrics.json`."""
+def record(run: Run, chosen: Sequence[str], domains: Sequence[str] = tuple(DOMAINS), path: Path | None = None) -> pd.DataFrame:
+    """Score methods on test and put their rows into `results/<profile>/metrics.json` (or `path`): beside the required fields the
+    readings "constrained" and "scored", MRR and NDCG@10, and how many prompts were refused as too long for the context."""
     rows = []
-    for method in methods:
-        for domain in DOMAINS:
-            row = run.score(method, domain).row(method, domain, run.seed)
-            if "log_likelihoods" in run.answers(method, domain)[0]:
+    for method in chosen:
+        for domain in domains:
+            answers, row = run.answers(method, domain), run.score(method, domain).row(method, domain, run.seed)
+            if isinstance(find(method), Trained):
+                row["examples"] = run.tune(method, domain)["examples"]
+            row["refused"] = sum(a["refused"] > 0 for a in answers)
+            if any(a["log_likelihoods"] for a in answers):
                 for reading in ("constrained", "scored"):
                     row[f"hit_ratio_{reading}"] = run.score(method, domain, reading).hit_ratio_conversations
+                ranked = ranking_scores(answers, [d.gt_items for d in run.dialogues(domain, "test")])
+                row |= {"mrr": ranked["MRR"], "ndcg@10": ranked["NDCG@10"]}
             rows.append(row)
-    upsert_metrics(metrics_path(run), rows, run.stamp())
+    upsert_metrics(path or metrics_path(run), rows, run.stamp())
     return pd.DataFrame(rows)
 
 
 def metrics_path(run: Run) -> Path:
     return results_dir(run.profile) / "metrics.json"
+
+
+def extended_path(run: Run) -> Path:
+    return results_dir(run.profile) / "extended.json"
+
+
+def read_extended(run: Run) -> dict | None:
+    """What `reproduce --extended` measured, where it was by this very code and data; None otherwise."""
+    path, now = extended_path(run), run.stamp()
+    found = read_metrics(path) if path.is_file() else None
+    same = found and all(found["provenance"][name] == now[name] for name in ("numbers_hash", "data_hash"))
+    return found if same else None
 
 
 def read_metrics(path: Path) -> dict:
@@ -69,7 +89,8 @@ def _measured(value: Mapping) -> str:
 def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
     """The paper's table beside ours: published HR@1 and VR, measured HR@1 over conversations (mean over seeds) with a
     95 % interval over dialogues, and VR. A method that was not run on this profile says so."""
-    ours = summary_by_seed(metrics["rows"]).set_index(["method", "domain"]).to_dict("index")
+    ours = summary_by_seed(metrics["rows"]).set_index(["method", "domain"]).to_dict("index") if metrics["rows"] else {}
+    refused = {(r["method"], r["domain"]): r.get("refused", 0) for r in metrics["rows"]}
     tier, lines = metrics["provenance"]["tier"], {}
     for row in published()["rows"]:
         if table not in row["table"]:
@@ -81,9 +102,31 @@ def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
             cells[(domain, "published")] = paper
             mine = ours.get((row["method"], domain))
             vr = "" if mine is None or pd.isna(mine["validity_ratio"]) else f" / {mine['validity_ratio']:.3f}"
-            cells[(domain, tier)] = "not run here" if mine is None else _measured(mine) + vr
+            vr += f" ({count} refused)" if (count := refused.get((row["method"], domain), 0)) else ""
+            cells[(domain, tier)] = NOT_RUN if mine is None else _measured(mine) + vr
         lines[row["method"]] = cells
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("HR@1 / VR")
+
+
+def table_rows(run: Run, table: str) -> list[dict[str, str]]:
+    """One of the paper's tables for the command line, a row a method and domain: published, ours, ours' evidence tier, and why
+    there is nothing of ours. UserError for a table the paper does not have."""
+    tables = sorted({name for row in published()["rows"] for name in row["table"]})
+    if table not in tables:
+        raise UserError(f"no table {table!r} in the paper; there are {', '.join(tables)}")
+    path = metrics_path(run)
+    metrics = read_metrics(path) if path.is_file() else {"provenance": {"tier": run.profile.tier}, "rows": []}
+    frame, rows = comparison(metrics, table), []
+    for method, line in frame.iterrows():
+        why = find(method).reason(run)
+        for domain in DOMAINS:
+            ours = line[(domain, metrics["provenance"]["tier"])]
+            todo = f"python -m lavic_utils run {method!r} --domain DOMAIN --profile {run.profile.name}"
+            rows.append({"method": method, "domain": domain, "published": line[(domain, "published")],
+                         "ours": "" if ours == NOT_RUN else ours,
+                         "tier of ours": "" if ours == NOT_RUN else metrics["provenance"]["tier"],
+                         "note": "" if ours != NOT_RUN else why or f"not run yet: {todo}"})
+    return rows
 
 
 def seed_table(metrics: Mapping, methods: Sequence[str]) -> pd.DataFrame:
@@ -97,16 +140,10 @@ def seed_table(metrics: Mapping, methods: Sequence[str]) -> pd.DataFrame:
 
 
 # ---------------------------------------------------------------- figures
-def figure_path(name: str) -> Path:
-    """`figures/NAME.png`, or beside the results where LAVIC_RESULTS sends a run elsewhere."""
-    import os
-
-    return (Path(os.environ["LAVIC_RESULTS"]) if "LAVIC_RESULTS" in os.environ else ROOT) / "figures" / f"{name}.png"
-
-
 def keep(fig, name: str, run: Run, tier: str | None = None, seeds: Sequence[int] | None = None):
     """Save a figure with its tier and provenance (`seeds`: where it shows more than this run's), and return it."""
-    save_figure(fig, figure_path(name), tier or run.profile.tier, run.stamp() | ({"seeds": seeds} if seeds else {}))
+    about = run.stamp() | ({"seeds": seeds} if seeds else {})
+    save_figure(fig, figures_dir(run.profile) / f"{name}.png", tier or run.profile.tier, about)
     plt.close(fig)
     return fig
 
@@ -237,6 +274,31 @@ def bars(metrics: Mapping, methods: Sequence[str], tier: str):
     return fig
 
 
+def extended_figure(beyond: Mapping, metrics: Mapping):
+    """Beyond the paper: HR@1 by the number of training examples, and with one [CLS] an image beside one a tile; means over
+    seeds (dots: each seed) with 95 % intervals over dialogues."""
+    frame = pd.DataFrame(beyond["rows"] + [row for row in metrics["rows"] if row["method"] == "LaViC"])
+    means = summary_by_seed(frame.to_dict("records")).set_index(["method", "domain"])
+    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
+    for colour, domain in zip(SHADES, DOMAINS, strict=False):
+        part = frame[(frame["domain"] == domain) & (frame["method"] != "LaViC, one [CLS]")]
+        sizes = part.groupby("method")["examples"].mean().sort_values()
+        line = means.loc[[(m, domain) for m in sizes.index]]
+        axes[0].errorbar(sizes, line["mean"], [line["mean"] - line["low"], line["high"] - line["mean"]], label=domain,
+                         color=colour, marker="o", ms=4, capsize=2)
+        axes[0].plot(part["examples"], part["hit_ratio_conversations"], ".", color=colour, ms=3)
+    axes[0].set(xlabel="training examples", ylabel="HR@1 over conversations", xscale="log")
+    axes[0].legend(fontsize=7)
+    for shift, colour, method in ((-0.2, SHADES[3], "LaViC, one [CLS]"), (0.2, SHADES[0], "LaViC")):
+        line, x = means.loc[[(method, d) for d in DOMAINS]], np.arange(len(DOMAINS)) + shift
+        axes[1].bar(x, line["mean"], 0.38, yerr=[line["mean"] - line["low"], line["high"] - line["mean"]], color=colour,
+                    label=method if "one" in method else "LaViC, one a tile")
+    axes[1].set_xticks(range(len(DOMAINS)), list(DOMAINS))
+    axes[1].legend(fontsize=7)
+    fig.tight_layout()
+    return fig
+
+
 def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping]):
     """A case: the ten candidate images and, for each method, the share of likelihood it gives every candidate."""
     names = dialogue.candidates_st
@@ -244,8 +306,7 @@ def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping
                              height_ratios=[1.6, *[0.7] * len(answers)])
     gallery(run, names, [run.titles[a].replace(" ", "\n", 1) for a in names], dialogue.gt_items, axes[0])
     for row, (method, answer) in enumerate(answers.items(), start=1):
-        weights = np.exp(np.array(answer["log_likelihoods"]))
-        for column, (axis, weight) in enumerate(zip(axes[row], weights / weights.sum(), strict=True)):
+        for column, (axis, weight) in enumerate(zip(axes[row], answer["probabilities"], strict=True)):
             chosen = answer["recommended"] == names[column]
             axis.bar([0], [weight], color=SHADES[0] if chosen else INK["published"])
             axis.set(ylim=(0, 1.3), xlim=(-0.6, 0.6), xticks=[], yticks=[])
@@ -253,41 +314,3 @@ def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping
         label = method.removeprefix("LaViC ") + ("" if answer["recommended"] in names else "\n(invalid)")
         axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7.5)
     return fig
-
-
-# ---------------------------------------------------------------- README
-def readme_block() -> str:
-    """The results tables of the README, from the committed metrics file alone."""
-    metrics = json.loads((ROOT / "results" / "mini" / "metrics.json").read_text(encoding="utf-8"))
-    lines = [f"*{footer(metrics['provenance'])}. HR@1 over conversations, mean over seeds [95 % interval over dialogues] / VR; "
-             "published figures: the paper's. The two columns measure different worlds and are not comparable.*", ""]
-    for table in ("open_source", "ablation"):
-        frame = comparison(metrics, table)
-        tier = metrics["provenance"]["tier"]
-        ran = frame[frame[("beauty", tier)] != "not run here"]
-        heads = [f"{d}, {kind}" for d, kind in frame.columns]
-        lines += [f"**Table: {table.replace('_', ' ')}**", "", "| method | " + " | ".join(heads) + " |",
-                  "| --- |" + " --- |" * len(heads)]
-        lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(ran.index, ran.values, strict=True)]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def update_readme(check: bool = False) -> list[str]:
-    """Rewrite (or, with `check`, only compare) the README's generated blocks. Returns what is stale."""
-    path = ROOT / "README.md"
-    text = fresh = path.read_text(encoding="utf-8")
-    for name, block in (("results", readme_block), ("claims", claims_summary)):
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if begin not in fresh or end not in fresh:
-            raise UserError(f"{path.name}: markers {begin} and {end} not found; put them where the tables belong")
-        head, rest = fresh.split(begin, 1)
-        fresh = head + begin + "\n" + block() + end + rest.split(end, 1)[1]
-    if fresh == text:
-        return []
-    if not check:
-        write_text(path, fresh)
-        return []
-    return [f"{path.name}: its generated blocks differ from the files under results/; run `python -m lavic_utils readme`"]
-
-

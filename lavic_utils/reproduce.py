@@ -31,6 +31,7 @@ class Job:
     minutes: float
     cells: int
     injected: int  # index of the cell papermill puts in, in the executed copy
+    more: dict[str, Any] = field(default_factory=dict)  # parameters beyond profile and seed
     previous: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -60,7 +61,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def plan(profile: Profile, name: str, seeds: Sequence[int], folder: Path, only: Sequence[str] = ()) -> list[Job]:
+def plan(profile: Profile, name: str, seeds: Sequence[int], folder: Path, only: Sequence[str] = (),
+         extended: bool = False) -> list[Job]:
     """The jobs in order. A job's key covers its cells, parameters, package, data, and the earlier notebooks' code."""
     chosen, everything, jobs = nbs.find_notebooks(folder, only), nbs.find_notebooks(folder), []
     common = {
@@ -77,13 +79,14 @@ def plan(profile: Profile, name: str, seeds: Sequence[int], folder: Path, only: 
             nb, about = sources[path], sources[path].metadata.get("lavic", {})
             if seed != seeds[0] and not about.get("per_seed"):
                 continue
-            job_key = key(source=nbs.source_hash(nb), inputs=earlier, profile_name=name, seed=seed, common=common)
+            more = {"extended": True} if extended and nbs.has_parameter(nb, "extended") else {}
+            job_key = key(source=nbs.source_hash(nb), inputs=earlier, profile_name=name, seed=seed, common=common, **more)
             earlier = [*earlier, nbs.source_hash(nb, code_only=True)]
             if path in chosen:
                 minutes = float(about.get("minutes", 1))
                 record = records.get(path.stem, {})
                 jobs.append(
-                    Job(path, seed, out / path.name, job_key, minutes, len(nb.cells), nbs.injected_place(nb), record)
+                    Job(path, seed, out / path.name, job_key, minutes, len(nb.cells), nbs.injected_place(nb), more, record)
                 )
     return jobs
 
@@ -143,7 +146,7 @@ def finish(job: Job, partial: Path, about: dict[str, Any]) -> None:
 
     nb = nbs.read_notebook(partial)
     paths = {"input_path": job.path.name, "output_path": job.out.name}
-    parameters = {"profile": about["profile"], "seed": job.seed}
+    parameters = {"profile": about["profile"], "seed": job.seed, **job.more}
     nb.metadata["papermill"] = {**nb.metadata.get("papermill", {}), **paths, "parameters": parameters}
     nb.metadata["lavic"] = {**nb.metadata.get("lavic", {}), "provenance": about}
     write_text(job.out, nbformat.writes(nb) + "\n")
@@ -166,7 +169,7 @@ def run_job(job: Job, profile: Profile, name: str, display: Display) -> dict[str
     with open(log_path, "w", encoding="utf-8") as log:
         log.write(json.dumps(provenance(profile, job.seed, profile_data_hash(profile))) + "\n")
         try:
-            execute(job, {"profile": name, "seed": job.seed}, log, on_cell)
+            execute(job, {"profile": name, "seed": job.seed, **job.more}, log, on_cell)
         except Exception as error:  # whatever a cell, the kernel or papermill raised
             record |= {"status": "failed", "error": _failure(job, error, display.cell)}
             log.write("\n".join(record["error"]) + "\n")
@@ -196,7 +199,8 @@ def save_record(job: Job, record: dict[str, Any], profile: Profile) -> None:
 
 
 def reproduce(
-    name: str = "mini", seeds: int = 1, only: Sequence[str] = (), force: bool = False, folder: Path = nbs.NOTEBOOKS
+    name: str = "mini", seeds: int = 1, only: Sequence[str] = (), force: bool = False, folder: Path = nbs.NOTEBOOKS,
+    extended: bool = False,
 ) -> int:
     """Run all that is not up to date; exit code 0, or 1 after the first failing cell. UserError for bad input."""
     if seeds < 1:
@@ -206,7 +210,7 @@ def reproduce(
     nbs.set_kernel_environment()
     results = results_dir(profile)
     with lock(results):
-        jobs = plan(profile, name, [profile.seed + i for i in range(seeds)], folder, only)
+        jobs = plan(profile, name, [profile.seed + i for i in range(seeds)], folder, only, extended)
         todo = [job for job in jobs if force or not job.unchanged(results)]
         with Display(todo) as display:
             for job in jobs:

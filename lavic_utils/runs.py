@@ -7,58 +7,48 @@ seed, inputs); a stage whose key is unchanged is read back, one that was killed 
 from __future__ import annotations
 
 import json
+import random
+import resource
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lavic_utils import data, distillation, recommendation, retrieval, vision
+from lavic_utils import data, distillation, endpoint, methods, recommendation, training, vision
 from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
-from lavic_utils.evaluation import Score, parse_answer, score
+from lavic_utils.evaluation import Score, score
+from lavic_utils.hub import fingerprint
 from lavic_utils.provenance import NUMBERS, code_hash, key, provenance, world_dir, write_json, write_text
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A trained method: which visual tokens its prompts carry ("distilled", "base", "full" or None), and the
-    share of the training examples it sees."""
-
-    tokens: str | None
-    examples: float = 1.0
-
-
-TRAINED = {
-    "LaViC": Variant("distilled"),
-    "LaViC w/o self-distillation": Variant("base"),
-    "LaViC w/o images": Variant(None),
-    "Entire tokens (5x577)": Variant("full", 0.15),
-}
-ZERO_SHOT = {"LLaVA-v1.6 (title)": None, "LLaVA-v1.6 (title+image)": "full"}
-RETRIEVAL = {"BM25": retrieval.bm25_rank, "SBERT": retrieval.sbert_rank}
-
-
-def slug(method: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in method.lower()).strip("_")
-
-
 class Run:
-    """Inputs, models and stage results of one profile and seed. Folders: `results/<profile>/seed<seed>/...`."""
+    """Inputs, models and stage results of one profile and seed. Folders: `results/<profile>/seed<seed>/...`.
 
-    def __init__(self, profile: str | Profile = "mini", seed: int | None = None) -> None:
+    `data_folder`: other data than the profile's own, in the same layout; its results go to a folder of their own.
+    `api`: how a proprietary model's service is asked.
+    """
+
+    def __init__(self, profile: str | Profile = "mini", seed: int | None = None, data_folder: Path | None = None,
+                 api: endpoint.Settings | None = None) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
         self.seed = self.profile.seed if seed is None else seed
-        self.folder = results_dir(self.profile) / f"seed{self.seed}"
+        self.given, self.api = data_folder, api or endpoint.Settings(max_usd=0.0)
+        self._read: dict[tuple[str, str], list[data.Dialogue]] = {}
+        place = results_dir(self.profile) / (f"data-{self.data_hash}" if data_folder else "")
+        self.folder = place / f"seed{self.seed}"
         torch.manual_seed(self.seed)
 
     # ------------------------------------------------------------ inputs
     @cached_property
     def root(self) -> Path:
-        """The data folder: the mini world (made if absent), or the published data in LAVIC_DATA."""
+        """The data folder: the one given, the mini world (made if absent), or the published data in LAVIC_DATA."""
+        if self.given:
+            return self.given
         if self.profile.world:
             from lavic_utils.world import make_world
 
@@ -82,17 +72,39 @@ class Run:
         path = self.root / "mini_facts.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"items": {}, "dialogues": {}}
 
-    def dialogues(self, domain: str, split: str) -> list[data.Dialogue]:
-        return data.read_dialogues(self.root, domain, split)
+    def dialogues(self, domain: str, split: str, order: int = 0) -> list[data.Dialogue]:
+        """A split's dialogues. Candidates stand as in the file, or for `order` 1, 2, ... in the order of a seeded shuffle."""
+        if (domain, split) not in self._read:
+            self._read[domain, split] = data.read_dialogues(self.root, domain, split)
+        found = self._read[domain, split]
+        return [shuffled_list(d, self.profile.candidates, order) for d in found] if order else found
+
+    def dialogue_items(self, domains: Sequence[str], splits: Sequence[str]) -> list[str]:
+        """Ids that occur in the lists or truths of the dialogues that are there (sorted)."""
+        rows = [d for domain in domains for split in splits if data.dialogue_file(self.root, domain, split).is_file()
+                for d in self.dialogues(domain, split)]
+        return sorted({a for d in rows for a in (*getattr(d, self.profile.candidates), *d.gt_items)})
 
     @cached_property
     def items(self) -> dict[str, list[str]]:
-        """Ids that occur in any dialogue's lists or truths, by split (sorted)."""
-        found = {}
-        for split in ("train", "valid", "test"):
-            rows = [d for domain in DOMAINS for d in self.dialogues(domain, split)]
-            found[split] = sorted({a for d in rows for a in (*d.candidates_st, *d.gt_items)})
-        return found
+        """Ids that occur in any domain's dialogues, by split."""
+        return {split: self.dialogue_items(tuple(DOMAINS), (split,)) for split in data.SPLITS}
+
+    def domain_catalogue(self, domain: str) -> tuple[list[str], list[str]]:
+        """(ids, titles) of a domain's items: those that any of its dialogues lists or has as its truth."""
+        asins = self.dialogue_items((domain,), data.SPLITS)
+        if missing := [asin for asin in asins if asin not in self.titles]:
+            raise UserError(f"{self.root}: {len(missing)} items of the {domain} dialogues are not in item2meta_train.json, "
+                            f"e.g. {missing[0]}; {data.GET_DATA}")
+        return asins, [self.titles[asin] for asin in asins]
+
+    def need_training_data(self) -> None:
+        """UserError where a file is missing that training reads (cheap: nothing is read)."""
+        if self.profile.world and not self.given:
+            return
+        for path in [self.root / "item2meta_train.json", *(data.dialogue_file(self.root, d, "train") for d in DOMAINS)]:
+            if not path.is_file():
+                raise UserError(f"{path}: not there; {data.GET_DATA}")
 
     @cached_property
     def data_hash(self) -> str:
@@ -108,7 +120,7 @@ class Run:
 
     # ------------------------------------------------------------ keeping results
     def key(self, **what) -> str:
-        return key(code=code_hash(only=NUMBERS), data=self.data_hash, seed=self.seed,
+        return key(code=code_hash(only=NUMBERS), data=self.data_hash, seed=self.seed, model=fingerprint(self.profile.model_path),
                    profile=self.profile.model_dump(mode="json"), **what)
 
     def stamp(self) -> dict:
@@ -136,10 +148,22 @@ class Run:
             rows = [(a, k, self.titles[a]) for a in chosen for k in range(len(self.catalogue[a].images))]
         rows = [row for row in rows if stage.images_per_item is None or row[1] < stage.images_per_item]
         found = [distillation.Picture(a, t, data.image_file(self.root, a, k)) for a, k, t in rows]
+        if stage.descriptions == "published":
+            found = [p for p in found if self.published.get(p.path.name)]
         return [p for p in found if data.open_image(p.path) is not None]
 
+    @cached_property
+    def published(self) -> dict[str, str]:
+        """Image file -> the description that stands in the data."""
+        rows = [*data.stage1_rows(self.catalogue.values()), *data.read_stage1_valid(self.root)]
+        return {row.image_name: row.description for row in rows}
+
     def teach(self) -> dict[str, list[str]]:
-        """The teacher's descriptions of the training and validation images (base model, full tokens)."""
+        """The teacher's descriptions of the training and validation images: the base model's from full tokens, or those that
+        the data comes with, where the profile says so."""
+        if self.profile.distillation.descriptions == "published":
+            return {split: [self.published[p.path.name] for p in self.pictures(split)] for split in ("train", "valid")}
+
         def make() -> dict:
             model, read = self.model(), distillation.Pictures(self.processor, keep=False)
             found = {}
@@ -189,18 +213,21 @@ class Run:
             return found
         return self.kept(folder, make, stage="distil")
 
-    def visual(self, tokens: str | None, splits: Sequence[str] = ("train", "test")) -> dict[str, Tensor] | None:
+    def visual(self, tokens: str | None, splits: Sequence[str] = ("train", "test")) -> Mapping[str, Tensor] | None:
         """Visual tokens of every dialogue item with a readable first image: "distilled" or "base" [CLS], or "full".
 
         Each image is decoded once; the base model is the student with its adapter switched off.
         """
         if tokens is None:
             return None
+        if tokens == "full" and not self.profile.world:  # a 7B model's are 47 MB an item: encoded when asked for, never stored
+            paths = {a: data.image_file(self.root, a) for split in splits for a in self.items[split]}
+            return vision.lazy_full_tokens(self.model(), self.processor, paths)
         self.distil()
         folder, merged = self.folder / "tokens", {}
 
         def make(split: str) -> dict:
-            model = PeftModel.from_pretrained(self.model(), self.folder / "stage1" / "adapter").eval()
+            model = training.load_adapter(self.model(), self.folder / "stage1" / "adapter").eval()
             images = {a: data.open_image(data.image_file(self.root, a)) for a in self.items[split]}
             found: dict[str, dict] = {"distilled": {}, "base": {}, "full": {}}
             for group in vision.batched([a for a, image in images.items() if image is not None], 64):
@@ -208,7 +235,7 @@ class Run:
                 found["distilled"] |= vision.encode(model, group, values, sizes, vision.cls_tokens)
                 with model.disable_adapter():
                     found["base"] |= vision.encode(model, group, values, sizes, vision.cls_tokens)
-                    if self.profile.world:  # a 7B model's full tokens are tens of megabytes an item: never stored
+                    if self.profile.world:
                         found["full"] |= vision.encode(model, group, values, sizes, vision.full_tokens)
             for name, kept in found.items():
                 vision.store(kept, folder / f"{name}_{split}.safetensors")
@@ -220,58 +247,51 @@ class Run:
         return merged
 
     # ------------------------------------------------------------ stage 2 and inference
-    def prompter(self, visual: Mapping[str, Tensor] | None) -> recommendation.Prompter:
-        return recommendation.Prompter(self.processor.tokenizer, self.profile, self.titles, visual)
+    def prompter(self, visual: Mapping[str, Tensor] | None, window: int | None = None) -> recommendation.Prompter:
+        return recommendation.Prompter(self.processor.tokenizer, self.profile, self.titles, visual, window)
 
     def tune(self, method: str, domain: str) -> dict:
         """Stage 2 of one trained method and domain: its loss log; the adapter stays in `folder/adapter`."""
-        variant, folder = TRAINED[method], self.folder / "stage2" / slug(method) / domain
+        variant, folder = methods.find(method), self.folder / "stage2" / methods.slug(method) / domain
 
         def make() -> dict:
             which = self.profile.candidates
             examples = recommendation.training_examples(self.dialogues(domain, "train"), which, self.seed)
             examples = examples[:round(len(examples) * variant.examples)]
-            prompter = self.prompter(self.visual(variant.tokens, ("train",)))
+            prompter = self.prompter(variant.visual(self, "train"))
             _, log = recommendation.train_recommender(self.profile, self.model(), prompter, examples, folder, self.seed)
             return {"log": log, "examples": len(examples)}
         return self.kept(folder, make, stage="tune", method=method, domain=domain)
 
     def tuned(self, method: str, domain: str):
-        """The base model with the method's adapter (the base model itself for zero-shot rows), merged where that is exact:
-        into 4-bit weights it would round."""
-        if method in ZERO_SHOT:
-            return self.model()
+        """The base model with a trained method's adapter, merged where that is exact: it would round in fewer bits."""
         self.tune(method, domain)
-        model = PeftModel.from_pretrained(self.model(), self.folder / "stage2" / slug(method) / domain / "adapter").eval()
-        return model if self.profile.quantize_4bit else model.merge_and_unload()
+        folder = self.folder / "stage2" / methods.slug(method) / domain / "adapter"
+        return training.merged(training.load_adapter(self.model(), folder)).eval()
 
-    def answers(self, method: str, domain: str, split: str = "test",
-                control: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None, name: str = "") -> list[dict]:
-        """Answers of a method to a split, one record a dialogue (also written as JSON lines). `control` changes the
-        visual tokens at inference (a negative control, called `name`)."""
-        folder = self.folder / "answers" / slug(method + name) / f"{domain}_{split}"
+    def answered(self, method: str, domain: str, split: str = "test", control: methods.Control | None = None,
+                 name: str = "", order: int = 0, limit: int | None = None) -> dict:
+        """A method's answers to a split, kept: `rows`, one record a dialogue (see `recommendation.Answer`, and its `line`),
+        and `cost`. `control` changes the visual tokens at inference (a negative control, called `name`); with it, or in
+        another `order` of the candidates, only free generation is read. `limit`: the first so many dialogues."""
+        chosen = methods.find(method)
+        folder = self.folder / "answers" / methods.slug(method + name) / f"{domain}_{split}{f'_order{order}' if order else ''}"
 
         def make() -> dict:
-            dialogues, which = self.dialogues(domain, split), self.profile.candidates
-            if method in RETRIEVAL:
-                return {"rows": self._retrieve(method, domain, dialogues)}
-            tokens = TRAINED[method].tokens if method in TRAINED else ZERO_SHOT[method]
-            visual = self.visual(tokens, (split,))
-            prompter = self.prompter(control(visual) if control else visual)
-            found = recommendation.answer(self.tuned(method, domain), prompter, dialogues, which, scored=control is None)
-            rows = [{"line": d.line, "recommended": parse_answer(a.response), **asdict(a)}
-                    for d, a in zip(dialogues, found, strict=True)]
-            write_text(folder / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            return {"rows": rows}
-        return self.kept(folder, make, stage="answers", method=method, domain=domain, split=split, name=name)["rows"]
+            dialogues = self.dialogues(domain, split, order)[:limit]
+            chosen.prepare(self, domain, split)
+            start = time.monotonic()
+            found = chosen.answer(self, domain, split, dialogues, control, scored=control is None and not order)
+            rows = [{"line": d.line, **asdict(a)} for d, a in zip(dialogues, found, strict=True)]
+            return {"rows": rows, "cost": cost(found, time.monotonic() - start)}
+        if limit is not None:
+            return make()
+        return self.kept(folder, make, stage="answers", method=chosen.name, domain=domain, split=split, name=name, order=order,
+                         identity=chosen.identity(self))
 
-    def _retrieve(self, method: str, domain: str, dialogues: Sequence[data.Dialogue]) -> list[dict]:
-        """Retrieval over the domain's whole catalogue by title; the first is the answer."""
-        everything = sorted({a for split in ("train", "valid", "test") for d in self.dialogues(domain, split)
-                             for a in (*d.candidates_st, *d.gt_items)})
-        queries = [" ".join(text for _, text in d.turns) for d in dialogues]
-        order = RETRIEVAL[method](queries, [self.titles[a] for a in everything])
-        return [{"line": d.line, "recommended": everything[int(row[0])]} for d, row in zip(dialogues, order, strict=True)]
+    def answers(self, method: str, domain: str, split: str = "test", **how) -> list[dict]:
+        """The `rows` of `answered`."""
+        return self.answered(method, domain, split, **how)["rows"]
 
     def score(self, method: str, domain: str, reading: str = "recommended", rows: list[dict] | None = None,
               keep: Callable[[int], bool] = lambda i: True, split: str = "test") -> Score:
@@ -279,8 +299,50 @@ class Run:
         dialogues = self.dialogues(domain, split)
         rows = self.answers(method, domain, split) if rows is None else rows
         kept = [i for i in range(len(dialogues)) if keep(i)]
-        lists = None if method in RETRIEVAL else [getattr(dialogues[i], self.profile.candidates) for i in kept]
+        lists = [rows[i]["candidates"] for i in kept] if methods.find(method).chooses else None
         return score([rows[i][reading] for i in kept], [dialogues[i].gt_items for i in kept], lists)
+
+
+def run_method(run: Run, method: str, domain: str, split: str = "test", order: int = 0, limit: int | None = None,
+               out: Path | None = None) -> str:
+    """Answer a split with one method, write the answers file, and say where it is. UserError where the method cannot run here.
+
+    The file holds each row as published, with `recommended_<key>`, `response_<key>` and `candidates_<key>`; the key is "st" (or
+    "gpt_large") for a method that chooses, else the method's own, and its list the ten it ranks first.
+    """
+    chosen = methods.find(method)
+    if domain not in DOMAINS or split not in data.SPLITS:
+        raise UserError(f"no dialogues {domain}/{split}; use one of {', '.join(DOMAINS)} and of {', '.join(data.SPLITS)}")
+    if why := chosen.reason(run):
+        raise UserError(f"{chosen.name}: {why}")
+    found = run.answered(chosen.name, domain, split, order=order, limit=limit)
+    key = run.profile.candidates.removeprefix("candidates_") if chosen.chooses else methods.slug(chosen.name)
+    part = f"{domain}_{split}" + (f"_order{order}" if order else "") + (f"_first{limit}" if limit else "")
+    out = out or run.folder.parent / "answers" / f"{methods.slug(chosen.name)}_{part}_seed{run.seed}.jsonl"
+    lines = [json.dumps({**d.model_dump(exclude={"domain", "split", "line"}), f"candidates_{key}": a["candidates"],
+                         f"recommended_{key}": a["recommended"], f"response_{key}": a["response"]}) + "\n"
+             for d, a in zip(run.dialogues(domain, split), found["rows"], strict=False)]
+    write_text(out, "".join(lines))
+    spent = found["cost"]
+    return (f"{chosen.name}, {domain}/{split}: {len(lines)} answers in {spent['seconds']:g} s, "
+            f"{sum(a['refused'] > 0 for a in found['rows'])} prompts refused as too long, ${spent['usd']:.4f}\n{out}\n"
+            f"score them: python -m lavic_utils evaluate {out}")
+
+
+def cost(answers: Sequence[recommendation.Answer], seconds: float) -> dict[str, float]:
+    """What answering took: seconds in all (training and encoding apart, loading the model in), tokens, dollars, and the
+    peak memory of the process (of the GPU, where there is one) so far."""
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": round(seconds, 2), "dialogues": len(answers), "prompt_tokens": sum(a.prompt_tokens for a in answers),
+            "new_tokens": sum(a.new_tokens for a in answers), "usd": sum(a.usd for a in answers), "peak_mb": round(peak / 2**20)}
+
+
+def shuffled_list(dialogue: data.Dialogue, which: str, order: int) -> data.Dialogue:
+    """The dialogue with its candidates in the order of shuffle number `order`; the same in every process."""
+    names = list(getattr(dialogue, which))
+    random.Random(f"order-{order}/{dialogue.domain}/{dialogue.split}/{dialogue.line}").shuffle(names)
+    return dialogue.model_copy(update={which: tuple(names)})
 
 
 def shuffled(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,55 +7,101 @@ row ends. [CLS] tokens: position 0 of the last layer of every tile, projected: n
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers import AutoConfig, AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-from transformers.utils import logging
+from transformers.utils import is_flash_attn_2_available, logging
 
 from lavic_utils.config import Profile, UserError
+from lavic_utils.data import open_image
+from lavic_utils.hub import HubModel
 
 logging.disable_progress_bar()  # loading bars would stand in every notebook's output
+UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")  # in v5 this list replaces the default
+
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def half() -> torch.dtype:
+    """Half precision here: bfloat16, but float16 on a card below compute capability 8, which only emulates bfloat16."""
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
+    return torch.float16 if old else torch.bfloat16
+
+
+def attention(dtype: torch.dtype) -> str:
+    """Kernel for training: FlashAttention 2 where it is installed and the card and dtype allow it, else torch's own.
+    Inference stays with torch's: `recommendation.Read` masks candidates from each other, which the other cannot."""
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
+    return "flash_attention_2" if able and is_flash_attn_2_available() else "sdpa"
+
+
+def source(profile: Profile) -> tuple[str, str | None]:
+    """(folder or hub id, revision) of the profile's model; UserError in one line where it cannot be had."""
+    path = profile.model_path
+    return HubModel(profile.model, profile.revision, profile.download_gb).source(path if Path(path).is_dir() else None)
+
+
 def load_processor(profile: Profile) -> LlavaNextProcessor:
     """The PIL image processor by name (the plain name needs torchvision) and the checkpoint's own tokenizer."""
-    where = {"revision": profile.revision} if profile.revision else {}
-    tokenizer = AutoTokenizer.from_pretrained(profile.model_path, **where)
-    image_processor = LlavaNextImageProcessorPil.from_pretrained(profile.model_path, **where)
-    vision = {"patch_size": image_processor.crop_size["height"] // 4 if profile.world else 14}
+    path, revision = source(profile)
+    where = {"revision": revision} if revision else {}
+    tokenizer = AutoTokenizer.from_pretrained(path, **where)
+    image_processor = LlavaNextImageProcessorPil.from_pretrained(path, **where)
+    patch = AutoConfig.from_pretrained(path, **where).vision_config.patch_size
     return LlavaNextProcessor(image_processor=image_processor, tokenizer=tokenizer, num_additional_image_tokens=1,
-                              vision_feature_select_strategy="default", **vision)
+                              vision_feature_select_strategy="default", patch_size=patch)
 
 
 def load_model(profile: Profile) -> LlavaNextForConditionalGeneration:
     """The base model, in eval mode and without gradients. Raises UserError where it cannot be had."""
-    options: dict = {"revision": profile.revision, "dtype": profile.dtype}
     if profile.quantize_4bit:
-        from transformers import BitsAndBytesConfig
+        _four_bits(profile)  # says what is missing before anything is looked for or downloaded
+    return load(LlavaNextForConditionalGeneration, profile, *source(profile))
 
-        # The vision side stays unquantised: its [CLS] vectors are what stage 1 trains (skip list is anchored in v5).
-        options |= {"device_map": {"": 0}, "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16,
-            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"])}
+
+def load(kind, profile: Profile, path: str, revision: str | None):
+    """A checkpoint (folder or hub id) as the profile wants it (dtype, 4 bits), in eval mode and without gradients."""
+    options: dict = {"dtype": half() if profile.dtype == "half" else torch.float32, "attn_implementation": "sdpa",
+                     "revision": revision}
+    if profile.quantize_4bit:
+        options |= {"device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}, "quantization_config": _four_bits(profile)}
     try:
-        model = LlavaNextForConditionalGeneration.from_pretrained(profile.model_path, **options)
+        model = kind.from_pretrained(path, **options)
     except OSError as error:
         line = str(error).split("\n")[0]
-        raise UserError(f"model {profile.model!r} of profile {profile.name} cannot be loaded ({line}); "
-                        "connect to the network once, or name a local folder in the profile's `model`") from None
+        raise UserError(f"model {path!r} cannot be loaded ({line}); download it whole, or name a local folder in the "
+                        f"profile {profile.name}") from None
     model = model if profile.quantize_4bit else model.to(device())
     return model.eval().requires_grad_(False)
+
+
+def context_window(model) -> int:
+    """Tokens the language model was made for."""
+    return model.config.get_text_config().max_position_embeddings
+
+
+def _four_bits(profile: Profile):
+    """The language model's layers in NF4; the vision side, whose [CLS] vectors are the method, and the head are not."""
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not torch.cuda.is_available() or not is_bitsandbytes_available():
+        lacking = "bitsandbytes is not installed" if torch.cuda.is_available() else "none is here"
+        raise UserError(f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and bitsandbytes "
+                        f"({lacking}): pip install 'lavic-companion[gpu]', or use another profile")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=half(),
+                              llm_int8_skip_modules=list(UNQUANTISED))
 
 
 def pixels(processor: LlavaNextProcessor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -100,8 +146,8 @@ def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int) -> Tensor:
 
     Raises ValueError when placeholders and visual tokens differ in number: nothing is ever dropped silently.
     """
-    image_token = model.config.image_token_id
-    slots = ids == image_token
+    image_token = getattr(model.config, "image_token_id", None)
+    slots = ids == (-1 if image_token is None else image_token)
     rows = sum(len(v) for v in visual)
     if int(slots.sum()) != rows:
         raise ValueError(f"{int(slots.sum())} image placeholders in the prompts, {rows} visual tokens to place")
@@ -124,6 +170,46 @@ def encode(model, names: Sequence[str], pixel_values: Tensor, sizes: Tensor, how
     """
     tokens = how(model, pixel_values.to(model.device, model.dtype), sizes)
     return {name: t.float().cpu().clone() for name, t in zip(names, tokens, strict=True)}
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Visual tokens encoded when they are asked for, of images too many and too large to keep (a 7B model's full tokens take
+    47 MB an item). `size_of(asin)` says how many there will be without encoding; the last few items are kept."""
+
+    def __init__(self, names: Sequence[str], encode_one: Callable[[str], Tensor], size_of: Callable[[str], int]) -> None:
+        self.sizes = {name: size_of(name) for name in names}
+        self._get = functools.lru_cache(maxsize=32)(encode_one)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def lazy_full_tokens(model, processor, paths: Mapping[str, Path]) -> Lazy:
+    """Full tokens of each readable image (item id -> file), by the model's own forward; LLaVA-NeXT or LLaVA 1.5."""
+    images = {name: image.size for name, path in paths.items() if (image := open_image(path)) is not None}
+
+    @torch.inference_mode()
+    def encode_one(name: str) -> Tensor:
+        batch = processor.image_processor(open_image(paths[name]), return_tensors="pt").to(model.device)
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+        return inner(model).get_image_features(**batch).pooler_output[0].float().cpu()
+
+    def size_of(name: str) -> int:
+        width, height = images[name]
+        return processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens[0]
+
+    return Lazy(list(images), encode_one, size_of)
+
+
+def lengths(visual: Mapping[str, Tensor]) -> dict[str, int]:
+    """Visual tokens of each item, counted without encoding any."""
+    return visual.sizes if isinstance(visual, Lazy) else {name: len(tokens) for name, tokens in visual.items()}
 
 
 def store(tokens: dict[str, Tensor], path: Path) -> None:

@@ -219,7 +219,7 @@ def add_candidates(rng: random.Random, talks: list[Talk]) -> None:
         near = cosine_rank(np.stack([vectors[talk.query] for talk in mine]), np.stack([vectors[t] for t in titles]))
         for field, ranking in (("candidates_st", near), ("candidates_gpt_large", bm25_rank(contexts, titles))):
             for talk, best in zip(mine, ranking[:, :10], strict=True):
-                talk.row[field] = rng.sample([asins[i] for i in best], 10)
+                talk.row[field] = rng.sample(sorted(asins[i] for i in best), 10)  # near-ties may swap on another machine
 
 
 # ---- files

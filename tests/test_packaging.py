@@ -52,6 +52,6 @@ def test_committed_notebooks_are_executed_and_current():
 
 
 def test_readme_tables_are_current():
-    from lavic_utils.report import update_readme
+    from lavic_utils.readme import update_readme
 
     assert update_readme(check=True) == []

@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 
 from lavic_utils.config import UserError
-from lavic_utils.retrieval import bm25_rank, cosine_rank, sbert_embed, sbert_rank, verify_weights
+from lavic_utils.retrieval import (
+    bm25_rank,
+    candidate_lists,
+    cosine_rank,
+    rank,
+    recall_at,
+    sbert_embed,
+    sbert_rank,
+    verify_weights,
+)
 
 TITLES = ["Tivoli rustic mug", "Brindle modern lamp", "Norrland portable chair", "Casella cosy cushion"]
+ORDER, IDS = np.array([[2, 0, 1, 3], [1, 0, 3, 2], [3, 2, 1, 0]]), ["B0", "B1", "B2", "B3"]
 
 
 def test_bm25_finds_the_words_and_keeps_title_order_without_any() -> None:
@@ -38,6 +48,7 @@ def test_float_noise_does_not_reorder_ties_but_a_real_difference_does() -> None:
     query, tied, apart = np.array([[1.0]]), np.array([[0.5], [0.500001]]), np.array([[0.5], [0.51]])
     assert cosine_rank(query, tied).tolist() == [[0, 1]]
     assert cosine_rank(query, apart).tolist() == [[1, 0]]
+    assert cosine_rank(query, np.array([[0.5], [0.500002]]), decimals=6).tolist() == [[1, 0]]  # encoders of narrow scores
 
 
 def test_wrong_or_missing_weights_are_refused(tmp_path: Path) -> None:
@@ -47,3 +58,46 @@ def test_wrong_or_missing_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sha256"):
         verify_weights(tmp_path)
     assert verify_weights(tmp_path, hashlib.sha256(b"other weights").hexdigest()) == tmp_path
+
+
+def test_rank_finds_bm25_and_sbert_by_name_and_refuses_others() -> None:
+    queries = ["a modern lamp please", "a cup for my coffee"]
+    assert np.array_equal(rank("BM25", queries, TITLES), bm25_rank(queries, TITLES))
+    assert np.array_equal(rank("SBERT", queries, TITLES), sbert_rank(queries, TITLES))
+    assert not np.array_equal(rank("BM25", queries, TITLES), rank("SBERT", queries, TITLES))
+    with pytest.raises(UserError, match="RoBERTa-Large"):
+        rank("sbert", queries, TITLES)
+
+
+def test_recall_counts_queries_or_pairs() -> None:
+    truths = [["B0", "B3"], ["B1"], ["B0", "elsewhere", "B0"]]
+    assert recall_at(ORDER, IDS, truths, (1, 2, 3, 4, 20)) == {1: 1 / 3, 2: 2 / 3, 3: 2 / 3, 4: 1.0, 20: 1.0}
+    assert recall_at(ORDER, IDS, truths, (1, 2, 4), pairs=True) == {1: 1 / 5, 2: 2 / 5, 4: 4 / 5}
+    assert list(recall_at(ORDER, IDS, truths)) == [1, 5, 10, 20]
+    best = [["B2"], ["B1"], ["B3"]]
+    assert recall_at(ORDER, IDS, best, (1,)) == {1: 1.0} and recall_at(ORDER, IDS[::-1], best, (1,)) == {1: 0.0}
+
+
+@pytest.mark.parametrize(("ids", "truths"), [
+    (IDS[:3], [["B0"]] * 3), (IDS, [["B0"]] * 2), (IDS, [["B0"], [], ["B1"]]), (IDS, ["B0", "B1", "B2"])])
+def test_recall_of_lengths_that_do_not_match_is_an_error(ids: list, truths: list) -> None:
+    with pytest.raises(ValueError, match="ids"):
+        recall_at(ORDER, ids, truths)
+    assert recall_at(ORDER, IDS, [["B0"]] * 3, (4,)) == {4: 1.0}
+
+
+def test_candidate_lists_hold_the_first_n_in_no_particular_order() -> None:
+    ids = [f"B{i:02}" for i in range(30)]
+    order = np.stack([np.random.default_rng(i).permutation(30) for i in range(40)])
+    lists = candidate_lists(order, ids, seed=7)
+    assert [sorted(one) for one in lists] == [sorted(ids[i] for i in row[:10]) for row in order]
+    assert candidate_lists(order, ids, seed=7) == lists != candidate_lists(order, ids, seed=8)
+    assert candidate_lists(order[:5], ids, seed=7) == lists[:5]  # the same with a limit on queries
+    places = [one.index(ids[row[0]]) for one, row in zip(lists, order, strict=True)]
+    assert len(set(places)) > 5  # the best stands anywhere; unshuffled it would always be first
+    assert candidate_lists(order, ids, 3, seed=7)[0] != lists[0][:3] and len(candidate_lists(order, ids, 3, seed=7)[0]) == 3
+    for wrong in (ids[:29], ids + ["B99"]):
+        with pytest.raises(ValueError, match="ids"):
+            candidate_lists(order, wrong, seed=7)
+    with pytest.raises(ValueError, match="31 candidates"):
+        candidate_lists(order, ids, 31, seed=7)

@@ -1,0 +1,137 @@
+"""What both training stages share: adapters (made, checked, saved, loaded), the Trainer and its arguments."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from lavic_utils import vision
+from lavic_utils.config import Lora, UserError
+
+
+def lora_config(lora: Lora, target: str) -> LoraConfig:
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target,
+                      task_type="CAUSAL_LM")
+
+
+def trainable_names(model) -> list[str]:
+    return sorted(name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def add_adapter(model, lora: Lora, target: str):
+    """The model with a fresh adapter on every linear layer that `target` names, ready to train: adapters in float32,
+    but in the weights' own dtype under FSDP, which wants one. Raises RuntimeError where anything else would be trained."""
+    uniform = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    tuned = get_peft_model(model, lora_config(lora, target), autocast_adapter_dtype=not uniform)
+    check_trainable(tuned, target)
+    kernel = vision.attention(model.dtype)
+    if kernel != "sdpa":
+        model.set_attn_implementation(kernel)
+    return tuned
+
+
+def check_trainable(tuned, target: str) -> None:
+    """Exactly A and B of every layer that `target` names are trained; RuntimeError with examples otherwise."""
+    layers = [name for name, layer in tuned.named_modules() if isinstance(layer, LoraLayer) and re.fullmatch(target, name)]
+    expected = {f"{name}.lora_{side}.default.weight" for name in layers for side in "AB"}
+    wrong = sorted(expected ^ set(trainable_names(tuned)))
+    if wrong or not expected:
+        raise RuntimeError(f"trained and intended parameters differ in {len(wrong)} of {len(expected)} names: {wrong[:3]}")
+
+
+def save_adapter(tuned, folder: Path) -> None:
+    """A standard peft folder. Raises UserError where some B is still zero: that layer was never trained."""
+    zero = [name for name, p in tuned.named_parameters() if "lora_B" in name and not p.any()]
+    if zero:
+        raise UserError(f"{folder}: {len(zero)} LoRA B are zero after training (first: {zero[0]}), so nothing was learnt there; "
+                        "raise the learning rate or the number of examples")
+    tuned.save_pretrained(folder)
+
+
+def load_adapter(model, folder: Path):
+    """The model with the adapter in `folder`, frozen and in eval mode (a PeftModel; `merged` gives a plain one).
+
+    Raises UserError unless the file holds every adapter weight of this model and nothing else: keys have changed across
+    versions of the libraries, and a weight that is not found would silently stay as initialised.
+    """
+    file, again = folder / "adapter_model.safetensors", "run the stage that makes it again"
+    if not file.is_file():
+        raise UserError(f"{file}: there is no adapter; {again}")
+    try:
+        tuned = PeftModel.from_pretrained(model, folder)
+        with safe_open(file, "pt") as stored:
+            found = set(stored.keys())
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: not an adapter of this model ({' '.join(str(error).split())[:120]}); {again}") from None
+    wanted = set(get_peft_model_state_dict(tuned))
+    if found != wanted:
+        first = sorted(found ^ wanted)[0]
+        raise UserError(f"{file}: {len(wanted - found)} adapter weights are missing and {len(found - wanted)} are unexpected "
+                        f"(first: {first}); {again}")
+    return tuned.eval().requires_grad_(False)
+
+
+def merged(tuned):
+    """A plain model with the adapter in its weights where that is exact to rounding (float32); half precision would round
+    what was learnt and 4 bits would lose it, so there the adapter stays beside them."""
+    return tuned.merge_and_unload() if tuned.dtype == torch.float32 else tuned
+
+
+def training_arguments(folder: Path, stage, seed: int, **more) -> TrainingArguments:
+    """What both stages share: AdamW, constant settings of the profile, no reporting, precision by the card.
+
+    AdamW on plain float32 adapters everywhere: they have 21 million parameters at most, so that paged or 8-bit states
+    would save 0.1 GB of 8. Checkpointing is non-reentrant: the other kind needs inputs that carry gradients.
+    """
+    cuda = torch.cuda.is_available()
+    bf16 = cuda and vision.half() == torch.bfloat16
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}
+                     } if stage.gradient_checkpointing else {}
+    return TrainingArguments(
+        output_dir=str(folder), learning_rate=stage.learning_rate, weight_decay=stage.weight_decay,
+        per_device_train_batch_size=stage.batch_size, gradient_accumulation_steps=stage.gradient_accumulation,
+        num_train_epochs=stage.epochs, max_grad_norm=1.0, seed=seed, data_seed=seed, bf16=bf16, fp16=cuda and not bf16,
+        optim="adamw_torch_fused", logging_nan_inf_filter=False, use_cpu=not cuda, ddp_find_unused_parameters=False,
+        remove_unused_columns=False, report_to=[], disable_tqdm=True, logging_strategy="steps",
+        lr_scheduler_type=stage.schedule, warmup_steps=stage.warmup_steps, label_names=["labels"],
+        dataloader_pin_memory=cuda, **checkpointing, **more)
+
+
+class StageTrainer(Trainer):
+    """What both stages share: their loss is a mean over rows, so gradient accumulation takes the mean of batches (left
+    to itself the Trainer would add them up, as it does for losses it takes to be per token); a broken run stops."""
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Finite(self.accelerator))
+
+
+class Finite(TrainerCallback):
+    """Stops a run that half precision has broken: a loss that is no number, or steps skipped again and again because
+    gradients overflow at every loss scale (a scale is found within some 16 steps)."""
+
+    def __init__(self, accelerator) -> None:
+        self.accelerator, self.skipped = accelerator, 0
+
+    def on_step_end(self, args, state, control, **_):
+        self.skipped += bool(self.accelerator.optimizer_step_was_skipped)
+        if self.skipped > 20 + state.global_step // 10:
+            raise UserError(f"training stopped at step {state.global_step}: {self.skipped} steps were skipped because float16 "
+                            "gradients overflow; lower the learning rate, or use a card that computes in bfloat16")
+
+    def on_log(self, args, state, control, logs, **_):
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0)):
+                raise UserError(f"training stopped at step {state.global_step}: {name} is {logs[name]}; "
+                                "lower the learning rate, or use dtype float32 or a card that computes in bfloat16")

@@ -1,0 +1,242 @@
+"""What both stages share, on a random tiny model: adapters checked when saved and loaded, checkpointing, accumulation,
+runs that half precision broke, models that cannot be had."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import TrainerControl, TrainerState
+
+from lavic_utils import distillation as dist
+from lavic_utils import minimodel, training, vision
+from lavic_utils import recommendation as rec
+from lavic_utils.config import Lora, UserError, load_profile
+
+LORA = Lora(r=4, alpha=8, dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return minimodel.build_processor()
+
+
+@pytest.fixture
+def model(processor):
+    return minimodel.build_model(processor, seed=1).eval().requires_grad_(False)
+
+
+def trained(model, target=rec.LANGUAGE_LINEAR):
+    torch.manual_seed(3)
+    tuned = training.add_adapter(model, LORA, target)
+    for name, p in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+    return tuned
+
+
+IDS = torch.arange(5, 45)[None]
+
+
+# ---------------------------------------------------------------- adapters
+@pytest.mark.parametrize("target", [dist.VISION_LINEAR, rec.LANGUAGE_LINEAR])
+def test_a_saved_adapter_comes_back_whole(model, processor, tmp_path, target):
+    tuned = trained(model, target).eval()
+    training.save_adapter(tuned, tmp_path)
+    fresh = training.load_adapter(minimodel.build_model(processor, seed=1), tmp_path)
+    ours = {n: p for n, p in tuned.named_parameters() if "lora_" in n}
+    theirs = {n: p for n, p in fresh.named_parameters() if "lora_" in n}
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert not training.trainable_names(fresh) and not fresh.training
+
+
+def spoil(folder, change):
+    weights = change(load_file(folder / "adapter_model.safetensors"))
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda w: dict(list(w.items())[1:]), "1 adapter weights are missing and 0 are unexpected"),
+    (lambda w: w | {"base_model.model.extra.lora_A.weight": torch.zeros(2)}, "missing and 1 are unexpected"),
+    (lambda w: {k.replace("base_model.model.model", "base_model.model"): v for k, v in w.items()}, "84 adapter weights"),
+    (lambda w: {k: v[:, :3].contiguous() for k, v in w.items()}, "not an adapter of this model")])
+def test_a_wrong_adapter_is_one_clear_line(model, processor, tmp_path, change, said):
+    training.save_adapter(trained(model), tmp_path)
+    spoil(tmp_path, change)
+    with pytest.raises(UserError, match=said) as error:
+        training.load_adapter(minimodel.build_model(processor, seed=1), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_peft_itself_takes_an_adapter_with_a_missing_weight(model, processor, tmp_path):
+    training.save_adapter(trained(model), tmp_path)
+    spoil(tmp_path, lambda w: dict(list(w.items())[1:]))
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        PeftModel.from_pretrained(minimodel.build_model(processor, seed=1), tmp_path)  # why load_adapter exists
+
+
+def test_no_adapter_is_one_clear_line(model, tmp_path):
+    with pytest.raises(UserError, match="there is no adapter"):
+        training.load_adapter(model, tmp_path)
+
+
+def test_an_adapter_that_learnt_nothing_is_not_saved(model, tmp_path):
+    with pytest.raises(UserError, match="84|42 LoRA B are zero"):
+        training.save_adapter(training.add_adapter(model, LORA, rec.LANGUAGE_LINEAR), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_adapters_are_merged_in_float32_only(model, processor):
+    tuned = trained(model).eval()
+    with torch.inference_mode():
+        before = tuned(input_ids=IDS).logits
+        plain = training.merged(tuned)
+        assert not isinstance(plain, PeftModel) and torch.allclose(plain(input_ids=IDS).logits, before, atol=1e-4)
+    low = trained(minimodel.build_model(processor, seed=1).to(torch.bfloat16))
+    assert training.merged(low) is low
+    assert {p.dtype for n, p in low.named_parameters() if "lora_" in n} == {torch.float32}
+
+
+def test_adapters_take_the_weights_dtype_under_fsdp(processor, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    base = minimodel.build_model(processor).requires_grad_(False).to(torch.bfloat16)
+    low = training.add_adapter(base, LORA, rec.LANGUAGE_LINEAR)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+
+
+# ---------------------------------------------------------------- checkpointing
+def gradients(model, **checkpointing) -> tuple[dict, int]:
+    """Gradients of one step, and the bytes that autograd kept for the way back."""
+    tuned = trained(model).train()
+    if checkpointing:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    weights = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = tuned(inputs_embeds=tuned.get_input_embeddings()(IDS.repeat(4, 1))).logits.square().mean()
+    if loss.requires_grad:
+        loss.backward()
+    return ({n: p.grad for n, p in tuned.named_parameters() if p.grad is not None},
+            sum(size for place, size in kept.items() if place not in weights))
+
+
+def test_checkpointing_keeps_less_and_changes_nothing(processor):
+    fresh = [minimodel.build_model(processor, seed=seed).requires_grad_(False) for seed in (1, 1, 2)]
+    plain, most = gradients(fresh[0])
+    ours, least = gradients(fresh[1], use_reentrant=False)
+    assert len(plain) == 84 and plain.keys() == ours.keys()
+    assert all(torch.allclose(plain[n], ours[n], atol=1e-7) for n in plain) and least < most / 2
+    other, _ = gradients(fresh[2], use_reentrant=False)
+    assert not any(torch.allclose(plain[n], other[n], atol=1e-7) for n in plain)  # negative control
+
+
+# ---------------------------------------------------------------- the Trainer
+def student(processor, tmp_path, batch: int, accumulation: int):
+    torch.manual_seed(0)
+    profile = load_profile("mini")
+    stage = profile.distillation.model_copy(update={
+        "batch_size": batch, "gradient_accumulation": accumulation, "epochs": 1, "lora": LORA, "warmup_steps": 0,
+        "schedule": "constant"})
+    base = minimodel.build_model(processor, seed=1).requires_grad_(False)
+    rows = []
+    for i in range(4):
+        Image.linear_gradient("L").rotate(90 * i).resize((96, 96)).convert("RGB").save(tmp_path / f"{i}.png")
+        rows.append(dist.Picture(str(i), "Velora jar", tmp_path / f"{i}.png", "red and plain" + ", round" * i))
+    profile = profile.model_copy(update={"distillation": stage})
+    tuned = training.add_adapter(base, LORA, dist.VISION_LINEAR)
+    arguments = training.training_arguments(tmp_path / f"{batch}", stage, 0, save_strategy="no", logging_steps=1)
+    return tuned, dict(model=tuned, processing_class=processor.tokenizer, train_dataset=rows, args=arguments,
+                       data_collator=dist.StudentCollator(base, processor, profile, dist.Pictures(processor, True)))
+
+
+def test_accumulated_batches_equal_one_batch(processor, tmp_path):
+    def once(kind, batch, accumulation):
+        tuned, options = student(processor, tmp_path, batch, accumulation)
+        trainer = kind(**options)
+        trainer.train()
+        first = trainer.state.log_history[0]
+        return first["loss"], first["grad_norm"]
+    whole, parts = once(dist.StudentTrainer, 4, 1), once(dist.StudentTrainer, 1, 4)
+    assert parts == pytest.approx(whole, rel=1e-4)
+
+    class Left(dist.StudentTrainer):
+        loss_is_scaled_for_ga = None  # the Trainer's own guess: it adds the four batches up
+    assert once(Left, 1, 4)[1] == pytest.approx(4 * whole[1], rel=1e-3)
+
+
+def guard(skipped: bool):
+    return training.Finite(SimpleNamespace(optimizer_step_was_skipped=skipped))
+
+
+def test_a_broken_run_stops_with_one_line():
+    state, control = TrainerState(global_step=30), TrainerControl()
+    guard(False).on_log(None, state, control, {"loss": 0.5, "eval_loss": 1.0})
+    with pytest.raises(UserError, match="step 30: loss is nan"):
+        guard(False).on_log(None, state, control, {"loss": float("nan")})
+    with pytest.raises(UserError, match="eval_loss is inf"):
+        guard(False).on_log(None, state, control, {"eval_loss": float("inf")})
+    searching = guard(True)
+    for _ in range(20):  # finding a loss scale is no failure
+        searching.on_step_end(None, state, control)
+    with pytest.raises(UserError, match="float16 gradients overflow"):
+        for _ in range(10):
+            searching.on_step_end(None, state, control)
+
+
+def test_a_nan_loss_stops_a_real_run(processor, tmp_path):
+    tuned, options = student(processor, tmp_path, 2, 1)
+    for name, p in tuned.named_parameters():
+        if "lora_A" in name:
+            p.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="step 1: loss is nan"):
+        dist.StudentTrainer(**options).train()
+
+
+# ---------------------------------------------------------------- the 7B profiles
+@pytest.mark.parametrize("name", ["t4", "paper"])
+def test_the_7b_profiles_name_a_pinned_model_and_the_papers_batch(name):
+    profile = load_profile(name)
+    assert profile.model == "llava-hf/llava-v1.6-mistral-7b-hf" and len(profile.revision) == 40
+    one, two = profile.distillation, profile.recommendation
+    assert one.batch_size * one.gradient_accumulation == 4 and two.batch_size * two.gradient_accumulation == 1
+    assert two.gradient_checkpointing and profile.dtype == "half" and profile.quantize_4bit is (name == "t4")
+
+
+def test_a_model_that_cannot_be_had_is_one_line_with_size_and_command(monkeypatch):
+    monkeypatch.setattr("lavic_utils.hub._hub_answers", lambda: False)
+    for load in (vision.load_model, vision.load_processor):
+        with pytest.raises(UserError, match=r"15.1 GB.*hf download .*52320fb52229"):
+            load(load_profile("paper"))
+
+
+def test_four_bits_without_a_card_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"lavic-companion\[gpu\]"):
+        vision.load_model(load_profile("t4"))
+
+
+@pytest.mark.parametrize(("capability", "dtype", "kernel"), [
+    ((7, 5), torch.float16, "sdpa"), ((8, 0), torch.bfloat16, "flash_attention_2")])
+def test_precision_and_attention_follow_the_card(monkeypatch, capability, dtype, kernel):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(vision, "is_flash_attn_2_available", lambda: True)
+    assert vision.half() == dtype and vision.attention(dtype) == kernel
+    assert vision.attention(torch.float32) == "sdpa"
+    monkeypatch.setattr(vision, "is_flash_attn_2_available", lambda: False)
+    assert vision.attention(dtype) == "sdpa"
+
+
+def test_the_mini_profile_keeps_its_settings():
+    profile = load_profile("mini")
+    assert json.loads(profile.model_dump_json())["dtype"] == "float32" and profile.distillation.teacher_batch_size == 48
+    assert profile.distillation.eval_batch_size == 64 and not profile.recommendation.gradient_checkpointing
