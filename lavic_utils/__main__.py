@@ -72,6 +72,7 @@ def run(
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     seed: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
     order: Annotated[int, typer.Option(min=0, help="0: candidates as in the file; 1, 2, ...: seeded shuffles.")] = 0,
+    lists: Annotated[str | None, typer.Option(help="Candidates: the first ten of this retrieval method.")] = None,
     data_folder: DataOption = None,
     out: Annotated[Path | None, typer.Option(help="Default: results/<profile>/answers/<method>_<domain>.jsonl.")] = None,
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible service, for the proprietary rows.")] = None,
@@ -80,10 +81,16 @@ def run(
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
     from .endpoint import Settings
+    from .methods import find
     from .runs import Run, run_method
 
-    api = Settings(base_url=base_url, served=served, max_usd=max_usd)
-    print(run_method(Run(profile, seed, data_folder, api), method, domain, split, order, limit, out))
+    asked = Run(profile, seed, data_folder, Settings(base_url=base_url, served=served, max_usd=max_usd), lists)
+    print(run_method(asked, method, domain, split, order, limit, out))
+    if split == "test" and not (limit or order or data_folder or lists):  # what the paper's tables ask
+        from .report import metrics_path, record
+
+        record(asked, [find(method).name], [domain])
+        print(f"its row stands in {metrics_path(asked)}")
 
 
 @app.command()

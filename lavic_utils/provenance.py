@@ -23,7 +23,7 @@ ROW_FIELDS = (
 # Modules whose code can change a number; the command line, the driver and the drawing of tables and figures cannot.
 NUMBERS = ("config", "wording", "draw", "world", "rows", "data", "retrieval", "encoders", "prompts", "vision",
            "training", "distillation", "recommendation", "openmodels", "endpoint", "proprietary", "methods",
-           "runs", "evaluation")
+           "inputs", "runs", "evaluation")
 TEXT = {".py", ".yaml", ".yml", ".json", ".jsonl", ".md", ".txt"}
 
 
