@@ -136,7 +136,9 @@ class Proprietary(Method):
     """A model behind an OpenAI-compatible service. Answers are kept for good: nothing is paid twice."""
 
     def needs(self, run):
-        return f"{proprietary.MODELS[self.name].served} at an OpenAI-compatible service (key in {endpoint.KEY}, or --base-url)"
+        model = proprietary.MODELS[self.name]
+        return (f"{model.served} (at OpenAI until {model.until}) or another at an OpenAI-compatible service: key in "
+                f"{endpoint.KEY}, or --base-url and --served")
 
     def reason(self, run):
         return _reason(lambda: endpoint.Endpoint(proprietary.MODELS[self.name], run.api))
