@@ -176,10 +176,11 @@ def attempt(work: Callable[[], list[float]]) -> tuple[list[float] | None, float 
         seconds = work()
     except torch.OutOfMemoryError:
         seconds = None
-    gc.collect()
-    peak = torch.cuda.max_memory_allocated() / GIB if cuda else None
-    if cuda:
-        torch.cuda.empty_cache()
+    if not cuda:
+        return seconds, None
+    peak = torch.cuda.max_memory_allocated() / GIB
+    gc.collect()  # a trainer holds itself in a circle
+    torch.cuda.empty_cache()
     return seconds, peak
 
 
@@ -212,12 +213,12 @@ def encoding(student) -> dict[str, Any]:
 
 
 def small(profile: Profile) -> Profile:
-    """The profile with the mini model and its lengths, two rows at a time: the same code in seconds."""
+    """The profile with the mini model and its lengths, one row at a time: the same code in seconds."""
     mini, update = load_profile("mini"), {}
     for name in ("distillation", "recommendation"):
         checkpointing = getattr(profile, name).gradient_checkpointing
         update[name] = getattr(mini, name).model_copy(
-            update={"batch_size": 2, "eval_batch_size": 2, "gradient_checkpointing": checkpointing})
+            update={"batch_size": 1, "eval_batch_size": 1, "gradient_checkpointing": checkpointing})
     return profile.model_copy(update={"model": mini.model, **update})
 
 
@@ -267,7 +268,8 @@ def gpu_block(path: Path) -> str:
     about, lines = found["provenance"], []
     for row in found["steps"]:
         s, gib = row["seconds"], row["measured_gib"]
-        took = f"{s['median']:.3g} ({s['low']:.3g} to {s['high']:.3g})" if s else row["out_of_memory"]
+        took = f"{s['median']:.3g} ({s['low']:.3g} to {s['high']:.3g})" if s else (
+            f"{row['out_of_memory']}; {row['longest_that_fits'] or 'no length tried'} fits")
         lines.append(f"| {row['name']} | {row['rows']} x {row['tokens']} | {took} | "
                      f"{'–' if gib is None else format(gib, '.1f')} | {row['predicted_gib']:.1f} |")
     cap = f", capped at {found['cap_gb']:g} GB" if found["cap_gb"] else ""
