@@ -94,6 +94,17 @@ def bench_crawl() -> None:
     raise typer.Exit(0 if found["ratio"] >= 10 else 1)
 
 
+@bench.command("gpu")
+def bench_card(
+    profile: Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")] = "paper",
+    tiny: Annotated[bool, typer.Option("--tiny", help="The mini model, here: does it work? Written to bench-quick.")] = False,
+) -> None:
+    """Seconds and peak memory on this card of a profile's true model with random weights."""
+    from .bench_gpu import bench_gpu
+
+    print(bench_gpu(profile, tiny))
+
+
 @bench.callback(invoke_without_command=True)
 def bench_all(
     context: typer.Context,

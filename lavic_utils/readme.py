@@ -30,8 +30,15 @@ def readme_block() -> str:
 
 
 def speed() -> str:
-    """What `make bench` measured, for each machine whose file is committed."""
-    return "\n".join(speed_block(path) for path in sorted((ROOT / "results" / "bench").glob("*.json"))) or "not measured yet\n"
+    """What `make bench` measured, for each machine whose file is committed; then what `bench gpu` did, for each card's."""
+    found = sorted((ROOT / "results" / "bench").glob("*.json"))
+    cards = [path for path in found if path.stem.endswith("-gpu")]
+    blocks = [speed_block(path) for path in found if path not in cards] or ["not measured yet\n"]
+    if cards:
+        from lavic_utils.bench_gpu import gpu_block
+
+        blocks += map(gpu_block, cards)
+    return "\n".join(blocks)
 
 
 def own_results() -> bool:
