@@ -164,10 +164,10 @@ def test_the_record_of_a_reproduction_is_taken_over(profile, monkeypatch):
 def test_the_command_line(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(bench, "bench", lambda quick, only: calls.append((quick, only)) or Path("x.json"))
-    monkeypatch.setattr(bench, "crawl_speed", lambda: {"ratio": 3})
+    monkeypatch.setattr(bench, "crawl_speed", lambda: {"ratio": 30})
     assert main(["bench", "--quick", "--only", "crawl"]) == 0 and main(["bench"]) == 0
     assert calls == [(True, "crawl"), (False, None)]
-    assert main(["bench", "crawl"]) == 0 and len(calls) == 2 and '"ratio": 3' in capsys.readouterr().out
+    assert main(["bench", "crawl"]) == 0 and len(calls) == 2 and '"ratio": 30' in capsys.readouterr().out
 
 
 def test_an_unknown_part_is_one_clear_line():
