@@ -190,6 +190,8 @@ class Read:
     """
 
     def __init__(self, model, embeds: Tensor, mask: Tensor) -> None:
+        if not mask[:, -1].all():
+            raise ValueError("prompts to be read must be padded on the left: an answer goes on from the last column")
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.language = getattr(core.model, "language_model", core.model)  # a plain language model has no other inside
         self.head, self.table = core.lm_head, core.get_input_embeddings()
