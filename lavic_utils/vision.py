@@ -117,7 +117,7 @@ def pixels(processor: LlavaNextProcessor, images: Sequence[Image.Image]) -> tupl
 def tile_count(model, size: Sequence[int] | Tensor) -> int:
     """How many tiles an image of (height, width) has; never assume five. The policy is LLaVA-NeXT's own, native resolutions:
     the whole image once, and the crops of that grid among the checkpoint's pinpoints which shows most of it with least waste;
-    for LLaVA-v1.6 1 + 2 (wide or tall), 1 + 3 (very), or 1 + 4: 3 to 5 tiles. All of the project asks here."""
+    for LLaVA-v1.6 1 + 2 (wide or tall, or small), 1 + 3 (very), or 1 + 4: 3 to 5 tiles. All of the project asks here."""
     size = torch.as_tensor(size).tolist()
     return image_size_to_num_patches(size, model.config.image_grid_pinpoints, model.config.vision_config.image_size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -33,7 +34,6 @@ def run(tmp_path_factory):
     settings = yaml.safe_load((PACKAGE / "profiles" / "mini.yaml").read_text(encoding="utf-8"))
     settings["world"] |= {"train_shards": 1, "shard_items": 64, "stage1_valid_items": 10, "train_dialogues": 12,
                           "valid_dialogues": 3, "test_dialogues": 12}
-    settings["recommendation"]["max_length"] = 240
     (folder / "small.yaml").write_text(yaml.safe_dump(settings | {"name": "small"}), encoding="utf-8")
     patch.setenv("LAVIC_RESULTS", str(folder / "results"))
     patch.setenv("LAVIC_WORLD", str(folder / "data"))
@@ -113,14 +113,17 @@ def test_what_training_prompts_lost_is_in_the_result_of_stage_two(run, monkeypat
     def train(profile, model, prompter, examples, folder, seed):
         return None, [len(prompter.row(e)["input_ids"]) for e in examples]
     monkeypatch.setattr(recommendation, "train_recommender", train)
-    found, visual = run.tune("LaViC", DOMAIN), run.visual("distilled", ("train",))
+    visual = run.visual("distilled", ("train",))
     examples = recommendation.training_examples(run.dialogues(DOMAIN, "train"), run.profile.candidates, run.seed)
-    prompts = [run.prompter(visual).prompt(e.dialogue, e.candidates) for e in examples]
-    cut = [p for p in prompts if p.dropped_dialogue_tokens or p.dropped_images]
-    assert found["cut"] == {"prompts": len(cut), "dialogue_tokens": sum(p.dropped_dialogue_tokens for p in prompts),
-                            "images": sum(p.dropped_images for p in prompts)}
-    assert 0 < found["cut"]["prompts"] <= found["examples"] and found["images"] == visual.counted
-    assert run.tune("LaViC w/o images", DOMAIN)["images"] is None
+    whole = sorted(len(run.prompter(visual).prompt(e.dialogue, e.candidates).ids) for e in examples)
+    assert run.tune("LaViC", DOMAIN)["cut"] == {"prompts": 0, "dialogue_tokens": 0, "images": 0}
+    stage = run.profile.recommendation
+    tight = stage.model_copy(update={"max_length": whole[-1] - 1 + stage.max_new_tokens})
+    tight = Run(run.profile.model_copy(update={"recommendation": tight}))
+    found = tight.tune("LaViC", DOMAIN)
+    assert found["cut"]["prompts"] == whole.count(whole[-1]) < len(whole) == found["examples"]
+    assert found["cut"]["dialogue_tokens"] >= found["cut"]["prompts"] and max(found["log"]) <= whole[-1] + stage.max_new_tokens
+    assert found["images"] == visual.counted and tight.tune("LaViC w/o images", DOMAIN)["images"] is None
 
 
 # ---------------------------------------------------------------- the store itself, on made-up vectors
@@ -227,7 +230,8 @@ def test_the_key_holds_all_that_changes_vectors(tmp_path):
     adapter, processor = tmp_path / "adapter", minimodel.build_processor()
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"1")
-    plain = {"model": "hub/id", "revision": "a", "adapter": adapter, "processor": processor, "dtype": torch.float32, "kind": "cls"}
+    plain = {"model": "hub/id", "revision": "a", "adapter": adapter, "processor": processor, "kind": "cls",
+             "dtype": torch.float32}
     found = [store.key_of(**plain)]
     assert store.key_of(**plain) == found[0]
     for change in ({"model": "hub/other"}, {"revision": "b"}, {"adapter": None}, {"dtype": torch.float16}, {"kind": "full"},
@@ -244,7 +248,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from accelerate import PartialState
-from test_store import store, vectors
+import torch
+from lavic_utils import store
+
+VECTORS
 folder = Path(sys.argv[1])
 paths = {f"item{i}": folder.parent / f"{i}.jpg" for i in range(int(sys.argv[2]))}
 rank, seen = PartialState(cpu=True).process_index, []
@@ -254,12 +261,11 @@ found = store.open_store(folder, paths, lambda: lambda files: [seen.extend(files
 
 
 def test_two_processes_share_the_work_and_make_the_same_store(paths, tmp_path):
-    (tmp_path / "share.py").write_text(SCRIPT)
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    (tmp_path / "share.py").write_text(SCRIPT.replace("VECTORS", inspect.getsource(vectors)))
+    env = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                     str(tmp_path / "share.py"), str(tmp_path / "two"), str(COUNT)], check=True, env=env, timeout=120)
-    said = sorted((tmp_path / f"rank{i}").read_text() for i in range(2))
+    said = [(tmp_path / f"rank{i}").read_text() for i in range(2)]
     assert said == [f"2 {store.SHARD + 10} {COUNT - 1}", f"2 {store.SHARD} {COUNT - 1}"]
     store.open_store(tmp_path / "one", paths, lambda: vectors)
     assert names(tmp_path / "two") == names(tmp_path / "one")
@@ -267,7 +273,7 @@ def test_two_processes_share_the_work_and_make_the_same_store(paths, tmp_path):
 
 
 # ---------------------------------------------------------------- tiles and slots
-SHAPES = [(a, b) for side in (40, 97) for ratio in (1, 1.1, 1.3, 1.49, 1.7, 2, 2.6, 3, 3.5, 5, 9)
+SHAPES = [(a, b) for side in (40, 97, 700) for ratio in (1, 1.1, 1.3, 1.49, 1.7, 2, 2.6, 3, 3.5, 5, 9)
           for a, b in ((side, round(side * ratio)), (round(side * ratio), side))]
 
 
