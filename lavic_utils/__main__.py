@@ -20,6 +20,7 @@ app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 ProfileOption = Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")]
 FolderOption = Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.", hidden=True)]
+RealOption = Annotated[Path | None, typer.Option("--data", help="Folder of the published data. Default: LAVIC_DATA.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of a table.")]
 CheckOption = Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where a file is not up to date.")]
 
@@ -36,13 +37,16 @@ def reproduce(
     seeds: Annotated[int, typer.Option(help="Number of seeds: the profile's, +1, ...")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Run this notebook alone, e.g. 03. Repeatable.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Run notebooks that are up to date too.")] = False,
+    real: RealOption = None,
     extended: Annotated[bool, typer.Option("--extended", help="Also train what goes beyond the paper (minutes).")] = False,
     folder: FolderOption = None,
 ) -> None:
     """Execute the notebooks in order; what has not changed is not run again."""
+    from .config import use_data
     from .notebooks import NOTEBOOKS
     from .reproduce import reproduce as run
 
+    use_data(real)
     raise typer.Exit(run(profile, seeds, only or [], force, folder or NOTEBOOKS, extended))
 
 
@@ -68,6 +72,7 @@ def run(
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     seed: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
     order: Annotated[int, typer.Option(min=0, help="0: candidates as in the file; 1, 2, ...: seeded shuffles.")] = 0,
+    lists: Annotated[str | None, typer.Option(help="Candidates: the first ten of this retrieval method.")] = None,
     data_folder: DataOption = None,
     out: Annotated[Path | None, typer.Option(help="Default: results/<profile>/answers/<method>_<domain>.jsonl.")] = None,
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible service, for the proprietary rows.")] = None,
@@ -76,10 +81,16 @@ def run(
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
     from .endpoint import Settings
+    from .methods import find
     from .runs import Run, run_method
 
-    api = Settings(base_url=base_url, served=served, max_usd=max_usd)
-    print(run_method(Run(profile, seed, data_folder, api), method, domain, split, order, limit, out))
+    asked = Run(profile, seed, data_folder, Settings(base_url=base_url, served=served, max_usd=max_usd), lists)
+    print(run_method(asked, method, domain, split, order, limit, out))
+    if split == "test" and not (limit or order or data_folder or lists):  # what the paper's tables ask
+        from .report import metrics_path, record
+
+        record(asked, [find(method).name], [domain])
+        print(f"its row stands in {metrics_path(asked)}")
 
 
 @app.command()
@@ -117,11 +128,14 @@ def _print_rows(rows: list[dict], columns: tuple[str, ...], note: str) -> None:
 @notebooks.command("execute")
 def notebooks_execute(
     numbers: Annotated[list[str] | None, typer.Argument(help="e.g. 02 03; all by default.")] = None,
+    real: RealOption = None,
     folder: FolderOption = None,
 ) -> None:
     """Execute notebooks in place and stamp them."""
+    from .config import use_data
     from .notebooks import NOTEBOOKS, execute
 
+    use_data(real)
     raise typer.Exit(execute(numbers or [], folder or NOTEBOOKS))
 
 

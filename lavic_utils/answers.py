@@ -19,8 +19,9 @@ from pydantic import ConfigDict, Field, create_model
 from scipy.stats import binomtest
 
 from .config import UserError
-from .data import Filled, Id, Row, check_row, read_rows
-from .evaluation import ASIN, paired_difference, wilson
+from .data import Filled, Id
+from .evaluation import ASIN, USUAL_ID, paired_difference, wilson
+from .rows import Row, check_row, read_rows
 
 DRAWS = 10_000
 PREFIX = "recommended_"
@@ -110,11 +111,22 @@ def parse_any_candidate(text: str, candidates: Sequence[str]) -> str | None:
     return _first(text, candidates, "")
 
 
+def _search(text: str, candidates: Sequence[str], otherwise: str) -> re.Match[str] | None:
+    ordered = sorted(map(str.upper, candidates), key=len, reverse=True)  # of two, one beginning the other, the longer
+    return re.search(rf"(?<![A-Z0-9])(?:{'|'.join(map(re.escape, ordered))}){otherwise}", text, re.IGNORECASE | re.ASCII)
+
+
 def _first(text: str, candidates: Sequence[str], otherwise: str) -> str | None:
-    known = {one.upper(): one for one in candidates}
-    ordered = sorted(known, key=len, reverse=True)  # of two ids of which one begins the other, the longer
-    match = re.search(rf"(?<![A-Z0-9])(?:{'|'.join(map(re.escape, ordered))}){otherwise}", text.upper())
-    return known.get(match.group(), match.group()) if match else None
+    match = _search(text, candidates, otherwise)
+    return {one.upper(): one for one in candidates}.get(match.group().upper(), match.group().upper()) if match else None
+
+
+def _why(text: str, candidates: Sequence[str]) -> str:
+    """Why the usual pattern can have missed what `parse_known` reads: text ran on behind the id, or the id's own form."""
+    match = _search(text, candidates, "|" + ASIN.pattern)
+    if match and text[match.end():match.end() + 1].isalnum():
+        return "ran_on"
+    return "unexpected_form" if match and not USUAL_ID.fullmatch(match.group()) else "other"
 
 
 def reparse(rows: Sequence[Answer], parser: Callable[[str, Sequence[str]], str | None] = parse_known,
@@ -156,6 +168,7 @@ def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
     """Counts, ratios and `ci95` of answered rows (JSON-able); ValueError without rows.
 
     `rows`, `valid` (answer is a candidate), `unparsed` (no id), `hits_outside` (right, though no candidate): conversations.
+    `repeated`: rows that say what an earlier one says in all that is read; they count, as in the authors' script.
     `pairs`: ground-truth items, `hits`: those equal to the answer, with repeats.
     `hit_ratio_pairs` = hits / pairs; `hit_ratio_conversations`: share of rows whose answer is a ground-truth item;
     `hit_ratio_mean`: mean over rows of hits / items (a mean over batches of one).
@@ -170,6 +183,7 @@ def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
     return {"rows": len(rows), "pairs": int(total["pairs"]), "hits": int(total["hits"]), **ratios,
             "valid": int(total["valid"]), "unparsed": sum(row.recommended is None for row in rows),
             "hits_outside": sum(row.hit and row.recommended not in row.candidates for row in rows),
+            "repeated": len(rows) - len(set(rows)),
             "ci95": _intervals(table, seed)}
 
 
@@ -213,10 +227,16 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def parsing(rows: Sequence[Answer], again: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
-    """What reading alone changes: `changed` answers, counts before and after, and the paired comparison (after - before)."""
+    """What reading alone changes: `changed` answers, counts before and after, and the paired comparison (after - before).
+
+    Of the changed: `ran_on` (the model wrote on behind the id: "B00HO5EE9W0HO"), `unexpected_form` (an id in small letters,
+    an ISBN, ...) and `other`.
+    """
     before, after = evaluate(rows, seed), evaluate(again, seed)
     names = ("hits", "valid", "unparsed", "hit_ratio_conversations", "validity_ratio")
-    return {"changed": sum(x.recommended != y.recommended for x, y in zip(rows, again, strict=True)),
+    changed = [x for x, y in zip(rows, again, strict=True) if x.recommended != y.recommended]
+    why = Counter(_why(row.response or "", row.candidates) for row in changed)
+    return {"changed": len(changed), **{name: why[name] for name in ("ran_on", "unexpected_form", "other")},
             "before": {name: before[name] for name in names}, "after": {name: after[name] for name in names},
             "paired": compare(again, rows, seed)}
 
@@ -240,7 +260,7 @@ def show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("figure", "value", "95 % interval")
-    for name in ("rows", "pairs", "hits", "valid", "unparsed", "hits_outside"):
+    for name in ("rows", "pairs", "hits", "valid", "unparsed", "hits_outside", "repeated"):
         table.add_row(name, str(found[name]), "")
     for name, bounds in found["ci95"].items():
         table.add_row(name, *(("-", "-") if bounds is None else (f"{found[name]:.4f}", "[{:.4f}, {:.4f}]".format(*bounds))))

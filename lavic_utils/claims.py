@@ -29,6 +29,7 @@ REASONS = {
 }
 SETTING = "4-bit weights, stage 1 with one view an image, one run, some rows missing: not the published run"
 KEYS = {"hr@1": "hit_ratio_pairs", "vr": "validity_ratio"}
+PAPER = ("published", "reading", "counts", "n", "low", "high", "ceiling")  # None: not in the paper; no ceiling: VR, retrieval
 Ours = dict[str, Any]
 
 
@@ -81,7 +82,7 @@ def claim_rows(splits: Mapping[str, audit.Split], *figures: Mapping[tuple[str, s
     for index, cell in cells.iterrows():
         method, domain, metric = cell["method"], cell["domain"], cell["metric"]
         ours = [found[method, domain, metric] for found in figures if (method, domain, metric) in found]
-        row: dict[str, Any] = {"method": method, "domain": domain, "metric": metric, "published": None}
+        row: dict[str, Any] = {"method": method, "domain": domain, "metric": metric, **dict.fromkeys(PAPER)}
         if index in read.index:
             counted, sampled = read.loc[index], sure.loc[index]
             row |= {"published": cell["value"], "reading": counted["reading"],

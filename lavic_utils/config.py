@@ -63,8 +63,8 @@ class Lora(Section):
     dropout: float = Field(0.1, ge=0, lt=1)
 
 
-class Distillation(Section):
-    """Stage 1 (method: visual knowledge self-distillation)."""
+class Stage(Section):
+    """What both stages set."""
 
     lora: Lora = Lora()
     learning_rate: float = Field(gt=0)
@@ -72,35 +72,29 @@ class Distillation(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     gradient_accumulation: int = Field(1, ge=1)
+    gradient_checkpointing: bool = False
     max_length: int = Field(ge=16)
     max_new_tokens: int = Field(ge=4)
+    schedule: str = "constant"
+    warmup_steps: int = 0
+
+
+class Distillation(Stage):
+    """Stage 1 (method: visual knowledge self-distillation)."""
+
     teacher_batch_size: int = Field(48, ge=1)  # images described at once
     eval_batch_size: int = Field(64, ge=1)
-    gradient_checkpointing: bool = False
     descriptions: Literal["write", "published"] = "write"  # by the base model now, or as they stand in the data
     images_per_item: int | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
     keep_pixels: bool = False  # hold all pixel tensors in memory instead of decoding images every epoch
-    schedule: str = "constant"
-    warmup_steps: int = 0
 
 
-class Recommendation(Section):
+class Recommendation(Stage):
     """Stage 2 (method: recommendation fine-tuning) and inference."""
 
-    lora: Lora = Lora()
-    learning_rate: float = Field(gt=0)
-    weight_decay: float = 1e-5
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
-    max_length: int = Field(ge=16)
-    max_new_tokens: int = Field(ge=4)
     eval_batch_size: int = Field(ge=1)
-    gradient_checkpointing: bool = False
     save_steps: int | None = None  # a checkpoint every so many steps; None: a killed run starts this adapter again
-    schedule: str = "constant"
-    warmup_steps: int = 0
 
 
 class Profile(Section):
@@ -156,6 +150,14 @@ def real_data_dir() -> Path | None:
     """The folder with the published Reddit-Amazon files (LAVIC_DATA), or None where the variable is unset."""
     value = os.environ.get("LAVIC_DATA")
     return Path(value) if value else None
+
+
+def use_data(folder: Path | None) -> None:
+    """Let a folder given on the command line stand for LAVIC_DATA, for what is started from here too."""
+    if folder and not folder.is_dir():
+        raise UserError(f"--data {folder}: no such folder; give the one with the published files")
+    if folder:
+        os.environ["LAVIC_DATA"] = str(folder.resolve())
 
 
 def replications_dir() -> Path | None:

@@ -1,29 +1,27 @@
 """Reading Reddit-Amazon (or the mini world, same layout): dialogues, catalogue, stage-1 descriptions and images.
 
-Nothing is repaired in silence: a row is read exactly as it stands, or `UserError` names file, line and field.
+Nothing is repaired in silence: a row is read exactly as it stands, or `RowError` (`rows.py`) names file, line and field.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from .config import DOMAINS, UserError
+from .rows import GET_DATA, Row, check_row, load_json, read_bytes, read_rows
 
 if TYPE_CHECKING:
     import datasets
 
 SPLITS = ("train", "valid", "test")
-GET_DATA = ("get the published files (repository jeon185/LaViC; `python -m lavic_utils data fetch`) and give their folder, "
-            "e.g. in LAVIC_DATA")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # not every reader of Pillow: one starts Ghostscript
 TURN = re.compile(r"<(submission|comment)>(.*?)</\1>", re.DOTALL)
 TAG = re.compile(r"</?(?:submission|comment)>")
@@ -59,12 +57,6 @@ Filled = Annotated[str, StringConstraints(pattern=r"\S")]
 ImageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]{1,32}_[0-9]{1,6}\.jpg$")]  # ASIN_k.jpg
 Ten = Annotated[Ids, AfterValidator(_ten)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # a text, a list of texts or null
-
-
-class Row(BaseModel):
-    """What is read from a file: values are never converted, fields of other names are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
 
 class Dialogue(Row):
@@ -111,64 +103,6 @@ class ValidImage(Row):
     k = property(lambda self: int(self.image_name[:-4].split("_")[1]))
 
 
-AnyRow = TypeVar("AnyRow", bound=Row)
-
-
-def check_row(kind: type[AnyRow], row: Any, where: str, **extra: Any) -> AnyRow:
-    """The JSON object `row` as an object of `kind`; UserError naming the place and the first wrong field."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a JSON object is expected, found {type(row).__name__}; correct the file")
-    try:
-        return kind.model_validate({**row, **extra})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: field {name}: {first['msg']}; correct or download the file again") from None
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        zipped = path.with_name(path.name + ".zip")
-        todo = f"unzip {zipped.name} there" if zipped.is_file() else GET_DATA
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {todo}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError(f"field {max(names, key=names.count)!r} stands twice")
-    return dict(pairs)
-
-
-def _load_json(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        reason = ascii(str(error))[1:121]
-        raise UserError(f"{where}: not valid UTF-8 JSON ({reason}); correct or download the file again") from None
-
-
-def read_rows(path: Path, kind: type[AnyRow], lenient: bool = False, **extra: Any) -> list[AnyRow]:
-    """Each line of a JSONL file as `kind` (field `line`: its number from 1). Bad lines: UserError, or left out, logged.
-
-    Only "\\n" ends a line: texts may hold U+2028, U+0085 and others that `str.splitlines` takes for line ends.
-    """
-    found, lines = [], _read_bytes(path).removesuffix(b"\n").split(b"\n")
-    for line, raw in enumerate(lines, 1):
-        where = f"{path}, line {line}"
-        try:
-            found.append(check_row(kind, _load_json(raw, where), where, **extra, line=line))
-        except UserError as error:
-            if not lenient:
-                raise
-            log.warning("left out: %s", error)
-    if not found:
-        raise UserError(f"{path}: no row in it; {GET_DATA}")
-    return found
-
-
 def dialogue_file(root: Path | str, domain: str, split: str) -> Path:
     """Path of one dialogue file; UserError for a domain or split that does not exist."""
     if domain not in DOMAINS or split not in SPLITS:
@@ -176,15 +110,16 @@ def dialogue_file(root: Path | str, domain: str, split: str) -> Path:
     return Path(root) / DOMAINS[domain] / f"{split}.jsonl"
 
 
-def read_dialogues(root: Path | str, domain: str, split: str, lenient: bool = False) -> list[Dialogue]:
-    """All dialogues of one split in file order. `lenient` leaves bad rows out (logged) instead of raising UserError."""
-    return read_rows(dialogue_file(root, domain, split), Dialogue, lenient, domain=domain, split=split)
+def read_dialogues(root: Path | str, domain: str, split: str,
+                   set_aside: list[dict[str, Any]] | None = None) -> list[Dialogue]:
+    """All dialogues of one split in file order. A list `set_aside` takes the bad rows; without it RowError."""
+    return read_rows(dialogue_file(root, domain, split), Dialogue, set_aside, domain=domain, split=split)
 
 
 def read_catalogue(root: Path | str) -> dict[str, Item]:
     """Item id -> Item, from item2meta_train.json. Raises UserError naming file, item and field."""
     path = Path(root) / "item2meta_train.json"
-    rows = _load_json(_read_bytes(path), str(path))
+    rows = load_json(read_bytes(path), str(path), Item)
     if not isinstance(rows, dict) or not rows:
         raise UserError(f"{path}: an object of items by id is expected; {GET_DATA}")
     return {asin: check_row(Item, row, f"{path}, item {asin!a}", asin=asin) for asin, row in rows.items()}
@@ -234,20 +169,42 @@ def image_report(root: Path | str, names: Iterable[str]) -> dict[str, Any]:
             "missing_names": missing, "corrupt_names": corrupt}
 
 
-def image_dataset(root: Path | str, rows: Sequence[ValidImage], check: bool = True) -> datasets.Dataset:
-    """Columns asin, title, image (RGB, decoded when read), description. `check` leaves out, logged, unreadable ones."""
-    from datasets import Dataset, Features, Value
+def _dataset(columns: dict[str, list[Any]], lists: Iterable[str] = ()) -> datasets.Dataset:
+    """Columns of texts, `lists` of lists of texts; `line` a number; `image`: paths, decoded to RGB when read."""
+    from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
+    text = Value("string")
+    kinds = dict.fromkeys(lists, List(text)) | {"line": Value("int64"), "image": ImageFeature(mode="RGB")}
+    return Dataset.from_dict(columns, features=Features({name: kinds.get(name, text) for name in columns}))
+
+
+def dialogue_dataset(dialogues: Sequence[Dialogue]) -> datasets.Dataset:
+    """One row a dialogue, with the fields of `Dialogue` as columns."""
+    return _dataset({name: [getattr(d, name) for d in dialogues] for name in Dialogue.model_fields},
+                    ("context_items", "gt_items", "candidates_st", "candidates_gpt_large"))
+
+
+def item_dataset(root: Path | str, items: Iterable[Item]) -> datasets.Dataset:
+    """Columns asin, title, categories, features, description, and image: the first, RGB, decoded when read; None where it
+    is missing or corrupt."""
+    items = list(items)
+    names = [f"{item.asin}_0.jpg" for item in items]
+    report = image_report(root, names)
+    bad = {*report["missing_names"], *report["corrupt_names"]}
+    lists = ("categories", "features", "description")
+    columns = {name: [getattr(item, name) for item in items] for name in ("asin", "title", *lists)}
+    return _dataset({**columns, "image": [None if name in bad else str(_image_path(root, name)) for name in names]}, lists)
+
+
+def image_dataset(root: Path | str, rows: Sequence[ValidImage], check: bool = True) -> datasets.Dataset:
+    """Columns asin, title, image (RGB, decoded when read), description. `check` leaves out, logged, unreadable ones."""
     report = image_report(root, [row.image_name for row in rows] if check else ())
     if bad := {*report["missing_names"], *report["corrupt_names"]}:
         log.warning("left out: %d missing and %d corrupt images", report["missing"], report["corrupt"])
     kept = [row for row in rows if row.image_name not in bad]
     columns = {name: [getattr(row, name) for row in kept] for name in ("asin", "title", "description")}
-    columns["image"] = [str(_image_path(root, row.image_name)) for row in kept]
-    text = Value("string")
-    return Dataset.from_dict(columns, features=Features(
-        {"asin": text, "title": text, "description": text, "image": ImageFeature(mode="RGB")}))
+    return _dataset({**columns, "image": [str(_image_path(root, row.image_name)) for row in kept]})
 
 
 def data_hash(root: Path | str) -> str:
@@ -258,5 +215,5 @@ def data_hash(root: Path | str) -> str:
     files = {path.relative_to(base).as_posix(): path for path in found}
     if not files:
         raise UserError(f"{base}: no .json or .jsonl file; {GET_DATA}")
-    lines = [f"{name}\0{hashlib.sha256(_read_bytes(files[name])).hexdigest()}\n" for name in sorted(files)]
+    lines = [f"{name}\0{hashlib.sha256(read_bytes(files[name])).hexdigest()}\n" for name in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]

@@ -36,6 +36,7 @@ class ApiModel:
     usd_input: float
     usd_output: float
     image_tokens: int = 0  # of an image in low detail, whatever its size
+    until: str = ""  # the day on which OpenAI announced to stop serving it
 
     def usd(self, input_tokens: int, output_tokens: int) -> float:
         return (input_tokens * self.usd_input + output_tokens * self.usd_output) / 1e6

@@ -17,7 +17,8 @@ from pydantic import Field
 from scipy.stats import binomtest
 
 from .config import DOMAINS, UserError
-from .data import SPLITS, Dialogue, dialogue_file, read_dialogues, read_rows
+from .data import SPLITS, Dialogue, dialogue_file, read_dialogues
+from .rows import read_rows
 
 # An ASIN is B and 9 more, with a digit somewhere (so "BREATHABLE" is none); books carry an ISBN-10 instead. No boundary
 # is asked for after the id: a model that writes on past it ("B00HO5EE9W0HO") has still answered.
@@ -169,12 +170,14 @@ def _summary(domain: str, split: str, dialogues: list[Dialogue]) -> dict[str, An
             "gt_mentioned_rows": sum(bool(set(d.gt_items) & set(d.context_items)) for d in dialogues)}
 
 
-def real_data_summary(root: Path | str) -> list[dict[str, Any]]:
+def real_data_summary(root: Path | str, set_aside: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """Figures of every dialogue file present; UserError where there is none. Words: of all turns, split at white space;
-    `candidate_ids`: distinct, of both lists; `odd_id_share`: of distinct candidates and truths, not B[A-Z0-9]{9}."""
+    `candidate_ids`: distinct, of both lists; `odd_id_share`: of distinct candidates and truths, not B[A-Z0-9]{9}.
+    A list `set_aside` takes bad rows (a file of which no row is left has no figures); without it they are an error."""
     keys = [(domain, split) for domain in DOMAINS for split in SPLITS]
     present = [key for key in keys if dialogue_file(root, *key).is_file()]
     if not present:
         raise UserError(f"{root}: no dialogue file, e.g. all_beauty/test.jsonl; set LAVIC_DATA to the published files "
                         "(repository jeon185/LaViC)")
-    return [_summary(domain, split, read_dialogues(root, domain, split)) for domain, split in present]
+    read = {key: read_dialogues(root, *key, set_aside) for key in present}
+    return [_summary(*key, dialogues) for key, dialogues in read.items() if dialogues]

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from . import data
-from .config import DOMAINS, Prompts, UserError
+from .config import DOMAINS, PACKAGE, Prompts, UserError
 from .prompts import dialogue_text
 from .provenance import write_json, write_text
 
@@ -45,6 +45,26 @@ def present(root: Path | str, splits: Sequence[str] = data.SPLITS) -> list[tuple
     if not found:
         raise UserError(f"{root}: no dialogue file; {data.GET_DATA}")
     return found
+
+
+def table_1(root: Path | str, set_aside: list | None = None) -> pd.DataFrame:
+    """Table 1 of the paper beside what the files here hold, one row a domain: conversations, turns, items (distinct ids of
+    lists, truths and dialogues) and images (links the catalogue gives for these items; None without the catalogue), and
+    which splits are here and which are not. `set_aside` as in `data.read_dialogues`."""
+    published = json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))["dataset"]
+    catalogue = data.read_catalogue(root) if (Path(root) / "item2meta_train.json").is_file() else None
+    here, rows = present(root), []
+    for domain in DOMAINS:
+        splits = [split for name, split in here if name == domain]
+        dialogues = [d for split in splits for d in data.read_dialogues(root, domain, split, set_aside)]
+        ids = {one for d in dialogues for one in (*d.candidates_st, *d.candidates_gpt_large, *d.gt_items, *d.context_items)}
+        images = None if catalogue is None else sum(len(catalogue[one].images) for one in ids if one in catalogue)
+        counted = {"conversations": len(dialogues), "turns": sum(len(d.turns) for d in dialogues), "items": len(ids),
+                   "images": images}
+        rows.append({"domain": domain, **{f"{name}_published": published[domain][name] for name in counted},
+                     **{f"{name}_here": value for name, value in counted.items()}, "splits_here": ", ".join(splits),
+                     "splits_absent": ", ".join(split for split in data.SPLITS if split not in splits)})
+    return pd.DataFrame(rows).astype({"images_here": "Int64"})
 
 
 def dialogue_table(root: Path | str, prompts: Prompts) -> pd.DataFrame:
@@ -107,13 +127,18 @@ def list_table(table: pd.DataFrame) -> pd.DataFrame:
                          "candidates in both lists": groups["shared"].mean()})
 
 
-def id_table(root: Path | str) -> pd.DataFrame:
-    """Distinct ids of lists, truths and dialogues, by form: how many, and the tokens that one needs (least, median, most)."""
+def id_tokens(root: Path | str) -> pd.DataFrame:
+    """One row a distinct id of lists, truths and dialogues: its `form` and the `tokens` it needs."""
     ids = {one for domain, split in present(root) for d in data.read_dialogues(root, domain, split)
            for one in (*d.candidates_st, *d.candidates_gpt_large, *d.gt_items, *d.context_items)}
     rows = [{"form": next((name for name, form in FORMS.items() if form.fullmatch(one)), "other"), "tokens": count}
             for one, count in zip(sorted(ids), mistral_tokens(sorted(ids)), strict=True)]
-    return pd.DataFrame(rows).groupby("form")["tokens"].agg(ids="size", least="min", median="median", most="max")
+    return pd.DataFrame(rows)
+
+
+def id_table(root: Path | str) -> pd.DataFrame:
+    """`id_tokens` by form: how many ids, and the tokens that one needs (least, median, most)."""
+    return id_tokens(root).groupby("form")["tokens"].agg(ids="size", least="min", median="median", most="max")
 
 
 def tile_table(sizes: Sequence[tuple[int, int]]) -> pd.DataFrame:

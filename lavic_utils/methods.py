@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from lavic_utils import endpoint, openmodels, prompts, proprietary, recommendation, retrieval, vision
@@ -75,11 +76,15 @@ class Retrieval(Method):
     def identity(self, run):
         return [str(self.hub), fingerprint(run.profile.models.get(self.name))]
 
-    def answer(self, run, domain, split, dialogues, control=None, scored=True):
-        asins, titles = run.domain_catalogue(domain)
+    def order(self, run: Run, domain: str, dialogues: Sequence[Dialogue]) -> np.ndarray:
+        """Indices of the domain's catalogue, best first: int array (dialogues, items)."""
         queries = [" ".join(text for _, text in d.turns) for d in dialogues]
-        order = retrieval.rank(self.name, queries, titles, folder=run.profile.models.get(self.name),
-                               cache=run.folder.parent / "embeddings")
+        return retrieval.rank(self.name, queries, run.domain_catalogue(domain)[1], folder=run.profile.models.get(self.name),
+                              cache=results_dir(run.profile) / "embeddings")
+
+    def answer(self, run, domain, split, dialogues, control=None, scored=True):
+        asins, _ = run.domain_catalogue(domain)
+        order = self.order(run, domain, dialogues)
         return [Answer("", asins[int(row[0])], tuple(asins[int(i)] for i in row[:10])) for row in order]
 
 
@@ -131,7 +136,9 @@ class Proprietary(Method):
     """A model behind an OpenAI-compatible service. Answers are kept for good: nothing is paid twice."""
 
     def needs(self, run):
-        return f"{proprietary.MODELS[self.name].served} at an OpenAI-compatible service (key in {endpoint.KEY}, or --base-url)"
+        model = proprietary.MODELS[self.name]
+        return (f"{model.served} (at OpenAI until {model.until}) or another at an OpenAI-compatible service: key in "
+                f"{endpoint.KEY}, or --base-url and --served")
 
     def reason(self, run):
         return _reason(lambda: endpoint.Endpoint(proprietary.MODELS[self.name], run.api))

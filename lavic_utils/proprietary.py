@@ -32,9 +32,11 @@ from .provenance import key as key_of
 # as many as gpt-4o, and so twice the dollars. OpenAI's deprecations page (November 2026) gives 2026-10-23 as the day on which
 # gpt-3.5-turbo-0125 is shut down, 2027-01-14 for the other two: from then on a row needs an endpoint that still serves its
 # model (`base_url`, `served`).
-_GPT35 = ApiModel("gpt-3.5-turbo-0125", images=False, usd_input=0.50, usd_output=1.50)
-_GPT4O_MINI = ApiModel("gpt-4o-mini-2024-07-18", images=True, usd_input=0.15, usd_output=0.60, image_tokens=2833)
-_GPT4O = ApiModel("gpt-4o-2024-08-06", images=True, usd_input=2.50, usd_output=10.00, image_tokens=85)
+_GPT35 = ApiModel("gpt-3.5-turbo-0125", images=False, usd_input=0.50, usd_output=1.50, until="2026-10-23")
+_GPT4O_MINI = ApiModel("gpt-4o-mini-2024-07-18", images=True, usd_input=0.15, usd_output=0.60, image_tokens=2833,
+                       until="2027-01-14")
+_GPT4O = ApiModel("gpt-4o-2024-08-06", images=True, usd_input=2.50, usd_output=10.00, image_tokens=85,
+                  until="2027-01-14")
 MODELS = {
     "GPT-3.5-turbo (title)": _GPT35,
     "GPT-4o-mini (title)": _GPT4O_MINI,

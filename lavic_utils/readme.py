@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 
+from lavic_utils.bench import speed_block
 from lavic_utils.claims import claims_summary
 from lavic_utils.config import ROOT, UserError
 from lavic_utils.provenance import footer, write_text
@@ -28,6 +29,11 @@ def readme_block() -> str:
     return "\n".join(lines)
 
 
+def speed() -> str:
+    """What `make bench` measured, for each machine whose file is committed."""
+    return "\n".join(speed_block(path) for path in sorted((ROOT / "results" / "bench").glob("*.json"))) or "not measured yet\n"
+
+
 def own_results() -> bool:
     """Whether the results here are of a run of somebody's own, later than what is committed: README.md then is as committed and
     results/mini/metrics.json is not. Without git, or outside a checkout: no."""
@@ -44,7 +50,7 @@ def update_readme(check: bool = False) -> list[str]:
         return []
     path = ROOT / "README.md"
     text = fresh = path.read_text(encoding="utf-8")
-    for name, block in (("results", readme_block), ("claims", claims_summary)):
+    for name, block in (("results", readme_block), ("claims", claims_summary), ("speed", speed)):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if begin not in fresh or end not in fresh:
             raise UserError(f"{path.name}: markers {begin} and {end} not found; put them where the tables belong")

@@ -1,4 +1,4 @@
-"""One run of one profile with one seed: where its inputs are, and each stage's result, made once and kept.
+"""One run of one profile with one seed: each stage's result, made once and kept.
 
 Every stage stores its result with a key made of all that can change it (code that makes numbers, profile, data,
 seed, inputs); a stage whose key is unchanged is read back, one that was killed half-way has no key and is made again.
@@ -7,7 +7,6 @@ seed, inputs); a stage whose key is unchanged is read back, one that was killed 
 from __future__ import annotations
 
 import json
-import random
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,108 +17,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lavic_utils import data, distillation, endpoint, methods, recommendation, store, training, vision
-from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
+from lavic_utils import data, distillation, methods, recommendation, store, training, vision
+from lavic_utils.config import DOMAINS, UserError
 from lavic_utils.evaluation import Score, score
 from lavic_utils.hub import fingerprint
-from lavic_utils.provenance import NUMBERS, code_hash, key, provenance, world_dir, write_json, write_text
+from lavic_utils.inputs import Inputs
+from lavic_utils.provenance import NUMBERS, code_hash, key, provenance, write_json, write_text
 
 
-class Run:
-    """Inputs, models and stage results of one profile and seed. Folders: `results/<profile>/seed<seed>/...`.
-
-    `data_folder`: other data than the profile's own, in the same layout; its results go to a folder of their own.
-    `api`: how a proprietary model's service is asked.
-    """
-
-    def __init__(self, profile: str | Profile = "mini", seed: int | None = None, data_folder: Path | None = None,
-                 api: endpoint.Settings | None = None) -> None:
-        self.profile = load_profile(profile) if isinstance(profile, str) else profile
-        self.seed = self.profile.seed if seed is None else seed
-        self.given, self.api = data_folder, api or endpoint.Settings(max_usd=0.0)
-        self._read: dict[tuple[str, str], list[data.Dialogue]] = {}
-        place = results_dir(self.profile) / (f"data-{self.data_hash}" if data_folder else "")
-        self.folder = place / f"seed{self.seed}"
-        torch.manual_seed(self.seed)
-
-    # ------------------------------------------------------------ inputs
-    @cached_property
-    def root(self) -> Path:
-        """The data folder: the one given, the mini world (made if absent), or the published data in LAVIC_DATA."""
-        if self.given:
-            return self.given
-        if self.profile.world:
-            from lavic_utils.world import make_world
-
-            return make_world(world_dir(self.profile), self.profile.world)
-        found = real_data_dir()
-        if found is None:
-            raise UserError(f"profile {self.profile.name} needs the published data: set LAVIC_DATA to its folder")
-        return found
-
-    @cached_property
-    def catalogue(self) -> dict[str, data.Item]:
-        return data.read_catalogue(self.root)
-
-    @cached_property
-    def titles(self) -> dict[str, str]:
-        return {asin: item.title for asin, item in self.catalogue.items()}
-
-    @cached_property
-    def facts(self) -> dict:
-        """What the mini world knows of its items and dialogues (empty for real data)."""
-        path = self.root / "mini_facts.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"items": {}, "dialogues": {}}
-
-    def dialogues(self, domain: str, split: str, order: int = 0) -> list[data.Dialogue]:
-        """A split's dialogues. Candidates stand as in the file, or for `order` 1, 2, ... in the order of a seeded shuffle."""
-        if (domain, split) not in self._read:
-            self._read[domain, split] = data.read_dialogues(self.root, domain, split)
-        found = self._read[domain, split]
-        return [shuffled_list(d, self.profile.candidates, order) for d in found] if order else found
-
-    def dialogue_items(self, domains: Sequence[str], splits: Sequence[str]) -> list[str]:
-        """Ids that occur in the lists or truths of the dialogues that are there (sorted)."""
-        rows = [d for domain in domains for split in splits if data.dialogue_file(self.root, domain, split).is_file()
-                for d in self.dialogues(domain, split)]
-        return sorted({a for d in rows for a in (*getattr(d, self.profile.candidates), *d.gt_items)})
-
-    @cached_property
-    def items(self) -> dict[str, list[str]]:
-        """Ids that occur in any domain's dialogues, by split."""
-        return {split: self.dialogue_items(tuple(DOMAINS), (split,)) for split in data.SPLITS}
-
-    def domain_catalogue(self, domain: str) -> tuple[list[str], list[str]]:
-        """(ids, titles) of a domain's items: those that any of its dialogues lists or has as its truth."""
-        asins = self.dialogue_items((domain,), data.SPLITS)
-        if missing := [asin for asin in asins if asin not in self.titles]:
-            raise UserError(f"{self.root}: {len(missing)} items of the {domain} dialogues are not in item2meta_train.json, "
-                            f"e.g. {missing[0]}; {data.GET_DATA}")
-        return asins, [self.titles[asin] for asin in asins]
-
-    def need_training_data(self) -> None:
-        """UserError where a file is missing that training reads (cheap: nothing is read)."""
-        if self.profile.world and not self.given:
-            return
-        for path in [self.root / "item2meta_train.json", *(data.dialogue_file(self.root, d, "train") for d in DOMAINS)]:
-            if not path.is_file():
-                raise UserError(f"{path}: not there; {data.GET_DATA}")
-
-    @cached_property
-    def data_hash(self) -> str:
-        return data.data_hash(self.root)
-
-    @cached_property
-    def processor(self):
-        return vision.load_processor(self.profile)
-
-    def model(self):
-        """A fresh base model: adapters change the object they are put on."""
-        return vision.load_model(self.profile)
+class Run(Inputs):
+    """The stages of one profile and seed, and their results. Folders: `results/<profile>/seed<seed>/...`."""
 
     # ------------------------------------------------------------ keeping results
     def key(self, **what) -> str:
         return key(code=code_hash(only=NUMBERS), data=self.data_hash, seed=self.seed, model=fingerprint(self.profile.model_path),
+                   lists=self.lists and [self.lists.name, self.lists.identity(self)],
                    profile=self.profile.model_dump(mode="json"), **what)
 
     def stamp(self) -> dict:
@@ -327,13 +239,6 @@ def cost(answers: Sequence[recommendation.Answer], seconds: float) -> dict[str, 
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": round(seconds, 2), "dialogues": len(answers), "prompt_tokens": sum(a.prompt_tokens for a in answers),
             "new_tokens": sum(a.new_tokens for a in answers), "usd": sum(a.usd for a in answers), "peak_mb": round(peak / 2**20)}
-
-
-def shuffled_list(dialogue: data.Dialogue, which: str, order: int) -> data.Dialogue:
-    """The dialogue with its candidates in the order of shuffle number `order`; the same in every process."""
-    names = list(getattr(dialogue, which))
-    random.Random(f"order-{order}/{dialogue.domain}/{dialogue.split}/{dialogue.line}").shuffle(names)
-    return dialogue.model_copy(update={which: tuple(names)})
 
 
 def shuffled(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:

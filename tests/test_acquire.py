@@ -328,6 +328,12 @@ def test_many_at_once_beat_one_at_a_time() -> None:
     assert found["one_at_a_time"]["per_second"] <= 1000 / found["latency_ms"]  # negative control: the delay is real
 
 
+@pytest.mark.parametrize(("ratio", "code"), [(10.0, 0), (9.9, 1)])
+def test_bench_crawl_fails_below_ten_times(ratio: float, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "crawl_speed", lambda: {"ratio": ratio})
+    assert main(["bench", "crawl"]) == code
+
+
 CATALOGUE = json.dumps({TEN[0]: {"title": "made up", "images": []}}).encode()
 
 
@@ -464,10 +470,29 @@ def test_verify_and_stats_of_partial_data(tmp_path: Path, capfd: pytest.CaptureF
     assert lines[-1].splitlines()[-1].split() == ["home", "test", "20", "3", "0.1500", "2", "1"]
     assert any(line.startswith(f"corrupt   train_images/{TEN[0]}_0.jpg") for line in lines)
     assert main(["data", "stats", "--data", str(tmp_path), "--json"]) == 0
-    (found,) = json.loads(capfd.readouterr().out)
+    shown = json.loads(capfd.readouterr().out)
+    (found,) = shown["splits"]
     assert (found["domain"], found["split"], found["conversations"], found["recall_st"]) == ("home", "test", 2, 0.5)
-    assert main(["data", "stats", "--data", str(tmp_path)]) == 0 and "recall_st" in capfd.readouterr().out
+    home = {one["domain"]: one for one in shown["table_1"]}["home"]
+    assert (home["conversations_published"], home["conversations_here"], home["turns_here"]) == (3701, 2, 2)
+    assert [home[f"{name}_here"] for name in ("items", "images", "splits")] == [20, None, "test"]
+    assert home["splits_absent"] == "train, valid"
+    assert main(["data", "stats", "--data", str(tmp_path)]) == 0
+    assert "recall_st" in (text := capfd.readouterr().out) and "no catalogue" in text and "set aside" not in text
+    items(tmp_path, {TEN[0]: ["a", "b"], TEN[1]: ["c"], "B0UNUSED01": ["d"]})
+    assert main(["data", "stats", "--data", str(tmp_path), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["table_1"][2]["images_here"] == 3
+    path.write_text(f"{json.dumps(row)}\n{json.dumps(other | {'gt_items': []})}\n", encoding="utf-8")
+    assert main(["data", "stats", "--data", str(tmp_path)]) == 2 and "line 2: field gt_items" in capfd.readouterr().err
+    assert main(["data", "stats", "--data", str(tmp_path), "--lenient", "--json"]) == 0
+    shown = json.loads(capfd.readouterr().out)
+    assert shown["splits"][0]["conversations"] == 1 and shown["set_aside"]["counts"] == [
+        {"file": f"{DOMAINS['home']}/test.jsonl", "kind": "bad value", "field": "gt_items", "rows": 1}]
+    assert main(["data", "stats", "--data", str(tmp_path), "--lenient"]) == 0
+    assert "set aside: 1 rows" in (text := capfd.readouterr().out) and "test.jsonl, line 2: field gt_items" in text
     path.write_text("{\n", encoding="utf-8")
+    assert main(["data", "stats", "--data", str(tmp_path), "--lenient"]) == 0  # no row is left: reported, no figures
+    assert "set aside: 1 rows" in capfd.readouterr().out
     assert main(["data", "verify", "--data", str(tmp_path)]) == 1
     assert "line 1" in capfd.readouterr().out
     assert main(["data", "stats", "--data", str(tmp_path / "none")]) == 2

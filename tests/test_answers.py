@@ -51,6 +51,8 @@ def test_known_figures(tmp_path: Path) -> None:
     assert all(low <= found[name] <= high for name, (low, high) in found["ci95"].items())
     outside = an.evaluate(an.read_answers(write(tmp_path / "b.jsonl", *KNOWN, OUTSIDE)))
     assert (found["hits_outside"], outside["hits_outside"], outside["hits"], outside["valid"]) == (0, 1, 4, 4)
+    twice = an.evaluate(an.read_answers(write(tmp_path / "c.jsonl", *KNOWN, KNOWN[0])))
+    assert (found["repeated"], twice["repeated"], twice["rows"], twice["hits"]) == (0, 1, 7, 5)
     # negative controls: the repeated truth makes a difference, and so does every row that is left out
     assert ev.score([r["recommended_st"] for r in KNOWN], [r["gt_items"] for r in KNOWN]).hits == 2
     rows = an.read_answers(tmp_path / "a.jsonl")
@@ -124,7 +126,12 @@ def test_reparse_says_what_it_changes(tmp_path: Path) -> None:
     found = an.parsing(rows, an.reparse(rows))
     assert (found["changed"], found["before"]["hits"], found["after"]["hits"]) == (1, 1, 2)
     assert found["paired"]["only_a"] == 1 and found["paired"]["only_b"] == 0
+    assert (found["ran_on"], found["unexpected_form"], found["other"]) == (1, 0, 0)
     assert an.parsing(rows, rows)["changed"] == 0
+    odd = [replace(rows[0], context=said, response=said) for said in (TEN[0].lower(), f"_{TEN[0]}", f"{TEN[0]}, no, {TEN[1]}")]
+    odd.append(replace(odd[0], candidates=("0123456789", *TEN[1:]), response="0123456789"))
+    found = an.parsing(odd, an.reparse(odd))
+    assert (found["changed"], found["ran_on"], found["unexpected_form"], found["other"]) == (4, 0, 2, 2)
     with pytest.raises(UserError, match="answers, line 2: no raw answer"):
         an.reparse([rows[0], replace(rows[1], response=None)])
 
@@ -174,8 +181,9 @@ def test_fields_are_found_or_chosen(tmp_path: Path) -> None:
 
 GOOD = KNOWN[0]
 BAD = {
-    "not JSON": (b"{", [], "line 1: not valid"), "empty": (b"", [], "empty"), "blank line": (b"\n", [], "line 1"),
-    "an array": (b"[]\n", [], "line 1: a JSON object"),
+    "not JSON": (b"{", [], "line 1: field (before the first): not valid"), "empty": (b"", [], "empty"),
+    "blank line": (b"\n", [], "line 1"), "not UTF-8": (b'{"context": "\xff"}', [], "not valid UTF-8"),
+    "an array": (b"[]\n", [], "line 1: field (all): a JSON object"),
     "no answer field": ({k: v for k, v in GOOD.items() if k != "recommended_st"}, [], "no field recommended_<key>"),
     "no candidates": ({k: v for k, v in GOOD.items() if k != "candidates_st"}, [], "no field candidates_<key>"),
     "unknown field": (GOOD, ["--candidates", "nope"], "line 1: no field nope; there are context, "),

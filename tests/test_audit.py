@@ -19,7 +19,7 @@ from lavic_utils.config import DOMAINS, ROOT, UserError, real_data_dir, replicat
 
 real = pytest.mark.skipif(
     real_data_dir() is None,
-    reason="set LAVIC_DATA to a folder with the published Reddit-Amazon files (repository jeon185/LaViC)")
+    reason="set LAVIC_DATA to a folder with the published Reddit-Amazon files (`python -m lavic_utils data fetch`)")
 both = pytest.mark.skipif(
     real_data_dir() is None or replications_dir() is None,
     reason="set LAVIC_DATA (repository jeon185/LaViC) and LAVIC_REPLICATIONS (LaViC/data of Lottotpk/graphRAG_multimodal)")
@@ -124,6 +124,18 @@ def test_real_splits() -> None:
     assert all(evidence[d, "pairs"] < 1e-4 and evidence[d, "conversations"] > 0.9 for d in DOMAINS)
 
 
+@real
+def test_what_others_report_counts_items_with_repeats() -> None:
+    """The authors' script divides hits by items and valid answers by conversations: so do all six figures of others."""
+    splits = audit.read_splits(real_data_dir())
+    found = audit.reported(audit.published_cells(), splits)
+    assert len(found) == 6 and found["hr@1 reading"].str.contains("pairs").all()
+    assert found["vr reading"].str.contains("conversations").all()
+    assert not found["hr@1 reading"].str.contains("conversations").any()
+    assert (found[found["domain"] == "home"]["p independent"] < 0.05).all()
+    assert (found[found["domain"] != "home"]["p independent"] > 0.05).all()
+
+
 @both
 def test_wilson_over_conversations_is_no_narrower_than_the_bootstrap_over_items() -> None:
     """`sampling` puts HR@1 over items on Wilson's interval over conversations: on real answers that is about as wide."""
@@ -149,6 +161,10 @@ def test_committed_claims_hold_every_published_cell_and_the_mini_run() -> None:
     expected = [(c.method, c.domain, c.metric, None if math.isnan(c.value) else c.value) for c in cells.itertuples()]
     assert [shown(row) for row in found["rows"]] == expected, STALE
     assert expected != [shown(row) for row in found["rows"][1:]]
+    fields = {"method", "domain", "metric", *claims.PAPER, "ours", "tier", "status", "reason"}
+    assert all(set(row) == fields and row["status"] and row["reason"] for row in found["rows"]) and len(found["rows"]) == 114
+    assert all(row[name] is not None for row in found["rows"] if row["published"] is not None for name in claims.PAPER[:-1])
+    assert all(set(one) == {"tier", "value", "n", "low", "high"} for row in found["rows"] for one in row["ours"])
     mini = claims.mini_figures(json.loads((ROOT / "results/mini/metrics.json").read_text(encoding="utf-8")))
     committed = {(r["method"], r["domain"], r["metric"]): one for r in found["rows"] for one in r["ours"]
                  if one["tier"] == "mini run"}

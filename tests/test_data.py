@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lavic_utils import data
+from lavic_utils import data, rows
 from lavic_utils.config import DOMAINS, UserError, real_data_dir
 
-NEED_DATA = "set LAVIC_DATA to a folder with the published Reddit-Amazon files (repository jeon185/LaViC)"
+NEED_DATA = "set LAVIC_DATA to a folder with the published Reddit-Amazon files (`python -m lavic_utils data fetch`)"
 real = pytest.mark.skipif(real_data_dir() is None, reason=NEED_DATA)
 TEN = [f"B0TEST{i:04d}" for i in range(10)]
 ROW = {
@@ -46,12 +46,15 @@ def changed(**fields: object) -> dict[str, object]:
 
 
 def test_a_row_is_read_as_it_stands(tmp_path: Path) -> None:
-    path = write(tmp_path, lines(ROW, ROW, changed(extra=1, gt_items=[TEN[0], TEN[0]])))
-    rows = data.read_dialogues(tmp_path, "beauty", "test")
-    assert [d.line for d in rows] == [1, 2, 3] and {(d.domain, d.split) for d in rows} == {("beauty", "test")}
-    assert {name: list(v) if isinstance(v := getattr(rows[0], name), tuple) else v for name in FIELDS} == ROW
-    assert rows[0].turns == [("seeker", "a red mug?\u2028please"), ("helper", "how\u0085big?")]
-    assert rows[2].gt_items == (TEN[0], TEN[0])  # a repeated id stays: scoring counts it once
+    path = write(tmp_path, lines(ROW, changed(gt="b"), changed(extra=1, gt_items=[TEN[0], TEN[0]])))
+    read = data.read_dialogues(tmp_path, "beauty", "test")
+    table = data.dialogue_dataset(read)
+    assert {k: v for k, v in table[0].items() if k in FIELDS} == ROW and list(table["line"]) == [1, 2, 3]
+    assert data.dialogue_dataset([]).features == table.features  # typed, not guessed from what is there
+    assert [d.line for d in read] == [1, 2, 3] and {(d.domain, d.split) for d in read} == {("beauty", "test")}
+    assert {name: list(v) if isinstance(v := getattr(read[0], name), tuple) else v for name in FIELDS} == ROW
+    assert read[0].turns == [("seeker", "a red mug?\u2028please"), ("helper", "how\u0085big?")]
+    assert read[2].gt_items == (TEN[0], TEN[0])  # a repeated id stays: scoring counts it once
     # negative control: taking every line end of str.splitlines for one tears the rows apart
     assert len(path.read_text(encoding="utf-8").splitlines()) > 3
 
@@ -61,10 +64,12 @@ BAD = {
     "not UTF-8": (lines(ROW).replace(b"this one", b"this \xff"), "UTF-8"),
     "not an object": (lines([ROW]), "object"),
     "cut short": (lines(ROW)[:-20], "JSON"),
-    "a field twice": (lines(ROW).replace(b'"gt":', b'"gt": "x", "gt":'), "'gt'"),
+    "a field twice": (lines(ROW).replace(b'"gt":', b'"gt": "x", "gt":'), "field gt"),
     "blank line": (lines(ROW).replace(b"{", b"\n{", 1), "line 1"),
     "deep": (b"[" * 100_000 + b"\n", "JSON"),
-    "huge number": (lines(changed(gt=0)).replace(b'"gt": 0', b'"gt": ' + b"1" * 5000), "JSON"),
+    "huge number": (lines(changed(gt=0)).replace(b'"gt": 0', b'"gt": ' + b"1" * 5000), "field gt"),
+    "NaN": (lines(changed(gt_items=[float("nan")])), "field gt_items.0"),
+
     "half a surrogate pair": (json.dumps(changed(gt="\ud800")).encode(), "field gt"),
     "no candidates": (lines({k: v for k, v in ROW.items() if k != "candidates_st"}), "field candidates_st"),
     "nine candidates": (lines(changed(candidates_st=TEN[:9])), "field candidates_st"),
@@ -92,14 +97,30 @@ def test_bad_rows_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
     assert str(path) in text and "line 1" in text and expected in text and len(text.splitlines()) == 1
 
 
-def test_lenient_leaves_bad_rows_out_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(tmp_path, lines(ROW, changed(gt_items=[]), ROW) + b"{\n")
-    with caplog.at_level(logging.WARNING):
-        assert [d.line for d in data.read_dialogues(tmp_path, "beauty", "test", lenient=True)] == [1, 3]
-    assert "line 2" in caplog.text and "line 4" in caplog.text and "line 3" not in caplog.text
+def test_bad_rows_are_set_aside_in_a_report_with_counts(tmp_path: Path) -> None:
+    second = changed(gt="another")
+    broken = lines(changed(candidates_st=TEN[:9])) + b"{\n" + lines(changed(gt_items=[]))
+    write(tmp_path, lines(ROW, changed(gt_items=[]), second, ROW) + broken)
+    bad: list[dict] = []
+    assert [d.line for d in data.read_dialogues(tmp_path, "beauty", "test", bad)] == [1, 3]
+    report = rows.set_aside_report(bad)
+    assert report["rows"] == 5 and [(one["line"], one["kind"]) for one in report["found"]] == [
+        (2, "bad value"), (4, "duplicate row"), (5, "bad value"), (6, "bad JSON"), (7, "bad value")]
+    name = f"{DOMAINS['beauty']}/test.jsonl"
+    assert {"file": name, "kind": "bad value", "field": "gt_items", "rows": 2} in report["counts"] and len(report["counts"]) == 4
+    assert all(one["file"] == name for one in report["found"]) and "red mug" not in json.dumps(report)
+    assert rows.set_aside_report([]) == {"rows": 0, "counts": [], "found": []}
     write(tmp_path, b"{\n")
-    with pytest.raises(UserError, match="no row"):  # nothing left is an error even then
-        data.read_dialogues(tmp_path, "beauty", "test", lenient=True)
+    assert data.read_dialogues(tmp_path, "beauty", "test", bad) == [] and len(bad) == 6
+
+
+def test_a_duplicate_is_a_row_that_says_nothing_new(tmp_path: Path) -> None:
+    other = [changed(gt="b"), changed(gt_items=TEN[:1]), changed(candidates_st=TEN[::-1])]
+    write(tmp_path, lines(ROW, *other))  # the same context with another answer, or other candidates, is no duplicate
+    assert len(data.read_dialogues(tmp_path, "beauty", "test")) == 4
+    write(tmp_path, lines(ROW, *other, changed(price=3)))  # a field that is not read makes no difference
+    with pytest.raises(UserError, match="line 5: field context, .*candidates_gpt_large: all as in line 1, a duplicate row"):
+        data.read_dialogues(tmp_path, "beauty", "test")
 
 
 def test_wrong_places_are_named(tmp_path: Path) -> None:
@@ -111,67 +132,123 @@ def test_wrong_places_are_named(tmp_path: Path) -> None:
         data.read_catalogue(tmp_path)
 
 
+NOT_TEXT = st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.text(max_size=4), max_size=2)
+NOT_IDS = st.none() | st.integers() | st.text(max_size=9) | st.just({}) | st.lists(st.none() | st.integers(), min_size=1)
 JSON_VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from(TEN),
     lambda inner: st.lists(inner, max_size=12) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=12)
+ANY, READ, TEXTS = "any", "read", ("context", "gt")  # ANY: read exactly or refused; READ: must be read
+LISTS = ("candidates_st", "candidates_gpt_large")
 
 
-@st.composite
-def mutated(draw: st.DrawFn) -> bytes:
-    """One or two rows; a few changes of fields, list entries and texts, then perhaps of bytes."""
-    rows = [copy.deepcopy(ROW) for _ in range(draw(st.integers(1, 2)))]
-    for _ in range(draw(st.integers(0, 2))):
-        row, name = draw(st.sampled_from(rows)), draw(st.sampled_from(FIELDS))
-        how = draw(st.sampled_from(("drop", "replace", "entry", "text", "rename")))
-        if how == "drop":
-            row.pop(name, None)
-        elif how == "rename" and name in row:
-            row[draw(st.text(max_size=5))] = row.pop(name)
-        elif how == "replace":
-            row[name] = draw(JSON_VALUE)
-        elif isinstance(value := row.get(name), list) and value:
-            at = draw(st.integers(0, len(value) - 1))
-            value[at:at + draw(st.integers(0, 2))] = draw(st.lists(JSON_VALUE | st.sampled_from(TEN), max_size=2))
-        elif isinstance(value, str):
-            row[name] = value.replace("e", draw(st.text(max_size=4)), 1)  # any letters, also U+2028 and "\n"
-    content = b"".join(json.dumps(r, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass") + b"\n"
-                       for r in rows)
-    if draw(st.integers(0, 3)) == 0:
+def dumped(row: object) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode()
+
+
+def fault(draw: st.DrawFn, how: str, row: dict[str, object]) -> tuple[bytes, str]:
+    """A line with a fault, and the field its error must name."""
+    name = draw(st.sampled_from(FIELDS))
+    at = dumped(row).index(b'"%s": ' % name.encode()) + len(name) + 4
+    if how == "drop":
+        return dumped({k: v for k, v in row.items() if k != name}), name
+    if how == "mistype":
+        return dumped({**row, name: draw(NOT_TEXT if name in TEXTS else NOT_IDS)}), name
+    if how == "count":
+        name = draw(st.sampled_from(LISTS))
+        return dumped({**row, name: draw(st.sampled_from(([], TEN[:9], [*TEN, "B0ELEVEN11"], TEN[:9] + TEN[:1])))}), name
+    if how == "no truth":
+        return dumped({**row, "gt_items": []}), "gt_items"
+    if how == "bad id":
+        name = draw(st.sampled_from((*LISTS, "gt_items", "context_items")))
+        bad = draw(st.text(max_size=40).filter(lambda text: not re.fullmatch(r"[A-Za-z0-9]{1,32}", text)))
+        return dumped({**row, name: [*TEN[:9], bad]}), name
+    if how == "turns":
+        text = draw(st.sampled_from(("a", "<submission>a", "a</comment>", "<submission>a</comment>", "<comment>a</comment>b",
+                                     "<submission><comment>a</comment></submission>", "<comment>a</comment><comment>")))
+        return dumped({**row, "context": text}), "context"
+    if how == "UTF-8":
+        return dumped(row)[:at] + draw(st.sampled_from((b"\xff", b"\xc3", b"\xe2\x80", b"\xed\xa0\x80"))) + dumped(row)[at:], name
+    if how == "JSON":
+        rest = draw(st.sampled_from((b"", dumped(row)[at:])))
+        return dumped(row)[:at] + draw(st.sampled_from((b"'", b",", b"}", b"tru"))) + rest, name
+    if how == "twice":
+        return b'{"%s": null, ' % name.encode() + dumped(row)[1:], name
+    value = rb'("%s": )("[^"]*"|\[[^]]*\])' % name.encode()
+    return re.sub(value, rb"\g<1>" + how.encode(), dumped(row), count=1), name  # a number: NaN, -Infinity, one too long
+
+
+def anything(draw: st.DrawFn, row: dict[str, object]) -> bytes:
+    """A line with a value, an entry or a name changed for anything, and then perhaps some bytes."""
+    name = draw(st.sampled_from(FIELDS))
+    if (how := draw(st.sampled_from(("value", "entry", "name", "letters")))) == "name":
+        row[draw(st.text(max_size=5))] = row.pop(name)
+    elif how == "value":
+        row[name] = draw(JSON_VALUE)
+    elif isinstance(value := row[name], list) and value:
+        at = draw(st.integers(0, len(value) - 1))
+        value[at:at + draw(st.integers(0, 2))] = draw(st.lists(JSON_VALUE | st.sampled_from(TEN), max_size=2))
+    elif isinstance(value, str):
+        row[name] = value.replace("e", draw(st.text(max_size=4)), 1)
+    content = dumped(row)
+    if draw(st.integers(0, 2)) == 0:
         at = draw(st.integers(0, len(content)))
         content = content[:at] + draw(st.binary(max_size=5)) + content[at + draw(st.integers(0, 8)):]
     return content
 
 
+PLAIN = {dumped({**ROW, "gt": f"number {number}"}) for number in range(6)}
+FAULTS = ("drop", "mistype", "count", "no truth", "bad id", "turns", "UTF-8", "JSON", "twice", "NaN", "-Infinity", "1" * 5000)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> list[tuple[bytes, str]]:
+    """Six lines, each with what must become of it: READ, ANY, or the field that its error must name."""
+    made: list[tuple[bytes, str]] = []
+    for number in range(6):
+        row = copy.deepcopy({**ROW, "gt": f"number {number}"})
+        how = draw(st.sampled_from((*FAULTS, *("anything", "ends", "again") * 3)))
+        if how == "anything":
+            made += [(part, ANY) for part in anything(draw, row).split(b"\n")]
+        elif how == "ends":  # what looks like the end of a line to others stays in the text
+            text = "".join(draw(st.lists(st.sampled_from("a\u2028\u2029\u0085\r\x0b\x0c\x1c\0\ufeff"), max_size=9)))
+            row |= {"gt": f" {number} {text}", "context": f"\n <comment>{text}</comment>\u2028", "price": draw(JSON_VALUE)}
+            made.append((json.dumps(row, ensure_ascii=draw(st.booleans())).encode(), READ))
+        elif how == "again":
+            made += [(dumped(row), READ), (b" " + dumped(dict(reversed(row.items()))), "context, context_items, gt")]
+        else:
+            made.append(fault(draw, how, row))
+    return made
+
+
 def test_mutated_rows_are_exact_or_refused() -> None:
-    seen = {"read": 0, "refused": 0}
+    seen = {"mutated": 0, "read": 0, "refused": 0}
 
-    @settings(max_examples=400, deadline=None, derandomize=True, database=None,
-              suppress_health_check=[HealthCheck.too_slow])
-    @given(mutated())
-    def check(content: bytes) -> None:
+    @settings(max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(mutated(), st.booleans())
+    def check(made: list[tuple[bytes, str]], ended: bool) -> None:
+        bad: list[dict] = []
         with tempfile.TemporaryDirectory() as folder:
-            path = write(Path(folder), content)
-            try:
-                rows = data.read_dialogues(folder, "beauty", "test")
-            except UserError as error:
-                seen["refused"] += 1
-                assert str(path) in str(error) and len(str(error).splitlines()) == 1
-                return
-        seen["read"] += 1
-        truth = [json.loads(raw) for raw in content.removesuffix(b"\n").split(b"\n")]
-        assert len(rows) == len(truth)
-        for dialogue, row in zip(rows, truth, strict=True):
-            for name in FIELDS:
-                value = getattr(dialogue, name)
-                assert (list(value) if isinstance(value, tuple) else value) == row[name]
-            assert len(set(dialogue.candidates_st)) == 10 and dialogue.gt_items and dialogue.turns
+            path = write(Path(folder), b"\n".join(line for line, _ in made) + b"\n" * ended)
+            rows = {d.line: d for d in data.read_dialogues(folder, "beauty", "test", bad)}
+            if bad:  # strict: the first of these, in one line
+                with pytest.raises(UserError) as caught:
+                    data.read_dialogues(folder, "beauty", "test")
+                assert str(caught.value).startswith(f"{path}, line {bad[0]['line']}: field {bad[0]['field']}: ")
+                assert len(str(caught.value).splitlines()) == 1
+        refused = {one["line"]: one for one in bad}
+        assert sorted([*rows, *refused]) == list(range(1, len(made) + 1 - (not ended and not made[-1][0])))
+        for line, (raw, expected) in enumerate(made, 1):
+            if line in rows:
+                assert expected in (READ, ANY), raw
+                assert {k: list(v) if isinstance(v := getattr(rows[line], k), tuple) else v for k in FIELDS} == {
+                    k: json.loads(raw)[k] for k in FIELDS}
+            elif line in refused:
+                assert expected != READ and (expected == ANY or refused[line]["field"].startswith(expected)), refused[line]
+        for name, some in (("mutated", [raw for raw, _ in made if raw not in PLAIN]), ("read", rows), ("refused", refused)):
+            seen[name] += len(some)
 
-    logging.disable(logging.WARNING)
-    try:
-        check()
-    finally:
-        logging.disable(logging.NOTSET)
-    assert min(seen.values()) >= 50, seen  # else the test looked at one side only
+    check()
+    assert seen["mutated"] >= 2000 and min(seen.values()) >= 500, seen  # else it looked at one side only
 
 
 def catalogue(root: Path, items: object) -> Path:
@@ -241,6 +318,11 @@ def test_image_dataset_and_stage1_valid(tmp_path: Path) -> None:
     assert len(unchecked) == 4
     with pytest.raises(OSError):
         unchecked[2]["image"].load()
+    items = [data.Item(asin=asin, title=str(n), features=("f",) * n) for n, asin in enumerate(TEN[:4])]
+    shop = data.item_dataset(tmp_path, items)
+    assert shop[2] == {"asin": TEN[2], "title": "2", "categories": [], "features": ["f", "f"], "description": [], "image": None}
+    assert [image is None for image in shop["image"]] == [False, False, True, True]  # cut and missing: none, never a stand-in
+    assert shop[0]["image"].size == (64, 48) and str(shop.features["features"]) == "List(Value('string'))"
     (tmp_path / "item2meta_valid.jsonl").write_bytes(lines({**raw[0], "image_name": "x.png"}))
     with pytest.raises(UserError, match="line 1: field image_name"):
         data.read_stage1_valid(tmp_path)
@@ -268,7 +350,6 @@ def test_real_files_are_read_unchanged_in_strict_mode() -> None:
         for split in ("valid", "test"):
             truth = [json.loads(raw) for raw in (root / folder / f"{split}.jsonl").read_bytes().split(b"\n") if raw]
             rows = data.read_dialogues(root, domain, split)
-            assert [[d.context, list(d.gt_items), list(d.candidates_st)] for d in rows] == [
-                [row["context"], row["gt_items"], row["candidates_st"]] for row in truth]
+            assert [{k: list(v) if isinstance(v := getattr(d, k), tuple) else v for k in FIELDS} for d in rows] == truth
             assert all(d.turns[0][0] == "seeker" for d in rows)
     assert len(data.read_stage1_valid(root)) == 512

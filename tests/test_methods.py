@@ -177,6 +177,18 @@ def test_a_profile_that_names_a_folder_without_a_model_says_so(run, tmp_path):
         runs.run_method(run, "Vicuna-v1.5", "beauty")
 
 
+def test_candidate_lists_can_be_any_retrieval_methods_own(run, world):
+    other = runs.Run(run.profile, 42, world, lists="bm25")
+    rows, plain = other.dialogues("beauty", "test"), run.dialogues("beauty", "test")
+    first = [set(a["candidates"]) for a in run.answers("BM25", "beauty")]
+    assert [set(d.candidates_st) for d in rows] == first != [set(d.candidates_st) for d in plain]
+    assert other.folder != run.folder and set(other.items["test"]) >= {a for ten in first for a in ten}
+    found = other.answers("LLaVA-v1.6 (title)", "beauty")
+    assert all(set(a["candidates"]) == ten for a, ten in zip(found, first, strict=True))
+    with pytest.raises(UserError, match="ranks no catalogue"):
+        runs.Run(run.profile, 42, world, lists="LaViC")
+
+
 # ---------------------------------------------------------------- prompts: golden
 GOLDEN = {
     "Vicuna-v1.5": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "

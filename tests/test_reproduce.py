@@ -247,3 +247,17 @@ def test_figure_carries_its_tier_once(tmp_path, tiny_profile):
     assert saved.text["Description"].startswith("tier: mini run · profile tiny · seed 5 · code ")
     assert json.loads(saved.text["Comment"])["data_hash"] == "data"
     plt.close(figure)
+
+
+def test_data_names_the_folder_of_the_published_files(tmp_path, tiny_profile, results, monkeypatch, capfd):
+    from lavic_utils.__main__ import main
+
+    folder, real = tmp_path / "nb", tmp_path / "real"
+    real.mkdir()
+    (real / "item2meta_valid.jsonl").write_text("{}\n", encoding="utf-8")
+    save(folder / "00_a.ipynb", f"import os; assert os.environ.get('LAVIC_DATA') == {str(real)!r}")
+    arguments = ["reproduce", "--profile", str(tiny_profile), "--notebooks", str(folder)]
+    assert main([*arguments, "--data", str(tmp_path / "none")]) == 2 and "no such folder" in capfd.readouterr().err
+    assert main(arguments) == 1  # negative control: without the option the cell fails
+    monkeypatch.setenv("LAVIC_DATA", "elsewhere")  # so that it is as before after the test
+    assert main([*arguments, "--data", str(real)]) == 0
