@@ -110,7 +110,9 @@ def fill(folder: Path, files: Mapping[str, Path], encoder: Callable[[], Encode])
     state.wait_for_everyone()
     shards |= {file.name: _counts(file) for part in parts if (file := _finished(folder, part))}
     if parts and state.is_main_process:
-        write_json(folder / "index.json", {"shards": _index(folder) | shards})
+        others = {file: counts for file, counts in _index(folder).items() if (folder / file).is_file()}
+        write_json(folder / "index.json", {"shards": others | shards})
+    state.wait_for_everyone()
     return shards
 
 
@@ -125,17 +127,18 @@ def _index(folder: Path) -> Shards:
 
 
 def _verified(folder: Path, wanted) -> Shards:
-    """Shards of the index that hold a wanted image, checked against their files; a damaged one is said and left out."""
+    """Shards of the index that hold a wanted image, checked against their files; a damaged one is said and removed."""
     found = {file: counts for file, counts in _index(folder).items() if not wanted.isdisjoint(counts)}
     for file in [file for file, counts in found.items() if not (_whole(folder / file) and _counts(folder / file) == counts)]:
         log.warning("%s: damaged or not what the index says; made again", folder / file)
         del found[file]
+        (folder / file).unlink(missing_ok=True)
     return found
 
 
 def _whole(path: Path) -> bool:
     """Whether a shard's content is what its name says."""
-    return path.is_file() and sha256(path).startswith(path.stem.split("-")[1])
+    return path.is_file() and sha256(path)[:16] == path.stem.partition("-")[2]
 
 
 def _counts(path: Path) -> dict[str, int] | None:
@@ -155,8 +158,6 @@ def _write(folder: Path, part: Sequence[str], files: Sequence[Path], encode: Enc
     tokens = [one for i in range(0, len(files), GROUP) for one in encode(files[i:i + GROUP])]
     folder.mkdir(parents=True, exist_ok=True)
     name = key(images=part)
-    for old in folder.glob(f"{name}-*.safetensors"):
-        old.unlink()  # damaged
     temp = folder / f".{name}.{os.getpid()}.tmp"
     save_file({image: torch.zeros(0) if one is None else one for image, one in zip(part, tokens, strict=True)}, temp)
     os.replace(temp, folder / f"{name}-{sha256(temp)[:16]}.safetensors")

@@ -203,19 +203,31 @@ def lie(path: Path) -> None:
     (path.parent / "index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize(("damage", "encoded"), [(flip, store.SHARD), (lambda p: p.write_bytes(b""), store.SHARD),
-                                                 (lambda p: p.unlink(), store.SHARD), (lie, 0)])
-def test_a_damaged_shard_is_made_again_and_said_in_one_line(paths, tmp_path, caplog, damage, encoded):
+@pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(b""), lambda p: p.unlink(), lie])
+def test_a_damaged_shard_is_made_again_and_said_in_one_line(paths, tmp_path, caplog, damage):
     before = store.open_store(tmp_path / "s", paths, lambda: vectors)
     file, seen = tmp_path / "s" / before._at["item0"][0], []
     expected, kept = {a: v.clone() for a, v in before.items()}, names(tmp_path / "s")
     damage(file)
     found = store.open_store(tmp_path / "s", paths, lambda: lambda files: [seen.extend(files), vectors(files)][1])
-    assert len(seen) == encoded and names(tmp_path / "s") == kept
+    assert len(seen) == store.SHARD and names(tmp_path / "s") == kept
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
         f"{file}: damaged or not what the index says; made again"]
     assert all(torch.equal(found[a], v) for a, v in expected.items())
     store.open_store(tmp_path / "s", paths, refuse)
+
+
+def test_a_shard_made_again_by_another_request_replaces_the_damaged_one(paths, tmp_path, caplog):
+    before = store.open_store(tmp_path / "s", paths, lambda: vectors)
+    damaged = before._at["item0"][0]
+    flip(tmp_path / "s" / damaged)
+    few = dict(list(paths.items())[:7])
+    assert len(store.open_store(tmp_path / "s", few, lambda: vectors)) == 6 and len(caplog.records) == 1
+    assert damaged not in json.loads((tmp_path / "s" / "index.json").read_text())["shards"]
+    seen = []
+    found = store.open_store(tmp_path / "s", paths, lambda: lambda files: [seen.extend(files), vectors(files)][1])
+    assert len(seen) == store.SHARD - 7 and len(found) == COUNT - 1 and len(caplog.records) == 1
+    assert all(torch.equal(found[a], v) for a, v in zip(found, vectors([paths[a] for a in found]), strict=True))
 
 
 def test_a_damaged_index_is_written_again_from_the_shards(paths, tmp_path, caplog):
