@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from lavic_utils import vision
 from lavic_utils import wording as w
-from lavic_utils.config import Profile
+from lavic_utils.config import Profile, UserError
 from lavic_utils.prompts import describe_prompt, encode
 from lavic_utils.training import StageTrainer, add_adapter, load_adapter, merged, save_adapter, training_arguments
 from lavic_utils.training import lora_config as lora_config  # stage 2 takes these two from here
@@ -63,11 +63,12 @@ def mean_row_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def forward_loss(model, ids: Tensor, labels: Tensor, mask: Tensor, visual: list[Tensor], pad: int):
-    """The real forward of the whole model on placed embeddings; logits are kept for the target's positions only."""
+    """The real forward of the whole model on placed embeddings, rows padded on either side; logits are kept from the batch's
+    first target position on only."""
     embeds = vision.place(getattr(model, "module", model), ids, visual, pad)  # `module`: where several processes wrap it
-    kept = int((labels != IGNORE).sum(1).max()) + 1
-    out = model(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=kept)
-    return mean_row_loss(out.logits, labels[:, -(kept - 1):]), out
+    first = max(1, int((labels != IGNORE).any(0).int().argmax()))
+    out = model(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=labels.shape[1] - first + 1)
+    return mean_row_loss(out.logits, labels[:, first:]), out
 
 
 class Pictures:
@@ -114,7 +115,8 @@ def describe(model, processor, profile: Profile, titles: Sequence[str], pictures
 
 
 class StudentCollator:
-    """Title and [CLS] placeholders in, the teacher's description out; prompts shortened never, refused if too long."""
+    """Title and [CLS] placeholders in, the teacher's description out; nothing is ever shortened: what is longer than
+    `max_length` raises UserError."""
 
     def __init__(self, model, processor, profile: Profile, pictures: Pictures) -> None:
         self.model, self.tokenizer, self.profile, self.pictures = model, processor.tokenizer, profile, pictures
@@ -125,8 +127,10 @@ class StudentCollator:
         for row, size in zip(rows, sizes, strict=True):
             prompt = describe_prompt(self.tokenizer, self.profile.prompts, row.title,
                                      vision.tile_count(self.model, size))
-            room = self.profile.distillation.max_length - len(prompt) - 1
-            target = encode(self.tokenizer, " " + row.description)[:room] + [self.tokenizer.eos_token_id]
+            target = encode(self.tokenizer, " " + row.description) + [self.tokenizer.eos_token_id]
+            if (length := len(prompt) + len(target)) > self.profile.distillation.max_length:
+                raise UserError(f"{row.path.name}: title, [CLS] and description take {length} tokens, more than max_length "
+                                f"{self.profile.distillation.max_length} of stage 1; raise it in the profile")
             ids.append(prompt + target)
             labels.append([IGNORE] * len(prompt) + target)
         return {"input_ids": pad_left(ids, self.tokenizer.pad_token_id), "labels": pad_left(labels, IGNORE),

@@ -12,11 +12,9 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lavic_utils import data, vision
+from lavic_utils import data, store, vision
 from lavic_utils.bench_model import DOMAIN, Bench, peak_bytes, spread, timed
 from lavic_utils.direct import autocast
 from lavic_utils.recommendation import Example, Prompter, answer, collator
@@ -72,24 +70,27 @@ def series(bench: Bench, how, what: str, points: Sequence[int]) -> list[dict]:
 
 
 def catalogue(hidden: int, sizes: Sequence[int], tiles: int = 5) -> list[dict]:
-    """A file of synthetic vectors as `vision.store` writes it: seconds to write, to load whole, to open and look up the
-    ten items of a dialogue (the file just written, so in the system's cache)."""
+    """A store of synthetic vectors: seconds to write, to open (verified), to read whole, and to look up the ten items of a
+    dialogue (files just written, so in the system's cache)."""
     found = []
     for size in sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            path, names = Path(folder) / "cls.safetensors", [f"B0{i:08d}" for i in range(size)]
+        with tempfile.TemporaryDirectory() as name:
+            folder, names = Path(name), [f"B0{i:08d}" for i in range(size)]
             tokens = {name: torch.randn(tiles, hidden) for name in names}
-            writing, ten = timed(lambda path=path, tokens=tokens: vision.store(tokens, path)), names[::size // 10][:10]
-            with safe_open(path, "pt") as store:
-                lookup = spread([timed(lambda store=store, ten=ten: [store.get_tensor(name) for name in ten])
-                                 for _ in range(5)])
-                if not torch.equal(store.get_tensor(ten[-1]), tokens[ten[-1]]):
-                    raise RuntimeError(f"a store of {size} items gives back other vectors than were put in")
-            found.append({"items": size, "mib": round(path.stat().st_size / MIB, 1), "write_seconds": round(writing, 4),
-                          "load_seconds": spread([timed(lambda path=path: load_file(path)) for _ in range(5)]),
-                          "open_seconds": spread([timed(lambda path=path: safe_open(path, "pt").__enter__())
-                                                  for _ in range(5)]),
-                          "lookup_ten_seconds": lookup})
+
+            def opened(folder=folder, names=names, tokens=tokens) -> store.Store:
+                shards = store.fill(folder, {name: Path(name) for name in names},
+                                    lambda: lambda files: [tokens[file.name] for file in files])
+                return store.Store(folder, shards, {name: name for name in names})
+            writing, ten = timed(opened), names[::size // 10][:10]
+            one = opened()
+            lookup = spread([timed(lambda one=one, ten=ten: [one[name] for name in ten]) for _ in range(5)])
+            if not torch.equal(one[ten[-1]], tokens[ten[-1]]):
+                raise RuntimeError(f"a store of {size} items gives back other vectors than were put in")
+            size_mib = sum(file.stat().st_size for file in folder.iterdir()) / MIB
+            found.append({"items": size, "mib": round(size_mib, 1), "write_seconds": round(writing, 4),
+                          "load_seconds": spread([timed(lambda one=one: [v.clone() for v in one.values()]) for _ in range(5)]),
+                          "open_seconds": spread([timed(opened) for _ in range(5)]), "lookup_ten_seconds": lookup})
     return found
 
 

@@ -1,7 +1,7 @@
 """Stage 2, recommendation fine-tuning (paper, section 4.2), and inference with three readings of an answer.
 
 The vision side is as stage 1 left it and frozen, so every item's visual tokens are constants computed once
-(`vision.encode_items`); LoRA trains the language model to answer a dialogue and ten candidates with one id.
+(`store.py`); LoRA trains the language model to answer a dialogue and ten candidates with one id.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Prompter:
         self.lengths = vision.lengths(self.visual)
         self.room = (window or profile.recommendation.max_length) - profile.recommendation.max_new_tokens
         self.overflow: Literal["shorten", "refuse"] = "refuse" if window else "shorten"
+        self.cut = {"prompts": 0, "dialogue_tokens": 0, "images": 0}  # what training prompts lost for being too long
 
     def prompt(self, dialogue: Dialogue, candidates: Sequence[str]) -> Encoded:
         return recommend_prompt(self.tokenizer, self.profile.prompts, dialogue.turns, candidates, self.titles,
@@ -97,6 +98,9 @@ class Prompter:
     def row(self, example: Example) -> dict:
         """Prompt and target of one training example; the loss sees the target alone."""
         prompt, target = self.prompt(example.dialogue, example.candidates), self.answer(example.target)
+        lost = prompt.dropped_dialogue_tokens, prompt.dropped_images
+        for name, count in zip(self.cut, (any(lost), *lost), strict=True):
+            self.cut[name] += count
         return {"input_ids": prompt.ids + target, "labels": [IGNORE] * len(prompt.ids) + target,
                 "visual": prompt.visual}
 
@@ -186,6 +190,8 @@ class Read:
     """
 
     def __init__(self, model, embeds: Tensor, mask: Tensor) -> None:
+        if not mask[:, -1].all():
+            raise ValueError("prompts to be read must be padded on the left: an answer goes on from the last column")
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.language = getattr(core.model, "language_model", core.model)  # a plain language model has no other inside
         self.head, self.table = core.lm_head, core.get_input_embeddings()

@@ -15,10 +15,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lavic_utils import data, distillation, methods, recommendation, training, vision
+from lavic_utils import data, distillation, methods, recommendation, store, training, vision
 from lavic_utils.config import DOMAINS, UserError
 from lavic_utils.evaluation import Score, score
 from lavic_utils.hub import fingerprint
@@ -128,51 +127,43 @@ class Run(Inputs):
     def visual(self, tokens: str | None, splits: Sequence[str] = ("train", "test")) -> Mapping[str, Tensor] | None:
         """Visual tokens of every dialogue item with a readable first image: "distilled" or "base" [CLS], or "full".
 
-        Each image is decoded once; the base model is the student with its adapter switched off.
+        Each image is encoded once and its vectors read from a `store.Store`, which other seeds share where the key is the same.
         """
         if tokens is None:
             return None
+        paths = {a: data.image_file(self.root, a) for split in splits for a in self.items[split]}
         if tokens == "full" and not self.profile.world:  # a 7B model's are 47 MB an item: encoded when asked for, never stored
-            paths = {a: data.image_file(self.root, a) for split in splits for a in self.items[split]}
             return vision.lazy_full_tokens(self.model(), self.processor, paths)
-        self.distil()
-        folder, merged = self.folder / "tokens", {}
+        adapter = None
+        if tokens == "distilled":
+            self.distil()
+            adapter = self.folder / "stage1" / "adapter"
 
-        def make(split: str) -> dict:
-            model = training.load_adapter(self.model(), self.folder / "stage1" / "adapter").eval()
-            images = {a: data.open_image(data.image_file(self.root, a)) for a in self.items[split]}
-            found: dict[str, dict] = {"distilled": {}, "base": {}, "full": {}}
-            for group in vision.batched([a for a, image in images.items() if image is not None], 64):
-                values, sizes = vision.pixels(self.processor, [images[a] for a in group])
-                found["distilled"] |= vision.encode(model, group, values, sizes, vision.cls_tokens)
-                with model.disable_adapter():
-                    found["base"] |= vision.encode(model, group, values, sizes, vision.cls_tokens)
-                    if self.profile.world:
-                        found["full"] |= vision.encode(model, group, values, sizes, vision.full_tokens)
-            for name, kept in found.items():
-                vision.store(kept, folder / f"{name}_{split}.safetensors")
-            return {"items": len(images), "encoded": len(found["base"])}
-
-        for split in splits:
-            self.kept(folder / split, lambda split=split: make(split), stage="tokens", split=split)
-            merged |= load_file(folder / f"{tokens}_{split}.safetensors")
-        return merged
+        def encoder() -> store.Encode:
+            model = training.load_adapter(self.model(), adapter) if adapter else self.model()
+            return vision.file_encoder(model, self.processor, vision.full_tokens if tokens == "full" else vision.cls_tokens)
+        name = store.key_of(self.profile.model_path, self.profile.revision, adapter, self.processor,
+                            vision.dtype(self.profile), "full" if tokens == "full" else "cls")
+        return store.open_store(self.folder.parent / "tokens" / name, paths, encoder)
 
     # ------------------------------------------------------------ stage 2 and inference
     def prompter(self, visual: Mapping[str, Tensor] | None, window: int | None = None) -> recommendation.Prompter:
         return recommendation.Prompter(self.processor.tokenizer, self.profile, self.titles, visual, window)
 
     def tune(self, method: str, domain: str) -> dict:
-        """Stage 2 of one trained method and domain: its loss log; the adapter stays in `folder/adapter`."""
+        """Stage 2 of one trained method and domain: its loss log, its number of examples, what prompts that were too long lost
+        (`cut`), and the items without a readable image (`images`); the adapter stays in `folder/adapter`."""
         variant, folder = methods.find(method), self.folder / "stage2" / methods.slug(method) / domain
 
         def make() -> dict:
             which = self.profile.candidates
             examples = recommendation.training_examples(self.dialogues(domain, "train"), which, self.seed)
             examples = examples[:round(len(examples) * variant.examples)]
-            prompter = self.prompter(variant.visual(self, "train"))
+            visual = variant.visual(self, "train")
+            prompter = self.prompter(visual)
             _, log = recommendation.train_recommender(self.profile, self.model(), prompter, examples, folder, self.seed)
-            return {"log": log, "examples": len(examples)}
+            images = visual.counted if isinstance(visual, store.Store) else None
+            return {"log": log, "examples": len(examples), "cut": prompter.cut, "images": images}
         return self.kept(folder, make, stage="tune", method=method, domain=domain)
 
     def tuned(self, method: str, domain: str):

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -37,6 +37,10 @@ def half() -> torch.dtype:
     """Half precision here: bfloat16, but float16 on a card below compute capability 8, which only emulates bfloat16."""
     old = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
     return torch.float16 if old else torch.bfloat16
+
+
+def dtype(profile: Profile) -> torch.dtype:
+    return half() if profile.dtype == "half" else torch.float32
 
 
 def attention(dtype: torch.dtype) -> str:
@@ -72,7 +76,7 @@ def load_model(profile: Profile) -> LlavaNextForConditionalGeneration:
 
 def load(kind, profile: Profile, path: str, revision: str | None):
     """A checkpoint (folder or hub id) as the profile wants it (dtype, 4 bits), in eval mode and without gradients."""
-    options: dict = {"dtype": half() if profile.dtype == "half" else torch.float32, "attn_implementation": "sdpa",
+    options: dict = {"dtype": dtype(profile), "attn_implementation": "sdpa",
                      "revision": revision}
     if profile.quantize_4bit:
         options |= {"device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}, "quantization_config": _four_bits(profile)}
@@ -111,7 +115,9 @@ def pixels(processor: LlavaNextProcessor, images: Sequence[Image.Image]) -> tupl
 
 
 def tile_count(model, size: Sequence[int] | Tensor) -> int:
-    """How many tiles an image of (height, width) has; never assume five."""
+    """How many tiles an image of (height, width) has; never assume five. The policy is LLaVA-NeXT's own, native resolutions:
+    the whole image once, and the crops of that grid among the checkpoint's pinpoints which shows most of it with least waste;
+    for LLaVA-v1.6 1 + 2 (wide or tall, or small), 1 + 3 (very), or 1 + 4: 3 to 5 tiles. All of the project asks here."""
     size = torch.as_tensor(size).tolist()
     return image_size_to_num_patches(size, model.config.image_grid_pinpoints, model.config.vision_config.image_size)
 
@@ -144,13 +150,16 @@ def inner(model):
 def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int) -> Tensor:
     """Token ids (batch, length) -> input embeddings with `visual` rows where the image token stands, in order.
 
-    Raises ValueError when placeholders and visual tokens differ in number: nothing is ever dropped silently.
+    An item's placeholders stand together, other tokens between items. Raises ValueError unless every such run is as long as
+    its item's visual tokens are: nothing is ever dropped silently, and no item's vectors reach into another's slot.
     """
     image_token = getattr(model.config, "image_token_id", None)
     slots = ids == (-1 if image_token is None else image_token)
-    rows = sum(len(v) for v in visual)
-    if int(slots.sum()) != rows:
-        raise ValueError(f"{int(slots.sum())} image placeholders in the prompts, {rows} visual tokens to place")
+    filled, counts = torch.unique_consecutive(F.pad(slots, (0, 1)), return_counts=True)  # a gap ends every row
+    runs, rows = counts[filled].tolist(), [len(v) for v in visual]
+    if runs != rows:
+        raise ValueError(f"{sum(runs)} image placeholders in the prompts for {sum(rows)} visual tokens; "
+                         f"by item {runs} for {rows}")
     embeds = model.get_input_embeddings()(ids.masked_fill(slots, pad))
     if rows:
         stacked = torch.cat(list(visual)).to(embeds.device, embeds.dtype)
@@ -163,13 +172,22 @@ def batched(items: Sequence, size: int) -> Iterable[Sequence]:
 
 
 @torch.inference_mode()
-def encode(model, names: Sequence[str], pixel_values: Tensor, sizes: Tensor, how=cls_tokens) -> dict[str, Tensor]:
+def encode(model, names: Sequence, pixel_values: Tensor, sizes: Tensor, how=cls_tokens) -> dict:
     """Visual tokens of some items, in float32 on the CPU: {asin: (tokens, hidden size)}.
 
     The vision side is frozen in stage 2, so these are constants: encode each item once, never once a dialogue.
     """
     tokens = how(model, pixel_values.to(model.device, model.dtype), sizes)
     return {name: t.float().cpu().clone() for name, t in zip(names, tokens, strict=True)}
+
+
+def file_encoder(model, processor, how=cls_tokens) -> Callable[[Sequence[Path]], list[Tensor | None]]:
+    """Image files -> visual tokens of each, None for one that cannot be decoded."""
+    def encode_files(files: Sequence[Path]) -> list[Tensor | None]:
+        images = {path: image for path in files if (image := open_image(path)) is not None}
+        found = encode(model, list(images), *pixels(processor, list(images.values())), how) if images else {}
+        return [found.get(path) for path in files]
+    return encode_files
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -209,11 +227,4 @@ def lazy_full_tokens(model, processor, paths: Mapping[str, Path]) -> Lazy:
 
 def lengths(visual: Mapping[str, Tensor]) -> dict[str, int]:
     """Visual tokens of each item, counted without encoding any."""
-    return visual.sizes if isinstance(visual, Lazy) else {name: len(tokens) for name, tokens in visual.items()}
-
-
-def store(tokens: dict[str, Tensor], path: Path) -> None:
-    """Atomic safetensors file of items' visual tokens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tokens, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    return getattr(visual, "sizes", None) or {name: len(tokens) for name, tokens in visual.items()}
