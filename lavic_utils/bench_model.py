@@ -129,6 +129,8 @@ class Bench:
     def stage2_training(self) -> dict:
         """Dialogues a second; ours is `train_recommender` whole (prompts, trainer, saving the adapter)."""
         run, third = self.run, self.examples[::3]
+        stage = run.profile.recommendation.model_copy(update={"warmup_steps": 0})  # one step must learn something too
+        profile = run.profile.model_copy(update={"recommendation": stage})
 
         def plain(see):
             def prepare():
@@ -138,7 +140,7 @@ class Bench:
 
         def ours():
             model, folder = run.model(), tempfile.TemporaryDirectory()
-            return lambda: recommendation.train_recommender(run.profile, model, self.prompter, self.examples,
+            return lambda: recommendation.train_recommender(profile, model, self.prompter, self.examples,
                                                             Path(folder.name), run.seed)
         return {"unit": "dialogues a second", "goal": 8} | compare({
             "direct": (len(third), plain(lambda model: direct.look(run, model))),
