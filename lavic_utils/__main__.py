@@ -79,7 +79,8 @@ def run(
     from .runs import Run, run_method
 
     api = Settings(base_url=base_url, served=served, max_usd=max_usd)
-    print(run_method(Run(profile, seed, data_folder, api), method, domain, split, order, limit, out))
+    if said := run_method(Run(profile, seed, data_folder, api), method, domain, split, order, limit, out):
+        print(said)
 
 
 @app.command()
