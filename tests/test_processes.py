@@ -49,9 +49,10 @@ def launched(place: Path, name: str, batch: int, processes: int) -> Path:
     """The results of the work above, by `accelerate launch` where there are several processes."""
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
-                  "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        start += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "lavic_utils/profiles/accelerate/ddp.yaml"),
+                  "--num_processes", str(processes), "--main_process_port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+                   "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*start, __file__, str(place), str(place / name), str(batch)], env=environment, cwd=place,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
