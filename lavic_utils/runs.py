@@ -146,7 +146,7 @@ class Run:
         Checkpoints in `folder` are continued from if they are of this key and number of processes, and gone in the end.
         """
         path, wanted = folder / "result.json", self.key(**what)
-        if _stored(path, wanted) is None:
+        if (stored := _stored(path, wanted)) is None:
             if self.rank == 0:
                 _begin(folder, f"{wanted} {self.processes}")
             found = make() if together or self.rank == 0 else {}
@@ -155,7 +155,7 @@ class Run:
         if self.rank == 0:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             (folder / BEGUN).unlink(missing_ok=True)
-        while (stored := _stored(path, wanted)) is None:
+        while (stored := stored or _stored(path, wanted)) is None:
             time.sleep(0.2)  # no barrier: describing images may take longer than one waits
         return stored["result"]
 

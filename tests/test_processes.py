@@ -76,12 +76,11 @@ def two(place) -> Path:
 
 
 def test_two_processes_train_as_one_with_their_batch(place, two):
-    """Losses equal to 1e-3 (float32 sums in another order, and Adam divides by them: measured far below)."""
+    """Losses equal to 5e-4: float32 sums in another order, which Adam divides by their size (4e-5 where this was written)."""
     one, other = launched(place, "one", "tune", 8, 1), launched(place, "other", "distil", 4, 1)
-    print((losses(one) - losses(two)).abs(), losses(one), losses(other), sep="\n")
     assert len(losses(one)) == len(losses(two)) == 8
-    assert (losses(one) - losses(two)).abs().max() < 1e-3
-    assert not torch.allclose(losses(one)[:4], losses(other)[:4], atol=1e-2)  # control: half the batch is another training
+    assert (losses(one) - losses(two)).abs().max() < 5e-4
+    assert (losses(one)[:4] - losses(other)).abs().max() > 1e-2  # control: half the batch is another training
 
 
 def test_every_process_ends_with_the_same_adapter_and_one_writes(two):
