@@ -85,12 +85,14 @@ def run(
     from .runs import Run, run_method
 
     asked = Run(profile, seed, data_folder, Settings(base_url=base_url, served=served, max_usd=max_usd), lists)
-    print(run_method(asked, method, domain, split, order, limit, out))
-    if split == "test" and not (limit or order or data_folder or lists):  # what the paper's tables ask
+    said = run_method(asked, method, domain, split, order, limit, out)
+    if said and split == "test" and not (limit or order or data_folder or lists):  # what the paper's tables ask
         from .report import metrics_path, record
 
         record(asked, [find(method).name], [domain])
-        print(f"its row stands in {metrics_path(asked)}")
+        said += f"\nits row stands in {metrics_path(asked)}"
+    if said:  # of several processes one writes
+        print(said)
 
 
 @app.command()

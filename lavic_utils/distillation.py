@@ -23,7 +23,7 @@ from lavic_utils import vision
 from lavic_utils import wording as w
 from lavic_utils.config import Profile, UserError
 from lavic_utils.prompts import describe_prompt, encode
-from lavic_utils.training import StageTrainer, add_adapter, load_adapter, merged, save_adapter, training_arguments
+from lavic_utils.training import StageTrainer, add_adapter, load_adapter, merged, training_arguments
 from lavic_utils.training import lora_config as lora_config  # stage 2 takes these two from here
 from lavic_utils.training import trainable_names as trainable_names
 
@@ -169,9 +169,7 @@ def train_student(profile: Profile, model, processor, train: Sequence[Picture], 
                                 greater_is_better=False, logging_steps=10, per_device_eval_batch_size=stage.eval_batch_size))
     if on_epoch:
         trainer.add_callback(_EachEpoch(on_epoch, student))
-    last = any((folder / "checkpoints").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=last or None)
-    save_adapter(student, folder / "adapter")
+    trainer.fit(folder / "adapter")
     return epoch_history(trainer.state.log_history)
 
 

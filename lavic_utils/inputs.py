@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from lavic_utils import data, endpoint, methods, vision
 from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
@@ -35,6 +37,9 @@ class Inputs:
         self._listed: dict[tuple[str, str], list[data.Dialogue]] = {}
         place = results_dir(self.profile) / (f"data-{self.data_hash}" if data_folder else "")
         self.folder = place / (f"lists-{methods.slug(lists)}" if lists else "") / f"seed{self.seed}"
+        self.rank, self.processes = (int(os.environ.get(name, value)) for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        if torch.cuda.is_available() and self.processes > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.manual_seed(self.seed)
 
     @cached_property
@@ -45,7 +50,10 @@ class Inputs:
         if self.profile.world:
             from lavic_utils.world import make_world
 
-            return make_world(world_dir(self.profile), self.profile.world)
+            place = world_dir(self.profile)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(place.parent / f".{place.name}.lock"):  # one process makes it
+                return make_world(place, self.profile.world)
         found = real_data_dir()
         if found is None:
             raise UserError(f"profile {self.profile.name} needs the published data: set LAVIC_DATA to its folder")

@@ -109,7 +109,14 @@ class Prompter:
 
 
 class RecommendationTrainer(training.StageTrainer):
-    prompter: Prompter
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.add_callback(training.Reseeded())  # rows are ordered by the global random state
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        sampler.batch_size *= self.args.world_size  # rows alike in length over the step of all processes
+        return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
         loss, out = forward_loss(model, inputs["input_ids"], inputs["labels"], inputs["attention_mask"],
@@ -138,9 +145,7 @@ def train_recommender(profile: Profile, model, prompter: Prompter, examples: Seq
         model=tuned, processing_class=prompter.tokenizer, train_dataset=rows, data_collator=collator(prompter),
         args=training.training_arguments(folder / "checkpoints", stage, seed, logging_steps=2, save_total_limit=1,
                                 train_sampling_strategy="group_by_length", **saving))
-    last = any((folder / "checkpoints").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=last or None)
-    training.save_adapter(tuned, folder / "adapter")
+    trainer.fit(folder / "adapter")
     return tuned.eval(), [{"step": e["step"], "loss": e["loss"]} for e in trainer.state.log_history if "loss" in e]
 
 

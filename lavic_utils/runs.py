@@ -2,12 +2,14 @@
 
 Every stage stores its result with a key made of all that can change it (code that makes numbers, profile, data,
 seed, inputs); a stage whose key is unchanged is read back, one that was killed half-way has no key and is made again.
+Of several processes (`accelerate launch`) all train; the first alone does the rest and writes, the others wait for it.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +26,8 @@ from lavic_utils.hub import fingerprint
 from lavic_utils.inputs import Inputs
 from lavic_utils.provenance import NUMBERS, code_hash, key, provenance, write_json, write_text
 
+BEGUN = "begun"  # in the folder of a stage under way: the key its checkpoints are of
+
 
 class Run(Inputs):
     """The stages of one profile and seed, and their results. Folders: `results/<profile>/seed<seed>/...`."""
@@ -35,18 +39,28 @@ class Run(Inputs):
                    profile=self.profile.model_dump(mode="json"), **what)
 
     def stamp(self) -> dict:
-        return provenance(self.profile, self.seed, self.data_hash)
+        processes = {"processes": self.processes} if self.processes > 1 else {}
+        return {**provenance(self.profile, self.seed, self.data_hash), **processes}
 
-    def kept(self, folder: Path, make: Callable[[], dict], **what) -> dict:
-        """The result of `make` stored as `folder/result.json` beside its provenance; made again if its key changed."""
+    def kept(self, folder: Path, make: Callable[[], dict], together: bool = False, **what) -> dict:
+        """The result of `make` stored as `folder/result.json` beside its provenance; made again if its key changed.
+
+        Of several processes the first makes it, or (`together`) all of them do, and the first one's result is everybody's.
+        Checkpoints in `folder` are continued from if they are of this key and number of processes, and gone in the end.
+        """
         path, wanted = folder / "result.json", self.key(**what)
-        if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["key"] == wanted:
-                return stored["result"]
-        found = make()
-        write_json(path, {"key": wanted, "provenance": self.stamp(), "result": found})
-        return json.loads(path.read_text(encoding="utf-8"))["result"]
+        if (stored := _stored(path, wanted)) is None:
+            if self.rank == 0:
+                _begin(folder, f"{wanted} {self.processes}")
+            found = make() if together or self.rank == 0 else {}
+            if self.rank == 0:
+                write_json(path, {"key": wanted, "provenance": self.stamp(), "result": found})
+        if self.rank == 0:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            (folder / BEGUN).unlink(missing_ok=True)
+        while (stored := stored or _stored(path, wanted)) is None:
+            time.sleep(0.2)  # no barrier: describing images may take longer than one waits
+        return stored["result"]
 
     # ------------------------------------------------------------ stage 1
     def pictures(self, split: str) -> list[distillation.Picture]:
@@ -122,7 +136,7 @@ class Run(Inputs):
                 student = distillation.load_student(self.profile, base, folder)
                 found["accuracy"]["distilled [CLS]"] = self.accuracy(student, vision.cls_tokens, valid)
             return found
-        return self.kept(folder, make, stage="distil")
+        return self.kept(folder, make, together=True, stage="distil")
 
     def visual(self, tokens: str | None, splits: Sequence[str] = ("train", "test")) -> Mapping[str, Tensor] | None:
         """Visual tokens of every dialogue item with a readable first image: "distilled" or "base" [CLS], or "full".
@@ -176,21 +190,24 @@ class Run(Inputs):
                  name: str = "", order: int = 0, limit: int | None = None) -> dict:
         """A method's answers to a split, kept: `rows`, one record a dialogue (see `recommendation.Answer`, and its `line`),
         and `cost`. `control` changes the visual tokens at inference (a negative control, called `name`); with it, or in
-        another `order` of the candidates, only free generation is read. `limit`: the first so many dialogues."""
+        another `order` of the candidates, only free generation is read. `limit`: the first so many dialogues, not kept (and
+        of several processes known to the first alone)."""
         chosen = methods.find(method)
         folder = self.folder / "answers" / methods.slug(method + name) / f"{domain}_{split}{f'_order{order}' if order else ''}"
 
         def make() -> dict:
             dialogues = self.dialogues(domain, split, order)[:limit]
             chosen.prepare(self, domain, split)
+            if self.rank:
+                return {}
             start = time.monotonic()
             found = chosen.answer(self, domain, split, dialogues, control, scored=control is None and not order)
             rows = [{"line": d.line, **asdict(a)} for d, a in zip(dialogues, found, strict=True)]
             return {"rows": rows, "cost": cost(found, time.monotonic() - start)}
         if limit is not None:
             return make()
-        return self.kept(folder, make, stage="answers", method=chosen.name, domain=domain, split=split, name=name, order=order,
-                         identity=chosen.identity(self))
+        return self.kept(folder, make, together=True, stage="answers", method=chosen.name, domain=domain, split=split,
+                         name=name, order=order, identity=chosen.identity(self))
 
     def answers(self, method: str, domain: str, split: str = "test", **how) -> list[dict]:
         """The `rows` of `answered`."""
@@ -210,6 +227,7 @@ def run_method(run: Run, method: str, domain: str, split: str = "test", order: i
                out: Path | None = None) -> str:
     """Answer a split with one method, write the answers file, and say where it is. UserError where the method cannot run here.
 
+    Of several processes the first writes and says; the others return "".
     The file holds each row as published, with `recommended_<key>`, `response_<key>` and `candidates_<key>`; the key is "st" (or
     "gpt_large") for a method that chooses, else the method's own, and its list the ten it ranks first.
     """
@@ -219,6 +237,8 @@ def run_method(run: Run, method: str, domain: str, split: str = "test", order: i
     if why := chosen.reason(run):
         raise UserError(f"{chosen.name}: {why}")
     found = run.answered(chosen.name, domain, split, order=order, limit=limit)
+    if run.rank:
+        return ""
     key = run.profile.candidates.removeprefix("candidates_") if chosen.chooses else methods.slug(chosen.name)
     part = f"{domain}_{split}" + (f"_order{order}" if order else "") + (f"_first{limit}" if limit else "")
     out = out or run.folder.parent / "answers" / f"{methods.slug(chosen.name)}_{part}_seed{run.seed}.jsonl"
@@ -230,6 +250,22 @@ def run_method(run: Run, method: str, domain: str, split: str = "test", order: i
     return (f"{chosen.name}, {domain}/{split}: {len(lines)} answers in {spent['seconds']:g} s, "
             f"{sum(a['refused'] > 0 for a in found['rows'])} prompts refused as too long, ${spent['usd']:.4f}\n{out}\n"
             f"score them: python -m lavic_utils evaluate {out}")
+
+
+def _stored(path: Path, wanted: str) -> dict | None:
+    """A stage's file, if it is there and of this key."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if found.get("key") == wanted else None
+
+
+def _begin(folder: Path, wanted: str) -> None:
+    """Before a stage is made: no result of another key (it would outlive the files that are now replaced) and no checkpoint
+    of another key."""
+    (folder / "result.json").unlink(missing_ok=True)
+    begun = folder / BEGUN
+    if not begun.is_file() or begun.read_text(encoding="utf-8") != wanted:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        write_text(begun, wanted)
 
 
 def cost(answers: Sequence[recommendation.Answer], seconds: float) -> dict[str, float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from lavic_utils import vision
 from lavic_utils.config import Lora, UserError
@@ -100,14 +103,15 @@ def training_arguments(folder: Path, stage, seed: int, **more) -> TrainingArgume
         per_device_train_batch_size=stage.batch_size, gradient_accumulation_steps=stage.gradient_accumulation,
         num_train_epochs=stage.epochs, max_grad_norm=1.0, seed=seed, data_seed=seed, bf16=bf16, fp16=cuda and not bf16,
         optim="adamw_torch_fused", logging_nan_inf_filter=False, use_cpu=not cuda, ddp_find_unused_parameters=False,
-        remove_unused_columns=False, report_to=[], disable_tqdm=True, logging_strategy="steps",
+        ddp_broadcast_buffers=False, remove_unused_columns=False, report_to=[], disable_tqdm=True, logging_strategy="steps",
         lr_scheduler_type=stage.schedule, warmup_steps=stage.warmup_steps, label_names=["labels"],
         dataloader_pin_memory=cuda, **checkpointing, **more)
 
 
 class StageTrainer(Trainer):
     """What both stages share: their loss is a mean over rows, so gradient accumulation takes the mean of batches (left
-    to itself the Trainer would add them up, as it does for losses it takes to be per token); a broken run stops."""
+    to itself the Trainer would add them up, as it does for losses it takes to be per token); a broken run stops; a killed
+    one goes on as if nothing had been."""
 
     loss_is_scaled_for_ga = False
 
@@ -115,6 +119,60 @@ class StageTrainer(Trainer):
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
         self.add_callback(Finite(self.accelerator))
+        self.add_callback(Resumed(self))
+
+    def fit(self, folder: Path) -> None:
+        """Train, from the newest whole checkpoint if there is one, and leave the adapter in `folder`. Of several processes
+        the first alone writes."""
+        made = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            remove_broken(made)
+        self.accelerator.wait_for_everyone()
+        self.train(resume_from_checkpoint=get_last_checkpoint(made) if made.is_dir() else None)
+        if self.is_world_process_zero():
+            save_adapter(self.model, folder)
+        self.accelerator.wait_for_everyone()  # nobody reads the checkpoints any more: they may be removed
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # so that trainer_state.json, which comes next, is last
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.state.stateful_callbacks[Resumed.__name__] = {
+            "loss": self.accelerator.gather(self._tr_loss).mean().item(), "since": self._globalstep_last_logged}
+        super()._save_checkpoint(model, trial)
+
+
+def remove_broken(folder: Path) -> None:
+    """Remove the checkpoints that a kill left half-written: those without a whole trainer_state.json, which is written last."""
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+
+
+class Resumed(TrainerCallback):
+    """What the Trainer itself forgets in a resumed run: the losses since the last log, whose mean the next log shows, and
+    where the best checkpoint is now (it keeps the path of the first run)."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **_):
+        if kept := state.stateful_callbacks.get(Resumed.__name__):
+            self.trainer._tr_loss += kept["loss"]
+            self.trainer._globalstep_last_logged = kept["since"]
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+
+
+class Reseeded(TrainerCallback):
+    """Every epoch's random state follows from seed and epoch alone, so that the order of rows is the same in a resumed run
+    and in every process."""
+
+    def on_epoch_begin(self, args, state, control, **_):
+        torch.manual_seed(args.seed + int(state.epoch or 0))
 
 
 class Finite(TrainerCallback):
