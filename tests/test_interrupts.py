@@ -24,9 +24,9 @@ from lavic_utils.config import World, load_profile
 from lavic_utils.world import make_world
 
 KILLS = int(os.environ.get("LAVIC_KILLS", "2"))
-SMALL = World(image_side=48, train_shards=1, shard_items=64, stage1_valid_items=12, train_dialogues=24, valid_dialogues=5,
+SMALL = World(image_side=48, train_shards=1, shard_items=64, stage1_valid_items=12, train_dialogues=16, valid_dialogues=5,
               test_dialogues=8, p_extra_image=0.0, missing_images=2, corrupt_images=2)
-STAGE1 = {"epochs": 2, "batch_size": 8, "warmup_steps": 2}  # 7 steps an epoch, a log every 10: logs span epochs
+STAGE1 = {"epochs": 2, "batch_size": 8, "warmup_steps": 2}  # 5 steps an epoch, a log every 10: one log spans both
 STAGE2 = {"epochs": 2, "batch_size": 4, "warmup_steps": 2, "save_steps": 3, "lora": {"r": 8, "alpha": 32, "dropout": 0.1}}
 FORK = multiprocessing.get_context("forkserver")  # a fresh process in no time: the libraries are imported once
 FORK.set_forkserver_preload(["lavic_utils.__main__", "lavic_utils.runs"])
@@ -39,7 +39,7 @@ def go(what: str, place: Path, results: Path, dies_at_save: int = 0) -> None:
     os.environ["LAVIC_RESULTS"] = str(results)
     torch.set_num_threads(1)
     pictures, save, saves = runs.Run.pictures, TrainerState.save_to_json, []
-    runs.Run.pictures = lambda self, split: pictures(self, split)[:52]
+    runs.Run.pictures = lambda self, split: pictures(self, split)[:36]
 
     def half(self, path: str) -> None:
         saves.append(path)
