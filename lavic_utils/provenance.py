@@ -21,7 +21,7 @@ ROW_FIELDS = (
     "hit_ratio_pairs", "hit_ratio_conversations", "validity_ratio", "ci95",
 )  # fmt: skip
 # Modules whose code can change a number; the command line, the driver and the drawing of tables and figures cannot.
-NUMBERS = ("config", "wording", "draw", "world", "rows", "data", "retrieval", "encoders", "prompts", "vision",
+NUMBERS = ("config", "wording", "draw", "world", "rows", "data", "retrieval", "encoders", "prompts", "vision", "store",
            "training", "distillation", "recommendation", "openmodels", "endpoint", "proprietary", "methods",
            "inputs", "runs", "evaluation")
 TEXT = {".py", ".yaml", ".yml", ".json", ".jsonl", ".md", ".txt"}

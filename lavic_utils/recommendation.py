@@ -115,7 +115,8 @@ class RecommendationTrainer(training.StageTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
-        sampler.batch_size *= self.args.world_size  # rows alike in length over the step of all processes
+        if hasattr(sampler, "batch_size"):
+            sampler.batch_size *= self.args.world_size  # rows alike in length over the step of all processes
         return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):

@@ -178,7 +178,7 @@ class Run(Inputs):
             _, log = recommendation.train_recommender(self.profile, self.model(), prompter, examples, folder, self.seed)
             images = visual.counted if isinstance(visual, store.Store) else None
             return {"log": log, "examples": len(examples), "cut": prompter.cut, "images": images}
-        return self.kept(folder, make, stage="tune", method=method, domain=domain)
+        return self.kept(folder, make, together=True, stage="tune", method=method, domain=domain)
 
     def tuned(self, method: str, domain: str):
         """The base model with a trained method's adapter, merged where that is exact: it would round in fewer bits."""

@@ -96,12 +96,15 @@ def open_store(folder: Path, paths: Mapping[str, Path], encoder: Callable[[], En
 
 def fill(folder: Path, files: Mapping[str, Path], encoder: Callable[[], Encode]) -> Shards:
     """Shards that hold these images (sha256 -> file): those that are there are verified, what is lacking is encoded.
-    `encoder` loads the model: called only where something is to be encoded. Of several processes all must call this."""
-    state = PartialState(cpu=not torch.cuda.is_available())
+    `encoder` loads the model: called only where something is to be encoded. Of several processes all must call this where
+    something is lacking; what is whole each may read alone."""
     shards = _verified(folder, files.keys())
-    state.wait_for_everyone()  # everyone has seen the same state before anyone changes it
     known = {image for counts in shards.values() for image in counts}
     lacking = [image for image in files if image not in known]
+    if not lacking:
+        return shards
+    state = PartialState(cpu=not torch.cuda.is_available())
+    state.wait_for_everyone()  # everyone has seen what is lacking before anyone changes it
     parts = [lacking[i:i + SHARD] for i in range(0, len(lacking), SHARD)]
     mine = [part for part in parts[state.process_index::state.num_processes] if _finished(folder, part) is None]
     encode = encoder() if mine else None

@@ -99,7 +99,7 @@ def whole(place) -> tuple[Path, dict[str, float]]:
     results = place / "whole"
     finish("run", place, results)
     end = {p.parent.name: p.stat().st_mtime for p in results.rglob("result.json")}
-    return results, {"distil": end["stage1"] - end["teacher"], "tune": end["beauty"] - end["train"],
+    return results, {"distil": end["stage1"] - end["teacher"], "tune": end["beauty"] - end["stage1"],
                      "run": max(end.values()) - (place / "began").stat().st_mtime}
 
 

@@ -92,7 +92,7 @@ def test_every_process_ends_with_the_same_adapter_and_one_writes(two):
     told = [json.loads((two / f"told-{rank}.json").read_text()) for rank in (0, 1)]
     assert [t.pop("said") for t in told] == [True, False] and told[0] == told[1]
     stamps = [json.loads(p.read_text())["provenance"] for p in two.rglob("result.json")]
-    assert len(stamps) == 6 and all(stamp["processes"] == 2 for stamp in stamps)
+    assert len(stamps) == 4 and all(stamp["processes"] == 2 for stamp in stamps)
     assert not list(two.rglob("checkpoints")) and len(list(two.rglob("*.jsonl"))) == 1
 
 
