@@ -35,3 +35,19 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("LAVIC_DATA", "LAVIC_REPLICATIONS", "LAVIC_WORLD"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "results" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def processor():
+    """The mini model's own processor."""
+    from lavic_utils import minimodel
+
+    return minimodel.build_processor()
+
+
+@pytest.fixture
+def model(processor):
+    """A model of the mini architecture with random weights."""
+    from lavic_utils import minimodel
+
+    return minimodel.build_model(processor, seed=1).eval().requires_grad_(False)

@@ -12,8 +12,8 @@ from peft import get_peft_model
 from PIL import Image
 
 from lavic_utils import distillation as dist
-from lavic_utils import minimodel, vision
 from lavic_utils import recommendation as rec
+from lavic_utils import vision
 from lavic_utils import wording as w
 from lavic_utils.config import UserError, load_profile
 from lavic_utils.data import Dialogue
@@ -22,16 +22,6 @@ PROFILE = load_profile("mini")
 IDS = tuple(f"B0{a}{b}" for a, b in zip(w.ID_CHUNKS[:12], w.ID_CHUNKS[40:52], strict=True))
 TEXTS = ("a jar", "i want a red jar, it should be vegan, please help me to choose.", "hello, i need help to find a jar.")
 CLOSE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return minimodel.build_processor()
-
-
-@pytest.fixture
-def model(processor):
-    return minimodel.build_model(processor, seed=1).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

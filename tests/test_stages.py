@@ -12,7 +12,7 @@ from peft import get_peft_model
 from PIL import Image
 
 from lavic_utils import distillation as dist
-from lavic_utils import minimodel, prompts, vision
+from lavic_utils import prompts, vision
 from lavic_utils import recommendation as rec
 from lavic_utils import wording as w
 from lavic_utils.config import UserError, load_profile
@@ -22,16 +22,6 @@ from lavic_utils.evaluation import parse_answer
 PROFILE = load_profile("mini")
 IDS = tuple(f"B0{a}{b}" for a, b in zip(w.ID_CHUNKS[:12], w.ID_CHUNKS[40:52], strict=True))
 TITLES = dict.fromkeys(IDS, "Velora travel jar")
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return minimodel.build_processor()
-
-
-@pytest.fixture
-def model(processor):
-    return minimodel.build_model(processor, seed=1).eval().requires_grad_(False)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

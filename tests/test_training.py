@@ -21,16 +21,6 @@ from lavic_utils.config import Lora, UserError, load_profile
 LORA = Lora(r=4, alpha=8, dropout=0.0)
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return minimodel.build_processor()
-
-
-@pytest.fixture
-def model(processor):
-    return minimodel.build_model(processor, seed=1).eval().requires_grad_(False)
-
-
 def trained(model, target=rec.LANGUAGE_LINEAR):
     torch.manual_seed(3)
     tuned = training.add_adapter(model, LORA, target)
