@@ -1,0 +1,194 @@
+"""Figures of the notebooks, in one style (`style`), each saved with its evidence tier and provenance. Computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from lavic_utils import data, style
+from lavic_utils.config import DOMAINS, figures_dir
+from lavic_utils.evaluation import summary_by_seed
+from lavic_utils.provenance import save_figure
+from lavic_utils.report import published, published_rows
+from lavic_utils.runs import Run
+
+style.use()
+
+
+def keep(fig, name: str, run: Run, tier: str | None = None, seeds: Sequence[int] | None = None):
+    """Save a figure with its tier and provenance (`seeds`: where it shows more than this run's), and return it."""
+    about = run.stamp() | ({"seeds": seeds} if seeds else {})
+    save_figure(fig, figures_dir(run.profile) / f"{name}.png", tier or run.profile.tier, about)
+    plt.close(fig)
+    return fig
+
+
+def gallery(run: Run, asins: Sequence[str], labels: Sequence[str] = (), highlight: Sequence[str] = (), axes=None):
+    """Item images in a row, the highlighted ones framed."""
+    if axes is None:
+        fig, axes = plt.subplots(1, len(asins), figsize=(1.15 * len(asins), 1.6))
+    for i, (axis, asin) in enumerate(zip(np.atleast_1d(axes), asins, strict=True)):
+        image = data.open_image(data.image_file(run.root, asin))
+        axis.set(xticks=[], yticks=[])
+        if image is None:
+            axis.text(0.5, 0.5, "no image", ha="center", va="center", transform=axis.transAxes, fontsize=7)
+        else:
+            axis.imshow(image)
+        for spine in axis.spines.values():
+            spine.set(visible=asin in highlight, color=style.BLUE, linewidth=3)
+        if labels:
+            axis.set_xlabel(labels[i], fontsize=6.5)
+    return np.atleast_1d(axes)[0].figure
+
+
+def task_figure(run: Run, dialogue: data.Dialogue):
+    """The task: a dialogue, ten candidates with id, title and picture; the ground truth framed."""
+    import textwrap
+
+    names = dialogue.candidates_st
+    fig, axes = plt.subplots(2, 6, figsize=(10.5, 4), width_ratios=[2.6, 1, 1, 1, 1, 1])
+    cells = [axes[r, c] for r in range(2) for c in range(1, 6)]
+    gallery(run, names, [f"{run.titles[a]}\n{a}" for a in names], dialogue.gt_items, cells)
+    for axis in axes[:, 0]:
+        axis.axis("off")
+    text = "\n".join(textwrap.fill(f"{who}: {said}", 36) for who, said in dialogue.turns)
+    axes[0, 0].text(0, 1, text, va="top", fontsize=8, transform=axes[0, 0].transAxes)
+    return fig
+
+
+def token_budget(run: Run, tokens_full: int, tokens_cls: int):
+    """Visual tokens of ten candidates against the context window: the paper's model (published) and this profile's."""
+    facts, window = published()["token_facts"], run.profile.recommendation.max_length
+    fig, axes = plt.subplots(1, 2, figsize=(8, 2))
+    cases = [("paper (published)", 10 * facts["tokens_per_image"], 10 * facts["cls_tokens_per_image"],
+              facts["context_window_llava_v1.6"]), (f"{run.profile.name} model (measured)", 10 * tokens_full,
+                                                  10 * tokens_cls, window)]
+    for axis, (name, full, cls, limit) in zip(axes, cases, strict=True):
+        axis.barh(["[CLS] tokens", "entire tokens"], [cls, full], color=[style.SHADES[0], style.TIERS["published"]])
+        for y, value in enumerate((cls, full)):
+            axis.text(value, y, f" {value:,}", va="center")
+        axis.axvline(limit, color="k", ls="--", lw=1)
+        axis.set(title=name, xlabel=f"tokens for 10 candidates (window {limit:,}, dashed)", xscale="log", xlim=(10, full * 4))
+    fig.tight_layout()
+    return fig
+
+
+def framework_figure(shapes: Mapping[str, str]):
+    """The two stages with this model's real tensor shapes (`shapes`: box name -> shape line)."""
+    fig, axis = plt.subplots(figsize=(9.5, 3.6))
+    axis.set(xlim=(0, 10), ylim=(0, 4))
+    axis.axis("off")
+    train, frozen = "#f6d6d9", "#e6e9ed"
+    boxes = [(0.1, 2.4, "image tiles", "#fff6df", "tiles"), (2.0, 2.4, "vision tower", train, "tower"),
+             (3.9, 2.4, "[CLS] of each tile", "#fff6df", "cls"), (5.8, 2.4, "projector", train, "projector"),
+             (7.9, 2.4, "language model\n(frozen): description", frozen, "describe"),
+             (0.1, 0.5, "dialogue, titles, ids", "#fff6df", "prompt"), (3.9, 0.5, "stored [CLS] tokens\nof ten candidates",
+             "#fff6df", "stored"), (7.9, 0.5, "language model\n(LoRA): one id", train, "recommend")]
+    for x, y, name, colour, label in boxes:
+        axis.add_patch(plt.Rectangle((x, y), 1.75, 1.0, facecolor=colour, edgecolor="0.4"))
+        axis.text(x + 0.87, y + 0.62, name, ha="center", va="center", fontsize=8)
+        axis.text(x + 0.87, y + 0.16, shapes.get(label, ""), ha="center", va="center", fontsize=6.5, color="0.3")
+    for x0, y0, x1, y1 in [(1.85, 2.9, 2, 2.9), (3.75, 2.9, 3.9, 2.9), (5.65, 2.9, 5.8, 2.9), (7.55, 2.9, 7.9, 2.9),
+                           (6.6, 2.4, 5.2, 1.5), (1.85, 0.8, 7.9, 0.8), (5.65, 1.0, 7.9, 1.0)]:
+        axis.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "0.4"}, zorder=0)
+    axis.text(0.1, 3.6, "Stage 1: visual knowledge self-distillation", weight="bold")
+    axis.text(0.1, 1.7, "Stage 2: recommendation fine-tuning", weight="bold")
+    axis.text(9.65, 3.6, "red: trained with LoRA; grey: frozen", ha="right", fontsize=7)
+    return fig
+
+
+def curves(history: Sequence[Mapping]):
+    """Stage 1 by epoch: losses, validation perplexity and, where known, attribute accuracies."""
+    frame = pd.DataFrame(history).set_index("epoch")
+    seen = [c for c in frame if c.startswith("accuracy_")]
+    fig, axes = plt.subplots(1, 3 if seen else 2, figsize=(9, 2.4))
+    frame[["train_loss", "valid_loss"]].plot(ax=axes[0], marker="o", color=style.SHADES[:2], ylabel="cross-entropy")
+    frame[["valid_perplexity"]].plot(ax=axes[1], marker="o", color=style.SHADES[2], ylabel="validation perplexity")
+    if seen:
+        frame[seen].rename(columns=lambda c: c.removeprefix("accuracy_")).plot(ax=axes[2], marker="o", color=style.SHADES,
+                                                                             ylabel="attribute accuracy", ylim=(0, 1.02))
+    fig.tight_layout()
+    return fig
+
+
+def loss_figure(logs: Mapping[str, Sequence[Mapping]]):
+    """Stage 2 training loss by step, one line a domain."""
+    fig, axis = plt.subplots(figsize=(6, 2.4))
+    for colour, (domain, log) in zip(style.SHADES, logs.items(), strict=False):
+        axis.plot([e["step"] for e in log], [e["loss"] for e in log], label=domain, color=colour)
+    axis.set(xlabel="step", ylabel="cross-entropy of the id")
+    axis.legend()
+    fig.tight_layout()
+    return fig
+
+
+def bars(metrics: Mapping, methods: Sequence[str], tier: str):
+    """HR@1 by domain and method: the published figures above, the measured ones (95 % interval, seeds as dots) below.
+    Two axes, never one: a mini figure is no paper figure."""
+    paper = published_rows().set_index(["method", "domain"])["hr@1"]
+    ours = summary_by_seed(metrics["rows"]).set_index(["method", "domain"])
+    raw = pd.DataFrame(metrics["rows"])
+    fig, axes = plt.subplots(2, 3, figsize=(10.5, 0.62 * len(methods) + 1.6), sharey=True)
+    for column, domain in enumerate(DOMAINS):
+        top, low = axes[0, column], axes[1, column]
+        top.barh(methods, [paper.get((m, domain), np.nan) for m in methods], color=style.TIERS["published"])
+        for y, method in enumerate(methods):
+            if (method, domain) in ours.index:
+                row = ours.loc[(method, domain)]
+                mean = row["mean"]
+                low.barh(method, mean, color=style.TIERS[tier], alpha=0.75,
+                         xerr=[[mean - row["low"]], [row["high"] - mean]], ecolor="0.25")
+                seeds = raw.query("method == @method and domain == @domain")["hit_ratio_conversations"]
+                low.plot(seeds, [y] * len(seeds), "k.", ms=3)
+        top.set(title=domain)
+        low.set(xlabel="HR@1 over conversations")
+    axes[0, 0].set_ylabel("published")
+    axes[1, 0].set_ylabel(tier)
+    axes[0, 0].invert_yaxis()
+    fig.tight_layout()
+    return fig
+
+
+def extended_figure(beyond: Mapping, metrics: Mapping):
+    """Beyond the paper: HR@1 by the number of training examples, and with one [CLS] an image beside one a tile; means over
+    seeds (dots: each seed) with 95 % intervals over dialogues."""
+    frame = pd.DataFrame(beyond["rows"] + [row for row in metrics["rows"] if row["method"] == "LaViC"])
+    means = summary_by_seed(frame.to_dict("records")).set_index(["method", "domain"])
+    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
+    for colour, domain in zip(style.SHADES, DOMAINS, strict=False):
+        part = frame[(frame["domain"] == domain) & (frame["method"] != "LaViC, one [CLS]")]
+        sizes = part.groupby("method")["examples"].mean().sort_values()
+        line = means.loc[[(m, domain) for m in sizes.index]]
+        axes[0].errorbar(sizes, line["mean"], [line["mean"] - line["low"], line["high"] - line["mean"]], label=domain,
+                         color=colour, marker="o", ms=4, capsize=2)
+        axes[0].plot(part["examples"], part["hit_ratio_conversations"], ".", color=colour, ms=3)
+    axes[0].set(xlabel="training examples", ylabel="HR@1 over conversations", xscale="log")
+    axes[0].legend(fontsize=7)
+    for shift, colour, method in ((-0.2, style.SHADES[3], "LaViC, one [CLS]"), (0.2, style.SHADES[0], "LaViC")):
+        line, x = means.loc[[(method, d) for d in DOMAINS]], np.arange(len(DOMAINS)) + shift
+        axes[1].bar(x, line["mean"], 0.38, yerr=[line["mean"] - line["low"], line["high"] - line["mean"]], color=colour,
+                    label=method if "one" in method else "LaViC, one a tile")
+    axes[1].set_xticks(range(len(DOMAINS)), list(DOMAINS))
+    axes[1].legend(fontsize=7)
+    fig.tight_layout()
+    return fig
+
+
+def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping]):
+    """A case: the ten candidate images and, for each method, the share of likelihood it gives every candidate."""
+    names = dialogue.candidates_st
+    fig, axes = plt.subplots(len(answers) + 1, len(names), figsize=(10.5, 1.5 + 0.75 * len(answers)),
+                             height_ratios=[1.6, *[0.7] * len(answers)])
+    gallery(run, names, [run.titles[a].replace(" ", "\n", 1) for a in names], dialogue.gt_items, axes[0])
+    for row, (method, answer) in enumerate(answers.items(), start=1):
+        for column, (axis, weight) in enumerate(zip(axes[row], answer["probabilities"], strict=True)):
+            chosen = answer["recommended"] == names[column]
+            axis.bar([0], [weight], color=style.SHADES[0] if chosen else style.TIERS["published"])
+            axis.set(ylim=(0, 1.3), xlim=(-0.6, 0.6), xticks=[], yticks=[])
+            axis.text(0, weight + 0.05, f"{weight:.2f}", ha="center", fontsize=6.5)
+        label = method.removeprefix("LaViC ") + ("" if answer["recommended"] in names else "\n(invalid)")
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7.5)
+    return fig
