@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,12 +20,28 @@ from lavic_utils.runs import Run
 style.use()
 
 
-def keep(fig, name: str, run: Run, tier: str | None = None, seeds: Sequence[int] | None = None):
-    """Save a figure with its tier and provenance (`seeds`: where it shows more than this run's), and return it."""
-    about = run.stamp() | ({"seeds": seeds} if seeds else {})
+class Kept:
+    """A saved figure as a notebook shows it: the picture, and its alternative text where pictures cannot be seen."""
+
+    def __init__(self, png: bytes, alt: str) -> None:
+        self.png, self.alt = png, alt
+
+    def __repr__(self) -> str:
+        return self.alt
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        return {"image/png": b64encode(self.png).decode(), "text/plain": self.alt}
+
+
+def keep(fig, name: str, run: Run, tier: str | None = None, seeds: Sequence[int] | None = None, alt: str = "") -> Kept:
+    """Save a figure as figures/<name>.png with its tier, provenance (`seeds`: where it shows more than this run's) and
+    alternative text (one sentence that says what is seen), and return it for display."""
+    about = run.stamp() | ({"seeds": seeds} if seeds else {}) | {"alt": alt}
     save_figure(fig, figures_dir(run.profile) / f"{name}.png", tier or run.profile.tier, about)
+    shown = BytesIO()
+    fig.savefig(shown, format="png", dpi=110, bbox_inches="tight")
     plt.close(fig)
-    return fig
+    return Kept(shown.getvalue(), alt)
 
 
 def gallery(run: Run, asins: Sequence[str], labels: Sequence[str] = (), highlight: Sequence[str] = (), axes=None):

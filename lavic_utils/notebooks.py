@@ -159,6 +159,8 @@ def _output_problems(output: Any) -> list[str]:
     if output.output_type == "stream" and output.name == "stderr":
         problems.append("holds output on stderr")
     data = output.get("data", {})
+    if "image/png" in data and str(data.get("text/plain", "<")).startswith(("<", "Text(")) or data.get("text/plain") == "":
+        problems.append("shows a picture without alternative text (figures.keep(..., alt=...))")
     texts = [output.get("text", "")] + [v for k, v in data.items() if k.startswith("text/") and isinstance(v, str)]
     if any(k.startswith("application/vnd.jupyter.widget") for k in data) or any(BAR.search(text) for text in texts):
         problems.append("holds a progress bar")
