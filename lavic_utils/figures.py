@@ -85,7 +85,7 @@ def token_budget(run: Run, tokens_full: int, tokens_cls: int):
               facts["context_window_llava_v1.6"]), (f"{run.profile.name} model (measured)", 10 * tokens_full,
                                                   10 * tokens_cls, window)]
     for axis, (name, full, cls, limit) in zip(axes, cases, strict=True):
-        axis.barh(["[CLS] tokens", "entire tokens"], [cls, full], color=[style.SHADES[0], style.TIERS["published"]])
+        axis.barh(["[CLS] tokens", "entire tokens"], [cls, full], color=[style.VERMILLION, style.PURPLE])
         for y, value in enumerate((cls, full)):
             axis.text(value, y, f" {value:,}", va="center")
         axis.axvline(limit, color="k", ls="--", lw=1)
@@ -122,23 +122,38 @@ def curves(history: Sequence[Mapping]):
     """Stage 1 by epoch: losses, validation perplexity and, where known, attribute accuracies."""
     frame = pd.DataFrame(history).set_index("epoch")
     seen = [c for c in frame if c.startswith("accuracy_")]
-    fig, axes = plt.subplots(1, 3 if seen else 2, figsize=(9, 2.4))
-    frame[["train_loss", "valid_loss"]].plot(ax=axes[0], marker="o", color=style.SHADES[:2], ylabel="cross-entropy")
-    frame[["valid_perplexity"]].plot(ax=axes[1], marker="o", color=style.SHADES[2], ylabel="validation perplexity")
-    if seen:
-        frame[seen].rename(columns=lambda c: c.removeprefix("accuracy_")).plot(ax=axes[2], marker="o", color=style.SHADES,
-                                                                             ylabel="attribute accuracy", ylim=(0, 1.02))
-    fig.tight_layout()
+    parts = [("cross-entropy", {"train_loss": "training", "valid_loss": "validation"}),
+             ("validation perplexity", {"valid_perplexity": ""}),
+             ("attribute accuracy", {c: c.removeprefix("accuracy_") for c in seen})][:3 if seen else 2]
+    fig, axes = plt.subplots(1, len(parts), figsize=(9.6, 2.6))
+    for axis, (label, columns) in zip(axes, parts, strict=True):
+        for colour, column in zip(style.SHADES, columns, strict=False):
+            axis.plot(frame.index, frame[column], "o-", ms=4, color=colour)
+        axis.set(xlabel="epoch", ylabel=label, xticks=frame.index)
+        if label.startswith("attribute"):
+            axis.set_ylim(0, 1.02)
+        colours = dict(zip(columns.values(), style.SHADES, strict=False))
+        style.end_labels(axis, colours, {n: frame[c].iloc[-1] for c, n in columns.items()}, frame.index[-1])
+    fig.tight_layout(w_pad=2.5)
     return fig
 
 
-def loss_figure(logs: Mapping[str, Sequence[Mapping]]):
-    """Stage 2 training loss by step, one line a domain."""
-    fig, axis = plt.subplots(figsize=(6, 2.4))
-    for colour, (domain, log) in zip(style.SHADES, logs.items(), strict=False):
-        axis.plot([e["step"] for e in log], [e["loss"] for e in log], label=domain, color=colour)
-    axis.set(xlabel="step", ylabel="cross-entropy of the id")
-    axis.legend()
+def loss_figure(logs: Mapping[str, Mapping[str, Sequence[Mapping]]], smooth: float = 3):
+    """Stage 2 training loss (exponentially smoothed over `smooth` records) against the share of the epoch: {panel: {line: log}},
+    a panel a domain and a line a method; lines of the panels' own names are domains."""
+    fig, axes = plt.subplots(1, len(logs), figsize=(3.4 * len(logs) + 0.8, 2.5), sharey=True, squeeze=False)
+    for axis, (panel, lines) in zip(axes[0], logs.items(), strict=True):
+        last, colours = {}, {}
+        for name, log in lines.items():
+            frame = pd.DataFrame(log)
+            loss, colours[name] = frame.loss.ewm(smooth).mean(), style.DOMAINS.get(name) or style.method_colour(name)
+            axis.plot(frame.step / frame.step.max(), frame.loss, color=colours[name], alpha=0.25, lw=0.8)
+            axis.plot(frame.step / frame.step.max(), loss, color=colours[name])
+            last[name] = loss.iloc[-1]
+        axis.set(title=panel, xlabel="share of the epoch")
+        if axis is axes[0, -1]:
+            style.end_labels(axis, colours, last, 1.0)
+    axes[0, 0].set_ylabel("cross-entropy of the id")
     fig.tight_layout()
     return fig
 
@@ -148,21 +163,25 @@ def bars(metrics: Mapping, methods: Sequence[str], tier: str):
     Two axes, never one: a mini figure is no paper figure."""
     paper = published_rows().set_index(["method", "domain"])["hr@1"]
     ours = summary_by_seed(metrics["rows"]).set_index(["method", "domain"])
-    raw = pd.DataFrame(metrics["rows"])
+    raw, colours = pd.DataFrame(metrics["rows"]), [style.method_colour(m) for m in methods]
     fig, axes = plt.subplots(2, 3, figsize=(10.5, 0.62 * len(methods) + 1.6), sharey=True)
     for column, domain in enumerate(DOMAINS):
         top, low = axes[0, column], axes[1, column]
-        top.barh(methods, [paper.get((m, domain), np.nan) for m in methods], color=style.TIERS["published"])
-        for y, method in enumerate(methods):
+        heights = [paper.get((m, domain), np.nan) for m in methods]
+        top.barh(methods, heights, color=colours, alpha=0.55, hatch="///", edgecolor="white", lw=0)
+        for y, (method, value) in enumerate(zip(methods, heights, strict=True)):
+            top.text(0 if np.isnan(value) else value, y, " not reported" if np.isnan(value) else f" {value:.3f}",
+                     va="center", fontsize=7)
             if (method, domain) in ours.index:
                 row = ours.loc[(method, domain)]
                 mean = row["mean"]
-                low.barh(method, mean, color=style.TIERS[tier], alpha=0.75,
+                low.barh(method, mean, color=colours[y], alpha=0.85,
                          xerr=[[mean - row["low"]], [row["high"] - mean]], ecolor="0.25")
+                low.text(row["high"], y, f" {mean:.3f}", va="center", fontsize=7)
                 seeds = raw.query("method == @method and domain == @domain")["hit_ratio_conversations"]
                 low.plot(seeds, [y] * len(seeds), "k.", ms=3)
-        top.set(title=domain)
-        low.set(xlabel="HR@1 over conversations")
+        top.set(title=domain, xlim=(0, 1.25 * np.nanmax(heights)))
+        low.set(xlabel="HR@1 over conversations", xlim=(0, 1))
     axes[0, 0].set_ylabel("published")
     axes[1, 0].set_ylabel(tier)
     axes[0, 0].invert_yaxis()
@@ -175,23 +194,28 @@ def extended_figure(beyond: Mapping, metrics: Mapping):
     seeds (dots: each seed) with 95 % intervals over dialogues."""
     frame = pd.DataFrame(beyond["rows"] + [row for row in metrics["rows"] if row["method"] == "LaViC"])
     means = summary_by_seed(frame.to_dict("records")).set_index(["method", "domain"])
-    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
-    for colour, domain in zip(style.SHADES, DOMAINS, strict=False):
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
+    ends = {}
+    for domain in DOMAINS:
         part = frame[(frame["domain"] == domain) & (frame["method"] != "LaViC, one [CLS]")]
         sizes = part.groupby("method")["examples"].mean().sort_values()
         line = means.loc[[(m, domain) for m in sizes.index]]
-        axes[0].errorbar(sizes, line["mean"], [line["mean"] - line["low"], line["high"] - line["mean"]], label=domain,
-                         color=colour, marker="o", ms=4, capsize=2)
-        axes[0].plot(part["examples"], part["hit_ratio_conversations"], ".", color=colour, ms=3)
-    axes[0].set(xlabel="training examples", ylabel="HR@1 over conversations", xscale="log")
-    axes[0].legend(fontsize=7)
-    for shift, colour, method in ((-0.2, style.SHADES[3], "LaViC, one [CLS]"), (0.2, style.SHADES[0], "LaViC")):
+        axes[0].errorbar(sizes, line["mean"], [line["mean"] - line["low"], line["high"] - line["mean"]],
+                         color=style.DOMAINS[domain], marker="o", ms=4, capsize=2)
+        axes[0].plot(part["examples"], part["hit_ratio_conversations"], ".", color=style.DOMAINS[domain], ms=3)
+        ends[domain] = line["mean"].iloc[-1]
+    axes[0].set(xlabel="training examples", ylabel="HR@1 over conversations", xscale="log", ylim=(0, 1))
+    axes[0].set_xticks(shown := [50, 100, 200, 500], shown)
+    axes[0].minorticks_off()
+    style.end_labels(axes[0], style.DOMAINS, ends, frame["examples"].max())
+    for shift, method, alpha in ((-0.2, "LaViC, one [CLS]", 0.5), (0.2, "LaViC", 0.9)):
         line, x = means.loc[[(method, d) for d in DOMAINS]], np.arange(len(DOMAINS)) + shift
-        axes[1].bar(x, line["mean"], 0.38, yerr=[line["mean"] - line["low"], line["high"] - line["mean"]], color=colour,
-                    label=method if "one" in method else "LaViC, one a tile")
+        axes[1].bar(x, line["mean"], 0.38, yerr=[line["mean"] - line["low"], line["high"] - line["mean"]], ecolor="0.25",
+                    color=style.method_colour(method), alpha=alpha)
+        for at in x:
+            axes[1].text(at, 0.02, "one [CLS]\nan image" if "one" in method else "one a\ntile", ha="center", fontsize=7)
     axes[1].set_xticks(range(len(DOMAINS)), list(DOMAINS))
-    axes[1].legend(fontsize=7)
-    fig.tight_layout()
+    fig.tight_layout(w_pad=3)
     return fig
 
 
@@ -204,7 +228,7 @@ def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping
     for row, (method, answer) in enumerate(answers.items(), start=1):
         for column, (axis, weight) in enumerate(zip(axes[row], answer["probabilities"], strict=True)):
             chosen = answer["recommended"] == names[column]
-            axis.bar([0], [weight], color=style.SHADES[0] if chosen else style.TIERS["published"])
+            axis.bar([0], [weight], color=style.method_colour(method) if chosen else style.PALE)
             axis.set(ylim=(0, 1.3), xlim=(-0.6, 0.6), xticks=[], yticks=[])
             axis.text(0, weight + 0.05, f"{weight:.2f}", ha="center", fontsize=6.5)
         label = method.removeprefix("LaViC ") + ("" if answer["recommended"] in names else "\n(invalid)")
