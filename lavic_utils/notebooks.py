@@ -16,6 +16,7 @@ from .provenance import code_hash, key, write_text
 NOTEBOOKS = ROOT / "notebooks"
 MAX_LINES = 25
 INJECTED = "injected-parameters"
+SOLUTION = "solution"  # tag of the folded, tested solution of an exercise
 ABSOLUTE = re.compile(r"(?<![\w.:/+=~-])(/(home|root|tmp|usr|work|Users|opt|mnt|var|private|srv)/\w|[A-Z]:\\\w)")
 BAR = re.compile(r"\r[^\n]|\d+it/s|s/it\]|\d+%\|")
 KERNEL_ENV = {
