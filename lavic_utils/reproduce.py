@@ -141,7 +141,7 @@ def execute(job: Job, parameters: dict[str, Any], log: Any, on_cell: Any) -> Pat
 
 
 def _source(job: Job, profile: str, partial: Path) -> Path:
-    """The notebook to run. What its exercises claim is true of the mini world, and cheap there alone: for any other profile a copy
+    """The notebook to run. What exercises claim is true of the mini world, and cheap there alone: for any other profile a copy
     (where `partial` will stand) whose solutions are only read."""
     import nbformat
 
