@@ -215,6 +215,17 @@ def plan(
 
 
 @app.command()
+def doctor(
+    network: Annotated[bool, typer.Option(help="Ask whether the hub's name resolves (2 s at most).")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine can run, what is there, and the one command to run next."""
+    from .doctor import facts, show
+
+    show(facts(network), as_json)
+
+
+@app.command()
 def environment(
     check: CheckOption = False,
     lock: Annotated[bool, typer.Option("--lock", help="Also pin what is installed here.")] = False,
