@@ -18,8 +18,9 @@ import importlib.util
 import os
 
 if importlib.util.find_spec("lavic_utils") is None:  # Colab: clone, install, go there. Elsewhere this cell does nothing.
-    address = os.environ.get("LAVIC_REPOSITORY") or input("Address of the repository, as for git clone: ")
-    !test -d lavic-companion || git clone --quiet --depth 1 "{address}" lavic-companion
+    if not os.path.isdir("lavic-companion"):
+        address = os.environ.get("LAVIC_REPOSITORY") or input("Address of the repository, as for git clone: ")
+        !git clone --quiet --depth 1 "{address}" lavic-companion
     %run lavic-companion/lavic_utils/colab.py
 '''
 
