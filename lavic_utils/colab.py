@@ -1,7 +1,7 @@
 """Where nothing is installed (Colab): what the first cell of every notebook runs after cloning, with the standard library alone.
 
-The kernel there lives in the environment it is installed into. So its own torch and Jupyter stay as they are (another torch would
-not fit its torchvision), and only what is missing or too old is installed. `doctor` says what then differs from requirements.lock.
+The kernel there lives in the environment it is installed into. So its own torch and Jupyter stay as they are (another torch
+would not fit its torchvision), and only what is missing or too old is installed; `doctor` says what differs from the lock.
 """
 
 import os

@@ -45,7 +45,8 @@ def wrong_commands(text: str, targets: set[str] = TARGETS) -> list[str]:
                 problems.append(f"{line.strip()}: no command {name}")
             if command is None:
                 break
-        known = {"--help"} | {name for option in getattr(command, "params", ()) for name in (*option.opts, *option.secondary_opts)}
+        options = getattr(command, "params", ())
+        known = {"--help", *(name for option in options for name in (*option.opts, *option.secondary_opts))}
         problems += [f"{line.strip()}: no option {word}" for word in words
                      if command and word.startswith("--") and word.split("=")[0].rstrip(".,:)") not in known]
     return problems
@@ -80,7 +81,8 @@ def test_the_citation_agrees_with_the_project_and_the_paper():
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     paper = json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))["paper"]
     preferred = found["preferred-citation"]
-    assert (found["cff-version"], str(found["version"]), found["license"]) == ("1.2.0", PROJECT["version"], PROJECT["license"]["text"])
+    assert found["cff-version"] == "1.2.0" and str(found["version"]) == PROJECT["version"]
+    assert found["license"] == PROJECT["license"]["text"]
     assert {"message", "title", "authors", "type"} <= set(found) and {"authors", "type", "year"} <= set(preferred)
     assert preferred["title"] == paper["title"]
     assert {"type": "other", "value": f"arXiv:{paper['arxiv']}"}.items() <= preferred["identifiers"][0].items()
@@ -96,8 +98,9 @@ def test_binder_installs_the_lock_with_the_python_of_environment_yml():
     conda = [yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("environment.yml", "binder/environment.yml")]
     assert conda[0]["dependencies"][:2] == conda[1]["dependencies"] and conda[0]["channels"] == conda[1]["channels"]
     script = ROOT / "binder" / "postBuild"
+    text = script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK) and subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    assert "-r requirements.lock" in script.read_text(encoding="utf-8") and wrong_commands(script.read_text(encoding="utf-8")) == []
+    assert "-r requirements.lock" in text and wrong_commands(text) == []
 
 
 def test_colab_keeps_its_torch_and_its_kernel():
@@ -112,14 +115,15 @@ def bare(tmp_path):
     """A virtual environment with every package but lavic_utils; runs a text as an IPython file in the folder beside it."""
     venv.create(tmp_path / "env", symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
-    inside = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True)
-    Path(inside.stdout.strip(), "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    inside = sysconfig.get_path("purelib", vars={"base": str(tmp_path / "env")})
+    Path(inside, "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
 
     def run(text: str, **variables: str) -> subprocess.CompletedProcess:
         (tmp_path / "cell.ipy").write_text(text, encoding="utf-8")
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LAVIC_REPOSITORY")}
+        kept |= {"IPYTHONDIR": str(tmp_path / "ipython"), **variables}
         return subprocess.run([python, "-m", "IPython", "--no-banner", "--colors=NoColor", "cell.ipy"], cwd=tmp_path, text=True,
-                              capture_output=True, env={**kept, "IPYTHONDIR": str(tmp_path / "ipython"), **variables}, check=False)
+                              capture_output=True, env=kept, check=False)
     return run
 
 
