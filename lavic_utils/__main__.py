@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:  # the one place where nothing can be said with a UserError
+    print("error: packages are missing here; run make install, or python -m pip install -r requirements.lock", file=sys.stderr)
+    sys.exit(2)
 
 from .commands import DataOption, bench, data
 

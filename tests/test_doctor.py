@@ -61,6 +61,12 @@ def test_it_prints_neither_paths_nor_names_and_imports_no_torch(results):
     assert "no NVIDIA GPU" in done.stdout and "0 of 11 files" in done.stdout and "offline by setting" in done.stdout
 
 
+def test_without_any_package_one_line_says_what_to_do():
+    command = [sys.executable, "-S", "-m", "lavic_utils", "doctor"]  # -S: no site-packages
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "make install" in done.stderr
+
+
 def test_json_holds_the_same_facts(capsys, results):
     assert main(["doctor", "--json", "--no-network"]) == 0
     found = json.loads(capsys.readouterr().out)
