@@ -109,6 +109,12 @@ def test_colab_keeps_its_torch_and_its_kernel():
     assert len(colab.CELL.splitlines()) <= 8
 
 
+def test_every_notebook_begins_with_the_cell():
+    cells = {path.name: json.loads(path.read_text(encoding="utf-8"))["cells"] for path in (ROOT / "notebooks").glob("*.ipynb")}
+    first = {name: next("".join(cell["source"]) for cell in found if cell["cell_type"] == "code") for name, found in cells.items()}
+    assert [name for name, source in sorted(first.items()) if source.strip() != colab.CELL.strip()] == []
+
+
 @pytest.fixture
 def bare(tmp_path):
     """A virtual environment with every package but lavic_utils; runs a text as an IPython file in the folder beside it."""
