@@ -110,9 +110,10 @@ def test_colab_keeps_its_torch_and_its_kernel():
 
 
 def test_every_notebook_begins_with_the_cell():
-    cells = {path.name: json.loads(path.read_text(encoding="utf-8"))["cells"] for path in (ROOT / "notebooks").glob("*.ipynb")}
-    first = {name: next("".join(cell["source"]) for cell in found if cell["cell_type"] == "code") for name, found in cells.items()}
-    assert [name for name, source in sorted(first.items()) if source.strip() != colab.CELL.strip()] == []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert first.strip() == colab.CELL.strip(), path.name
 
 
 @pytest.fixture
