@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:  # the one place where nothing can be said with a UserError
+    print("error: packages are missing here; run make install, or python -m pip install -r requirements.lock", file=sys.stderr)
+    sys.exit(2)
 
 from .commands import DataOption, bench, data
 
@@ -212,6 +216,17 @@ def plan(
 
     found = make(load_profile(profile), gpu)
     print(json.dumps(found, indent=1)) if as_json else show(found)
+
+
+@app.command()
+def doctor(
+    network: Annotated[bool, typer.Option(help="Ask whether the hub's name resolves (2 s at most).")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine can run, what is there, and the one command to run next."""
+    from .doctor import facts, show
+
+    show(facts(network), as_json)
 
 
 @app.command()

@@ -1,0 +1,159 @@
+"""The ways in: every command on a page exists, the map names every module, licence and citation, Binder, and Colab's cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from lavic_utils import colab
+from lavic_utils.__main__ import app
+from lavic_utils.config import PACKAGE, ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), PACKAGE / "mini_model" / "README.md",
+                *(ROOT / "notebooks").glob("*.ipynb")])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TARGETS = set(re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+
+
+def text_of(path: Path) -> str:
+    """A page's text; of a notebook, its cells' sources."""
+    text = path.read_text(encoding="utf-8")
+    return text if path.suffix == ".md" else "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+
+
+def wrong_commands(text: str, targets: set[str] = TARGETS) -> list[str]:
+    """Commands in code spans, blocks and programs that name a sub-command, option or make target that does not exist."""
+    problems = [f"make {target}" for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.M) if target not in targets]
+    for line in re.findall(r"-m lavic_utils ([^`\n#;|]+)", text.replace("\\\n", " ")):
+        command, words = typer.main.get_command(app), shlex.split(line.replace("'", " "))
+        while words and hasattr(command, "commands") and not words[0].startswith("-"):
+            name = words.pop(0).rstrip(".,:)")
+            command = command.commands.get(name)
+            if command is None:
+                problems += [f"{line.strip()}: no command {name}"] if name else []  # "...": any command is meant
+                break
+        options = getattr(command, "params", ())
+        known = {"--help", *(name for option in options for name in (*option.opts, *option.secondary_opts))}
+        problems += [f"{line.strip()}: no option {word}" for word in words
+                     if command and word.startswith("--") and word.split("=")[0].rstrip(".,:)") not in known]
+    return problems
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_command_on_a_page_exists(page):
+    assert wrong_commands(text_of(page)) == []
+
+
+def test_a_wrong_command_is_found():
+    text = ("`make nothing`, `make test`\n```\nmake also-nothing\npython -m lavic_utils data crawl --first-only --no-such\n"
+            "python -m lavic_utils nothing\npython -m lavic_utils data nothing\npython -m lavic_utils run LaViC --domain home\n"
+            "accelerate launch --config_file x.yaml \\\n  -m lavic_utils run LaViC --domian home\n```")
+    found = wrong_commands(text)
+    assert [line.split(": ")[-1] for line in found] == ["make nothing", "make also-nothing", "no option --no-such",
+                                                        "no command nothing", "no command nothing", "no option --domian"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda path: path.name)
+def test_every_file_that_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_map_names_every_module_and_no_other():
+    rows = re.findall(r"^\| `(\w+)` \| \S", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(rows) == sorted(path.stem for path in PACKAGE.glob("[!_]*.py"))
+
+
+def test_the_citation_agrees_with_the_project_and_the_paper():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    paper = json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))["paper"]
+    preferred = found["preferred-citation"]
+    assert found["cff-version"] == "1.2.0" and str(found["version"]) == PROJECT["version"]
+    assert found["license"] == PROJECT["license"]["text"]
+    assert {"message", "title", "authors", "type"} <= set(found) and {"authors", "type", "year"} <= set(preferred)
+    assert preferred["title"] == paper["title"]
+    assert {"type": "other", "value": f"arXiv:{paper['arxiv']}"}.items() <= preferred["identifiers"][0].items()
+
+
+def test_the_licence_is_the_one_pyproject_names():
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert PROJECT["license"]["text"] == "Apache-2.0"
+    assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_binder_installs_the_lock_with_the_python_of_environment_yml():
+    conda = [yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("environment.yml", "binder/environment.yml")]
+    assert conda[0]["dependencies"][:2] == conda[1]["dependencies"] and conda[0]["channels"] == conda[1]["channels"]
+    script = ROOT / "binder" / "postBuild"
+    text = script.read_text(encoding="utf-8")
+    assert os.access(script, os.X_OK) and subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    assert "-r requirements.lock" in text and wrong_commands(text) == []
+
+
+def test_colab_keeps_its_torch_and_its_kernel():
+    names = {re.split(r"[^\w.-]", line)[0] for line in colab.wanted()}
+    assert {"transformers", "peft", "papermill"} <= names and not names & colab.STAY
+    assert names | colab.STAY == {re.split(r"[^\w.-]", line)[0] for line in PROJECT["dependencies"]}
+    assert len(colab.CELL.splitlines()) <= 8
+
+
+def test_every_notebook_begins_with_the_cell():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert first.strip() == colab.CELL.strip(), path.name
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A virtual environment with every package but lavic_utils; runs a text as an IPython file in the folder beside it."""
+    venv.create(tmp_path / "env", symlinks=True)
+    python = tmp_path / "env" / "bin" / "python"
+    inside = sysconfig.get_path("purelib", vars={"base": str(tmp_path / "env")})
+    Path(inside, "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+
+    def run(text: str, **variables: str) -> subprocess.CompletedProcess:
+        (tmp_path / "cell.ipy").write_text(text, encoding="utf-8")
+        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LAVIC_REPOSITORY")}
+        kept |= {"IPYTHONDIR": str(tmp_path / "ipython"), **variables}
+        return subprocess.run([python, "-m", "IPython", "--no-banner", "--colors=NoColor", "cell.ipy"], cwd=tmp_path, text=True,
+                              capture_output=True, env=kept, check=False)
+    return run
+
+
+def test_the_first_cell_clones_and_installs_where_nothing_is_installed(bare, tmp_path):
+    """A repository made of this checkout; pip finds every package there, so nothing is downloaded."""
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGE, source / "lavic_utils", ignore=shutil.ignore_patterns("mini_model", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", source)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", source]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    told = "\nimport lavic_utils.config\nprint('at', os.path.relpath(lavic_utils.config.ROOT, os.getcwd()))\n"
+    failed = bare(colab.CELL + told, LAVIC_REPOSITORY=f"file://{tmp_path}/nowhere")
+    assert failed.returncode and "colab.py` not found" in failed.stdout.replace("'", "") and "not appear to be" in failed.stderr
+    done = bare(colab.CELL + told, LAVIC_REPOSITORY=f"file://{source}", PIP_NO_INDEX="1")
+    assert done.returncode == 0 and done.stdout.strip() == "at .", done.stdout + done.stderr
+    stub = tmp_path / "stub" / "pip" / "__main__.py"  # as after a restart: nothing is asked or cloned, pip is called
+    stub.parent.mkdir(parents=True)
+    (stub.parent / "__init__.py").touch()
+    stub.write_text("import sys; print(sys.argv[1])", encoding="utf-8")
+    again = bare(colab.CELL + told, PYTHONPATH=str(tmp_path / "stub"))
+    assert again.returncode == 0 and again.stdout.split() == ["install", "at", "."], again.stdout + again.stderr
+
+
+def test_the_first_cell_does_nothing_where_lavic_utils_can_be_imported(bare):
+    done = bare(colab.CELL + "\nprint(os.listdir('.'))", PYTHONPATH=str(ROOT), PATH="")
+    assert done.returncode == 0 and "'env'" in done.stdout and "lavic-companion" not in done.stdout, done.stdout + done.stderr
