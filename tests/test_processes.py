@@ -18,12 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def work(place: Path, results: Path, batch: int, what: str) -> None:
     """What each process does: both stages and the answers; then its own copy of each adapter, and what it was told."""
     from peft import get_peft_model_state_dict
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
     from lavic_utils import runs, training
     from lavic_utils.config import World, load_profile
 
     os.environ |= {"LAVIC_RESULTS": str(results), "LAVIC_WORLD": str(place)}
     torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpu()
     world = World(image_side=48, train_shards=1, shard_items=64, stage1_valid_items=20, train_dialogues=32, valid_dialogues=5,
                   test_dialogues=6, p_extra_image=0.0, missing_images=2, corrupt_images=2)
     lora, profile = {"r": 8, "alpha": 32, "dropout": 0.0}, load_profile("mini").model_dump(mode="json")
@@ -35,21 +39,41 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
 
     def watched(self, folder: Path) -> None:
         fit(self, folder)
-        save_file({k: v.contiguous() for k, v in get_peft_model_state_dict(self.model).items()},
-                  results / f"{type(self).__name__}-{rank}.safetensors")
+        tensors = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in get_peft_model_state_dict(self.model).items()}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, results / f"{type(self).__name__}-{rank}.safetensors")
+        sharded[type(self).__name__] = [
+            [isinstance(p, DTensor) for p in self.model.parameters()].count(False),
+            [isinstance(m, FSDPModule) for m in self.model.modules()].count(True),
+            sum(getattr(p, "_local_tensor", p).numel() for p in self.model.parameters()) / sum(p.numel() for p in self.model.parameters())]
     training.StageTrainer.fit = watched
     results.mkdir(exist_ok=True)
+    sharded: dict[str, list] = {}
     run = runs.Run(load_profile("mini").model_validate(profile))
     told = {"said": bool(runs.run_method(run, "LaViC", "beauty"))} if what == "run" else {}
-    told |= {"history": run.distil()["history"], "log": run.tune("LaViC", "beauty")["log"] if what != "distil" else []}
+    told |= {"sharded": sharded, "history": run.distil()["history"], "log": run.tune("LaViC", "beauty")["log"] if what != "distil" else []}
     (results / f"told-{rank}.json").write_text(json.dumps(told))
 
 
-def launched(place: Path, name: str, what: str, batch: int, processes: int) -> Path:
+def shard_on_cpu() -> None:
+    """accelerate shards (FSDP) on accelerators only: it calls several CPU processes MULTI_CPU, and reads the FSDP settings of
+    the launch for none of that name. Called otherwise, all that follows is its own and torch's code, over gloo."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    begin = PartialState.__init__
+
+    def renamed(self, *args, **options) -> None:
+        begin(self, *args, **options)
+        if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    PartialState.__init__ = renamed
+
+
+def launched(place: Path, name: str, what: str, batch: int, processes: int, config: str = "ddp") -> Path:
     """The results of the work above, by `accelerate launch` where there are several processes."""
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "lavic_utils/profiles/accelerate/ddp.yaml"),
+        start += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"lavic_utils/profiles/accelerate/{config}.yaml"),
                   "--num_processes", str(processes), "--main_process_port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
                    "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
