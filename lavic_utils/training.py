@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -36,8 +35,7 @@ def trainable_names(model) -> list[str]:
 def add_adapter(model, lora: Lora, target: str):
     """The model with a fresh adapter on every linear layer that `target` names, ready to train: adapters in float32,
     but in the weights' own dtype under FSDP, which wants one. Raises RuntimeError where anything else would be trained."""
-    uniform = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    tuned = get_peft_model(model, lora_config(lora, target), autocast_adapter_dtype=not uniform)
+    tuned = get_peft_model(model, lora_config(lora, target), autocast_adapter_dtype=not vision.sharded())
     check_trainable(tuned, target)
     kernel = vision.attention(model.dtype)
     if kernel != "sdpa":

@@ -1,4 +1,4 @@
-"""Two processes of `accelerate launch` on the CPU train as one does with the same global batch, and write once."""
+"""Two processes of `accelerate launch` on the CPU (DDP, FSDP) train as one does with the same global batch, and write once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,22 +42,23 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
         fit(self, folder)
         tensors = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in get_peft_model_state_dict(self.model).items()}
         save_file({k: v.contiguous() for k, v in tensors.items()}, results / f"{type(self).__name__}-{rank}.safetensors")
-        sharded[type(self).__name__] = [
-            [isinstance(p, DTensor) for p in self.model.parameters()].count(False),
-            [isinstance(m, FSDPModule) for m in self.model.modules()].count(True),
-            sum(getattr(p, "_local_tensor", p).numel() for p in self.model.parameters()) / sum(p.numel() for p in self.model.parameters())]
+        mine = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.model.parameters())
+        share[type(self).__name__] = mine / sum(p.numel() for p in self.model.parameters())
+        units[type(self).__name__] = sorted(type(m).__name__ for m in self.model.modules() if isinstance(m, FSDPModule))
     training.StageTrainer.fit = watched
     results.mkdir(exist_ok=True)
-    sharded: dict[str, list] = {}
+    share: dict[str, float] = {}  # of the weights that this process holds, by stage
+    units: dict[str, list[str]] = {}  # modules that are gathered and freed one by one
     run = runs.Run(load_profile("mini").model_validate(profile))
     told = {"said": bool(runs.run_method(run, "LaViC", "beauty"))} if what == "run" else {}
-    told |= {"sharded": sharded, "history": run.distil()["history"], "log": run.tune("LaViC", "beauty")["log"] if what != "distil" else []}
+    told |= {"history": run.distil()["history"], "log": run.tune("LaViC", "beauty")["log"] if what != "distil" else []}
+    told |= {"share": share, "units": units}
     (results / f"told-{rank}.json").write_text(json.dumps(told))
 
 
 def shard_on_cpu() -> None:
-    """accelerate shards (FSDP) on accelerators only: it calls several CPU processes MULTI_CPU, and reads the FSDP settings of
-    the launch for none of that name. Called otherwise, all that follows is its own and torch's code, over gloo."""
+    """accelerate takes up the FSDP settings of a launch for accelerators only: several CPU processes are MULTI_CPU to it. Under
+    another name, all that follows is accelerate's and torch's own code (`fully_shard`), with gloo between the processes."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -71,10 +73,10 @@ def shard_on_cpu() -> None:
 
 def launched(place: Path, name: str, what: str, batch: int, processes: int, config: str = "ddp") -> Path:
     """The results of the work above, by `accelerate launch` where there are several processes."""
-    start = [sys.executable]
+    start, file = [sys.executable], ROOT / "lavic_utils/profiles/accelerate" / f"{config}.yaml"
     if processes > 1:
-        start += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"lavic_utils/profiles/accelerate/{config}.yaml"),
-                  "--num_processes", str(processes), "--main_process_port", "0"]
+        start += ["-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", str(processes),
+                  "--main_process_port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
                    "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*start, __file__, str(place), str(place / name), str(batch), what], env=environment, cwd=place,
@@ -99,21 +101,40 @@ def two(place) -> Path:
     return launched(place, "two", "run", 4, 2)
 
 
-def test_two_processes_train_as_one_with_their_batch(place, two):
-    """Losses equal to 5e-4: float32 sums in another order, which Adam divides by their size (4e-5 where this was written)."""
+@pytest.fixture(scope="module")
+def spread(place) -> Path:
+    return launched(place, "spread", "run", 4, 2, config="fsdp")
+
+
+def test_two_processes_train_as_one_with_their_batch(place, two, spread):
+    """Losses of both stages equal to 5e-4: float32 sums in another order, which Adam divides by their size (where this was
+    written 4e-5 with DDP and 2e-5 with FSDP)."""
     one, other = launched(place, "one", "tune", 8, 1), launched(place, "other", "distil", 4, 1)
-    assert len(losses(one)) == len(losses(two)) == 8
-    assert (losses(one) - losses(two)).abs().max() < 5e-4
+    assert len(losses(one)) == len(losses(two)) == len(losses(spread)) == 8
+    assert (losses(one) - losses(two)).abs().max() < 5e-4 and (losses(one) - losses(spread)).abs().max() < 5e-4
     assert (losses(one)[:4] - losses(other)).abs().max() > 1e-2  # control: half the batch is another training
 
 
-def test_every_process_ends_with_the_same_adapter_and_one_writes(two):
+def test_fsdp_leaves_each_process_half_of_the_weights(two, spread):
+    for rank in (0, 1):
+        whole, half = (json.loads((results / f"told-{rank}.json").read_text()) for results in (two, spread))
+        for stage in ("StudentTrainer", "RecommendationTrainer"):
+            assert whole["share"][stage] == 1 and not whole["units"][stage]  # control: DDP
+            assert half["share"][stage] == pytest.approx(0.5, abs=1e-3)
+            layers = Counter(name for name in half["units"][stage] if name.endswith("Layer"))
+            assert layers == {"FSDPMistralDecoderLayer": 6, "FSDPCLIPEncoderLayer": 4}  # every layer of the mini model
+
+
+@pytest.mark.parametrize("kind", ["two", "spread"])
+def test_every_process_ends_with_the_same_adapter_and_one_writes(kind, request):
+    two = request.getfixturevalue(kind)
     for stage, file in (("StudentTrainer", "stage1/adapter"), ("RecommendationTrainer", "stage2/lavic/beauty/adapter")):
         first, second = (load_file(two / f"{stage}-{rank}.safetensors") for rank in (0, 1))
         written = load_file(next(two.rglob(f"{file}/adapter_model.safetensors")))
         assert len(first) > 10 and all(p.any() for name, p in first.items() if "lora_B" in name)
         assert all(torch.equal(first[name], second[name]) and torch.equal(first[name], written[name]) for name in first)
     told = [json.loads((two / f"told-{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(t.pop("share") for t in told)  # differs by the odd elements of tensors
     assert [t.pop("said") for t in told] == [True, False] and told[0] == told[1]
     stamps = [json.loads(p.read_text())["provenance"] for p in two.rglob("result.json")]
     assert len(stamps) == 4 and all(stamp["processes"] == 2 for stamp in stamps)
