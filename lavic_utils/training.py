@@ -55,13 +55,13 @@ def check_trainable(tuned, target: str) -> None:
 def save_adapter(tuned, folder: Path, first: bool = True) -> None:
     """A standard peft folder. Raises UserError where some B is still zero: that layer was never trained. Where parameters are
     sharded, every process must call this (each tensor is gathered whole); the `first` alone writes."""
-    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in tuned.named_parameters() if p.requires_grad}
-    zero = [name for name, p in whole.items() if "lora_B" in name and not p.any()]
+    tensors = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in tuned.named_parameters() if p.requires_grad}
+    zero = [name for name, p in tensors.items() if "lora_B" in name and not p.any()]
     if zero:
         raise UserError(f"{folder}: {len(zero)} LoRA B are zero after training (first: {zero[0]}), so nothing was learnt there; "
                         "raise the learning rate or the number of examples")
     if first:
-        tuned.save_pretrained(folder, state_dict=whole)
+        tuned.save_pretrained(folder, state_dict=tensors)
 
 
 @contextmanager
