@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from lavic_utils import vision
 from lavic_utils import wording as w
 from lavic_utils.config import Profile, UserError
 from lavic_utils.prompts import describe_prompt, encode
-from lavic_utils.training import StageTrainer, add_adapter, load_adapter, merged, training_arguments
+from lavic_utils.training import StageTrainer, add_adapter, load_adapter, merged, training_arguments, whole
 from lavic_utils.training import lora_config as lora_config  # stage 2 takes these two from here
 from lavic_utils.training import trainable_names as trainable_names
 
@@ -62,12 +62,21 @@ def mean_row_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return (token.sum(1) / counts).mean()
 
 
-def forward_loss(model, ids: Tensor, labels: Tensor, mask: Tensor, visual: list[Tensor], pad: int):
+def forward_loss(model, ids: Tensor, labels: Tensor, mask: Tensor, visual: list[Tensor] | Callable[..., list[Tensor]], pad: int):
     """The real forward of the whole model on placed embeddings, rows padded on either side; logits are kept from the batch's
-    first target position on only."""
-    embeds = vision.place(getattr(model, "module", model), ids, visual, pad)  # `module`: where several processes wrap it
+    first target position on only. `visual`: the items' visual tokens, or what makes them of the model (`cls_tokens`, stage 1).
+
+    All that reads a weight happens inside the forward of the outermost wrapper, in a hook: where parameters are sharded (FSDP)
+    they are whole only there, and one process, DDP and FSDP share this one path.
+    """
+    def embed(module, args, options: dict):
+        tokens = visual(module) if callable(visual) else visual
+        return args, {**options, "inputs_embeds": vision.place(module, ids, tokens, pad)}
+
     first = max(1, int((labels != IGNORE).any(0).int().argmax()))
-    out = model(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=labels.shape[1] - first + 1)
+    inside = getattr(model, "module", model)  # where DDP wraps it
+    with inside.register_forward_pre_hook(embed, with_kwargs=True):  # removed again at the end
+        out = model(attention_mask=mask, logits_to_keep=labels.shape[1] - first + 1)
     return mean_row_loss(out.logits, labels[:, first:]), out
 
 
@@ -140,9 +149,9 @@ class StudentCollator:
 
 class StudentTrainer(StageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, **_):
-        visual = vision.cls_tokens(self.accelerator.unwrap_model(model), inputs["pixel_values"], inputs["image_sizes"])
-        loss, out = forward_loss(model, inputs["input_ids"], inputs["labels"], inputs["attention_mask"], visual,
-                                 self.processing_class.pad_token_id)
+        loss, _ = forward_loss(model, inputs["input_ids"], inputs["labels"], inputs["attention_mask"],
+                               lambda inside: vision.cls_tokens(inside, inputs["pixel_values"], inputs["image_sizes"]),
+                               self.processing_class.pad_token_id)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -179,7 +188,8 @@ class _EachEpoch(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **_):
         self.model.eval()
-        state.log_history[-1].update(self.measure(self.model))
+        with whole(self.model):
+            state.log_history[-1].update(self.measure(self.model))
         self.model.train()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from lavic_utils import data, endpoint, methods, vision
+from lavic_utils import data, endpoint, methods, plan, vision
 from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
 from lavic_utils.provenance import world_dir
 from lavic_utils.retrieval import candidate_lists
@@ -128,7 +128,8 @@ class Inputs:
         return vision.load_processor(self.profile)
 
     def model(self):
-        """A fresh base model: adapters change the object they are put on."""
+        """A fresh base model: adapters change the object they are put on. UserError where the card cannot even answer with it."""
+        plan.refuse_here(self.profile, "inference")
         return vision.load_model(self.profile)
 
 

@@ -5,6 +5,7 @@ Memory follows from shapes (`memory`). Hours are arithmetic over assumed speeds 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ import torch
 
 from . import data
 from .config import DOMAINS, Profile, UserError, real_data_dir
-from .memory import GIB, RESERVE, SCORED, TITLE, cache_bytes, count, full_tokens, memories, patches, skeleton, trainables
+from .memory import GIB, RESERVE, SCORED, STAGES, TITLE, cache_bytes, count, full_tokens, memories, patches, skeleton, trainables
+from .vision import sharded, source
 
 
 class Card(NamedTuple):
@@ -51,10 +53,10 @@ LEVERS = {"1 image an item": ".1662/.9651 against .2443/.9919 with all images (o
           "1 epoch of stage 1": "no replication says", "half the training dialogues": "no replication says"}
 
 
-def refuse(profile: Profile, card: Card) -> None:
-    """UserError, one line with the numbers, where a stage does not fit the card."""
+def refuse(profile: Profile, card: Card, stages: Sequence[str] = STAGES) -> None:
+    """UserError, one line with the numbers, where one of the stages does not fit the card."""
     for stage, parts in memories(profile).items():
-        if parts["total"] + RESERVE > card.gib:
+        if stage in stages and parts["total"] + RESERVE > card.gib:
             most = ", ".join(f"{name} {value:.1f}" for name, value in parts.items() if value >= 0.1 and name != "total")
             raise UserError(f"profile {profile.name} does not fit a card of {card.gib:g} GiB ({card.name}): {stage} needs "
                             f"{parts['total']:.1f} GiB ({most}) and {RESERVE:g} in reserve; use smaller batches or profile t4")
@@ -67,6 +69,14 @@ def present() -> Card | None:
     found = torch.cuda.get_device_properties(0)
     known = next((card for key, card in CARDS.items() if key in found.name.lower()), CARDS["t4"])
     return known._replace(name=found.name, gib=round(found.total_memory / GIB, 1))
+
+
+def refuse_here(profile: Profile, stage: str) -> None:
+    """`refuse` for a stage about to begin and the card of this machine, if there is one: before anything is loaded. Training
+    whose weights are spread over cards (FSDP) is not judged: the model of memory is of one card."""
+    if (card := present()) and not (sharded() and stage in ("distillation", "recommendation")):
+        source(profile)  # says so first where there is no such model
+        refuse(profile, card, (stage,))
 
 
 def work(profile: Profile, root: Path | None) -> Work:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lavic_utils import data, distillation, methods, recommendation, store, training, vision
+from lavic_utils import data, distillation, methods, plan, recommendation, store, training, vision
 from lavic_utils.config import DOMAINS, UserError
 from lavic_utils.evaluation import Score, score
 from lavic_utils.hub import fingerprint
@@ -90,6 +90,7 @@ class Run(Inputs):
             return {split: [self.published[p.path.name] for p in self.pictures(split)] for split in ("train", "valid")}
 
         def make() -> dict:
+            plan.refuse_here(self.profile, "teacher")
             model, read = self.model(), distillation.Pictures(self.processor, keep=False)
             found = {}
             for split in ("train", "valid"):
@@ -121,6 +122,7 @@ class Run(Inputs):
         folder = self.folder / "stage1"
 
         def make() -> dict:
+            plan.refuse_here(self.profile, "distillation")
             train, valid = self.taught("train"), self.taught("valid")
             watched = valid[::8]
             measure = (lambda m: {f"accuracy_{k}": v for k, v in self.accuracy(m, vision.cls_tokens, watched).items()}
@@ -170,6 +172,7 @@ class Run(Inputs):
         variant, folder = methods.find(method), self.folder / "stage2" / methods.slug(method) / domain
 
         def make() -> dict:
+            plan.refuse_here(self.profile, "recommendation")
             which = self.profile.candidates
             examples = recommendation.training_examples(self.dialogues(domain, "train"), which, self.seed)
             examples = examples[:round(len(examples) * variant.examples)]

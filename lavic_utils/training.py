@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -32,8 +35,7 @@ def trainable_names(model) -> list[str]:
 def add_adapter(model, lora: Lora, target: str):
     """The model with a fresh adapter on every linear layer that `target` names, ready to train: adapters in float32,
     but in the weights' own dtype under FSDP, which wants one. Raises RuntimeError where anything else would be trained."""
-    uniform = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    tuned = get_peft_model(model, lora_config(lora, target), autocast_adapter_dtype=not uniform)
+    tuned = get_peft_model(model, lora_config(lora, target), autocast_adapter_dtype=not vision.sharded())
     check_trainable(tuned, target)
     kernel = vision.attention(model.dtype)
     if kernel != "sdpa":
@@ -50,13 +52,29 @@ def check_trainable(tuned, target: str) -> None:
         raise RuntimeError(f"trained and intended parameters differ in {len(wrong)} of {len(expected)} names: {wrong[:3]}")
 
 
-def save_adapter(tuned, folder: Path) -> None:
-    """A standard peft folder. Raises UserError where some B is still zero: that layer was never trained."""
-    zero = [name for name, p in tuned.named_parameters() if "lora_B" in name and not p.any()]
+def save_adapter(tuned, folder: Path, first: bool = True) -> None:
+    """A standard peft folder. Raises UserError where some B is still zero: that layer was never trained. Where parameters are
+    sharded, every process must call this (each tensor is gathered whole); the `first` alone writes."""
+    tensors = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in tuned.named_parameters() if p.requires_grad}
+    zero = [name for name, p in tensors.items() if "lora_B" in name and not p.any()]
     if zero:
         raise UserError(f"{folder}: {len(zero)} LoRA B are zero after training (first: {zero[0]}), so nothing was learnt there; "
                         "raise the learning rate or the number of examples")
-    tuned.save_pretrained(folder)
+    if first:
+        tuned.save_pretrained(folder, state_dict=tensors)
+
+
+@contextmanager
+def whole(tuned) -> Iterator[None]:
+    """Within, a sharded model (FSDP; any other is left alone) may be used outside of its own forward, too: the parameters
+    that no wrapped layer holds are gathered and stay. All processes must do the same there."""
+    sharded = isinstance(tuned, FSDPModule)
+    if sharded:
+        tuned.set_reshard_after_forward(False, recurse=False)
+        tuned.unshard()
+    yield
+    if sharded:
+        tuned.reshard()
 
 
 def load_adapter(model, folder: Path):
@@ -129,8 +147,7 @@ class StageTrainer(Trainer):
             remove_broken(made)
         self.accelerator.wait_for_everyone()
         self.train(resume_from_checkpoint=get_last_checkpoint(made) if made.is_dir() else None)
-        if self.is_world_process_zero():
-            save_adapter(self.model, folder)
+        save_adapter(self.model, folder, first=self.is_world_process_zero())
         self.accelerator.wait_for_everyone()  # nobody reads the checkpoints any more: they may be removed
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -43,6 +43,11 @@ def dtype(profile: Profile) -> torch.dtype:
     return half() if profile.dtype == "half" else torch.float32
 
 
+def sharded() -> bool:
+    """Does this process train a share of the weights (`accelerate launch` with FSDP)?"""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
 def attention(dtype: torch.dtype) -> str:
     """Kernel for training: FlashAttention 2 where it is installed and the card and dtype allow it, else torch's own.
     Inference stays with torch's: `recommendation.Read` masks candidates from each other, which the other cannot."""
@@ -100,6 +105,9 @@ def _four_bits(profile: Profile):
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
+    if sharded():
+        raise UserError(f"profile {profile.name} holds its weights in 4 bits, which FSDP does not spread over cards: launch with "
+                        "ddp.yaml, or use another profile")
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
         lacking = "bitsandbytes is not installed" if torch.cuda.is_available() else "none is here"
         raise UserError(f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and bitsandbytes "

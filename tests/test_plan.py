@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaNextForConditionalGeneration
 
 from lavic_utils import distillation as dist
-from lavic_utils import memory, minimodel, plan, training, vision
+from lavic_utils import memory, minimodel, plan, runs, training, vision
 from lavic_utils import recommendation as rec
 from lavic_utils.__main__ import main
 from lavic_utils.config import UserError, load_profile
@@ -193,6 +194,50 @@ def test_the_card_of_this_machine_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="Tesla T4", total_memory=15 * 2**30))
     with pytest.raises(UserError, match="Tesla T4"):
         plan.plan(PAPER)
+
+
+STARTS = {"teacher": lambda run: run.teach(), "distillation": lambda run: run.distil(),
+          "recommendation": lambda run: run.tune("LaViC", "beauty"), "inference": lambda run: run.model()}
+
+
+@pytest.mark.parametrize("stage", STARTS)
+@pytest.mark.parametrize(("gib", "spread", "refused"),
+                         [(1, False, True), (80, False, False), (1, True, None), (None, False, False)])
+def test_a_stage_is_refused_before_anything_is_read(monkeypatch, tmp_path, stage, gib, spread, refused):
+    """On a faked card that is too small, in one line; on a large one or none (controls) data or model are asked for; training
+    that is spread over cards (FSDP) is not judged."""
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
+    monkeypatch.setattr(runs.Run, "data_hash", "steady")
+    run = runs.Run("mini")
+
+    def reached(*_):
+        raise UserError("reached")
+    monkeypatch.setattr(runs.Run, "root", property(reached))
+    monkeypatch.setattr(vision, "load_model", reached)
+    if gib:
+        card = SimpleNamespace(name="Small", total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    if spread:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        refused = stage != "recommendation"
+        stage_refused = "teacher" if stage == "distillation" else stage  # one card writes the descriptions
+    else:
+        stage_refused = stage
+    with pytest.raises(UserError) as said:
+        STARTS[stage](run)
+    one_line = rf"profile mini does not fit a card of 1 GiB \(Small\): {stage_refused} needs [0-9.]+ GiB .*"
+    assert re.fullmatch(one_line if refused else "reached", str(said.value))
+
+
+def test_a_refused_run_ends_with_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
+    monkeypatch.setattr(runs.Run, "data_hash", "steady")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="Small", total_memory=2**30))
+    assert main(["run", "LaViC", "--domain", "beauty", "--profile", "mini"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "recommendation needs" in said.err
 
 
 @pytest.mark.parametrize("name", ["mini", "t4", "paper"])

@@ -99,6 +99,12 @@ def test_adapters_take_the_weights_dtype_under_fsdp(processor, monkeypatch):
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
 
 
+def test_four_bits_are_not_spread_over_cards(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="ddp.yaml"):
+        vision.load_model(load_profile("t4"))
+
+
 # ---------------------------------------------------------------- checkpointing
 def gradients(model, **checkpointing) -> tuple[dict, int]:
     """Gradients of one step, and the bytes that autograd kept for the way back."""
