@@ -34,9 +34,10 @@ class Run(Inputs):
 
     # ------------------------------------------------------------ keeping results
     def key(self, **what) -> str:
-        return key(code=code_hash(only=NUMBERS), data=self.data_hash, seed=self.seed, model=fingerprint(self.profile.model_path),
-                   lists=self.lists and [self.lists.name, self.lists.identity(self)],
-                   profile=self.profile.model_dump(mode="json"), **what)
+        parts = {"code": code_hash(only=NUMBERS), "data": self.data_hash, "seed": self.seed,
+                 "lists": self.lists and [self.lists.name, self.lists.identity(self)],
+                 "model": fingerprint(self.profile.model_path), "profile": self.profile.model_dump(mode="json")}
+        return key(**parts | what)
 
     def stamp(self) -> dict:
         processes = {"processes": self.processes} if self.processes > 1 else {}
@@ -100,7 +101,7 @@ class Run(Inputs):
                     found[split] += distillation.describe(model, self.processor, self.profile,
                                                           [r.title for r in group], [read(r.path) for r in group])
             return found
-        return self.kept(self.folder.parent / "teacher", make, stage="teacher")
+        return self.kept(self.folder.parent / "teacher", make, stage="teacher", seed=None)  # the same words whatever the seed
 
     def taught(self, split: str) -> list[distillation.Picture]:
         texts = self.teach()[split]
