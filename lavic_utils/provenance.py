@@ -15,7 +15,7 @@ from typing import Any
 
 from .config import PACKAGE, ROOT, Profile, UserError, real_data_dir
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "sentence-transformers", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "sentence-transformers", "numpy", "pillow")
 ROW_FIELDS = (
     "method", "domain", "seed", "conversations", "pairs", "hits", "valid",
     "hit_ratio_pairs", "hit_ratio_conversations", "validity_ratio", "ci95",
@@ -96,6 +96,11 @@ def _version(name: str) -> str | None:
         return None
 
 
+def versions(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Installed versions of the packages that can change a number, None for one that is absent."""
+    return {name: _version(name) for name in names}
+
+
 def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
     """What every file under results/ carries. No host name, no user name, no path."""
     import psutil
@@ -107,7 +112,7 @@ def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
         "code_hash": code_hash(),
         "numbers_hash": key(code=code_hash(only=NUMBERS), settings=profile.model_dump(mode="json")),
         "data_hash": data_hash,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "python": platform.python_version(),
         "machine": {
             "processor": _processor(),

@@ -15,7 +15,7 @@ from typing import Any
 from . import notebooks as nbs
 from .config import Profile, UserError, load_profile, real_data_dir, replications_dir, results_dir
 from .progress import Display, Memory, clock, shown, summary
-from .provenance import code_hash, key, profile_data_hash, provenance, tree_hash, write_json, write_text
+from .provenance import code_hash, key, profile_data_hash, provenance, tree_hash, versions, write_json, write_text
 
 SCRATCH = ("checkpoint-", ".")  # names of files and folders that a later run need not find again
 
@@ -63,11 +63,12 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def plan(profile: Profile, name: str, seeds: Sequence[int], folder: Path, only: Sequence[str] = (),
          extended: bool = False) -> list[Job]:
-    """The jobs in order. A job's key covers its cells, parameters, package, data, and the earlier notebooks' code."""
+    """The jobs in order. A job's key covers its cells, parameters, package, versions, data, and the earlier notebooks' code."""
     chosen, everything, jobs = nbs.find_notebooks(folder, only), nbs.find_notebooks(folder), []
     common = {
         "code": code_hash(),
         "profile": profile.model_dump(mode="json"),
+        "versions": versions(),
         "data": {"real": tree_hash(real_data_dir()), "replications": tree_hash(replications_dir())},
     }
     sources = {path: nbs.read_notebook(path) for path in everything}

@@ -24,7 +24,7 @@ from lavic_utils.config import DOMAINS, UserError
 from lavic_utils.evaluation import Score, score
 from lavic_utils.hub import fingerprint
 from lavic_utils.inputs import Inputs
-from lavic_utils.provenance import NUMBERS, code_hash, key, provenance, write_json, write_text
+from lavic_utils.provenance import NUMBERS, code_hash, key, provenance, versions, write_json, write_text
 
 BEGUN = "begun"  # in the folder of a stage under way: the key its checkpoints are of
 
@@ -36,7 +36,8 @@ class Run(Inputs):
     def key(self, **what) -> str:
         parts = {"code": code_hash(only=NUMBERS), "data": self.data_hash, "seed": self.seed,
                  "lists": self.lists and [self.lists.name, self.lists.identity(self)],
-                 "model": fingerprint(self.profile.model_path), "profile": self.profile.model_dump(mode="json")}
+                 "model": fingerprint(self.profile.model_path), "profile": self.profile.model_dump(mode="json"),
+                 "versions": versions()}
         return key(**parts | what)
 
     def stamp(self) -> dict:

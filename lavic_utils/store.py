@@ -1,9 +1,9 @@
 """Visual store: every image file is decoded, tiled and encoded once; its vectors are read memory-mapped after that.
 
 A store is a folder named by the key of all that makes its vectors what they are (`key_of`): model and revision (or the
-local checkpoint's content), adapter, processor settings, dtype, kind of tokens, and the code that encodes. It holds the
-vectors after the projector, not before: they are what stage 2 and inference read, so nothing is computed at reading,
-and vectors before it would be good for no other adapter either, since stage 1 trains the tower and the projector both.
+local checkpoint's content), adapter, processor settings, dtype, kind of tokens, and the code and libraries that encode.
+It holds the vectors after the projector, not before: they are what stage 2 and inference read, so nothing is computed at
+reading, and vectors before it would be good for no other adapter either: stage 1 trains the tower and the projector both.
 
 On disk: shards of SHARD images, `<key of the images>-<start of the file's sha256>.safetensors`, one tensor (tokens,
 hidden size) an image, named by the sha256 of the image file; an image that cannot be decoded has an empty one. `index.json`
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lavic_utils.provenance import code_hash, key, write_json
+from lavic_utils.provenance import code_hash, key, versions, write_json
 
 log = logging.getLogger(__name__)
 GROUP, SHARD = 64, 256  # images encoded at once, and in a file: what a kill can lose
@@ -55,7 +55,7 @@ def key_of(model: str, revision: str | None, adapter: Path | None, processor, dt
     """Name of the store's folder: `model` is a hub id or a checkpoint's folder, `adapter` a peft folder."""
     return key(model=content(model) or [model, revision], adapter=content(adapter) if adapter else None, dtype=str(dtype),
                processor=json.loads(processor.image_processor.to_json_string()), kind=kind,
-               code=code_hash(only=("store", "vision")))
+               code=code_hash(only=("store", "vision")), versions=versions(("torch", "transformers", "peft", "pillow")))
 
 
 class Store(Mapping[str, Tensor]):
