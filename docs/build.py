@@ -125,9 +125,9 @@ def table_of_contents(root: Path, problems: Problems) -> tuple[dict[str, Any], s
                 continue
             found.add(f"{name}.md" if name in made else str(file))
             if name == "docs/api":
-                modules = [f"docs/api/lavic_utils/lavic_utils.{m}" for group in pages.modules(root).values() for m in group]
-                chapter["sections"] = [{"file": m} for m in modules]
-                found |= {f"{m}.md" for m in modules}
+                modules = {m: f"docs/api/lavic_utils/lavic_utils.{m}" for group in pages.modules(root).values() for m in group}
+                chapter["sections"] = [{"file": file, "title": m} for m, file in modules.items()]
+                found |= {f"{file}.md" for file in modules.values()}
             chapters.append(chapter)
         part["chapters"] = chapters
     toc["parts"] = [part for part in toc["parts"] if part["chapters"]]
