@@ -6,23 +6,28 @@ What Sphinx cannot know is rewritten here: links to files outside the site, pict
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from typing import Any
 
 import pages
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "docs" / "site"
 MOVED = {"README.md": "index.md", "results/claims.md": "docs/claims.md"}  # what has another place in the site
 # Code (left alone), or a Markdown link or image: `[text](target)`, `![text](target)`.
 CODE_OR_LINK = re.compile(r"```.*?```|(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)|`[^`\n]*`", re.S)
+
+ESCAPES = str.maketrans({c: f"\\{c}" for c in "[]*_`$<>\\"})  # so that an alternative text stays text within Markdown
 
 
 class Problems(list[str]):
@@ -62,7 +67,7 @@ def rewrite(text: str, page: str, root: Path, pages_of_site: set[str], problems:
     return CODE_OR_LINK.sub(one, text)
 
 
-def stage_output(output: dict[str, Any], where: str, keep: Callable[[str, str], str], problems: Problems) -> dict[str, Any] | None:
+def stage_output(output: dict[str, Any], where: str, keep: Callable[[str], str], problems: Problems) -> dict[str, Any] | None:
     """A notebook output for the site: a picture becomes Markdown with its alternative text (the output's own text, as
     `figures.Kept` gives it); a live widget, which nothing would drive here, is left out."""
     data = output.get("data", {})
@@ -74,35 +79,31 @@ def stage_output(output: dict[str, Any], where: str, keep: Callable[[str, str], 
     if not alt or alt.startswith("<"):
         problems.append(f"{where}: a picture has no alternative text (figures.keep(..., alt=...))")
         alt = ""
-    name = keep("".join(data["image/png"]), alt)
+    name = keep("".join(data["image/png"]))
     return {"output_type": "display_data", "metadata": {}, "data": {"text/markdown": f"![{alt.translate(ESCAPES)}]({name})"}}
 
 
-ESCAPES = str.maketrans({c: f"\\{c}" for c in "[]*_`$<>\\"})
-
-
 def stage_notebook(path: Path, page: str, out: Path, root: Path, pages_of_site: set[str], problems: Problems) -> None:
-    """Write the notebook for the site: links rewritten, pictures beside it, a target above each cell that keeps figures."""
-    from base64 import b64decode
-
+    """Write the notebook for the site: links rewritten, pictures beside it, a target above each code cell."""
     book = json.loads(path.read_text(encoding="utf-8"))
     book["metadata"].pop("widgets", None)
-    cells, made = [], 0
+    cells = []
+
+    def keep(png: str) -> str:
+        content = b64decode(png)
+        name = f"{out.stem}-{hashlib.sha256(content).hexdigest()[:8]}.png"
+        (out.parent / name).write_bytes(content)
+        return name
+
     for number, cell in enumerate(book["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             cell["source"] = rewrite(source, page, root, pages_of_site, problems)
         elif cell["cell_type"] == "code":
-            def keep(png: str, alt: str) -> str:
-                nonlocal made
-                made += 1
-                (out.parent / f"{out.stem}-{made}.png").write_bytes(b64decode(png))
-                return f"{out.stem}-{made}.png"
-
             staged = [stage_output(o, f"{page}, cell {number}", keep, problems) for o in cell["outputs"]]
             cell["outputs"] = [o for o in staged if o is not None]
             cells.append({"cell_type": "markdown", "id": f"to-{number}", "metadata": {},
-                          "source": f'<span id="{pages.cell_target(number)}"></span>'})
+                          "source": f'<div id="{pages.cell_target(number)}"></div>'})
         cells.append(cell)
     book["cells"] = cells
     out.write_text(json.dumps(book), encoding="utf-8")
@@ -110,8 +111,6 @@ def stage_notebook(path: Path, page: str, out: Path, root: Path, pages_of_site: 
 
 def table_of_contents(root: Path, problems: Problems) -> tuple[dict[str, Any], set[str]]:
     """site/_toc.yml with the modules' API pages added and missing pages taken out (each a problem); the site's pages."""
-    import yaml
-
     toc = yaml.safe_load((SITE / "_toc.yml").read_text(encoding="utf-8"))
     made = {"docs/gallery", "docs/claims", "docs/api"}
     found = {"index.md"}
@@ -136,8 +135,6 @@ def table_of_contents(root: Path, problems: Problems) -> tuple[dict[str, Any], s
 
 def stage(root: Path, out: Path) -> Problems:
     """Write the book's source into `out` (made new). Returns what is wrong with it."""
-    import yaml
-
     problems = Problems()
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(SITE, out, ignore=shutil.ignore_patterns("__pycache__"))
@@ -183,6 +180,8 @@ def main() -> int:
     program = Path(sys.executable).with_name("jupyter-book")
     command = [program, "build", chosen.out / "source", "--path-output", chosen.out.parent, "-q", *strict]
     code = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
+    for unused in [*(chosen.out / "html" / "_static").rglob("*.map"), *(chosen.out / "html" / "_static").glob("*macros.html")]:
+        unused.unlink()  # the theme's own tools, no part of the site
     print(f"the site: {chosen.out / 'html' / 'index.html'}" if code == 0 else "the site is not built: see above", file=sys.stderr)
     return min(code, 1)
 

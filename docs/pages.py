@@ -21,7 +21,8 @@ FLOW = {
     "Answering: the methods": ("inputs", "runs", "methods", "hub", "openmodels", "endpoint", "proprietary"),
     "Judging: scores, tables, figures": ("evaluation", "ranking", "answers", "report", "style", "figures"),
     "The audit of the paper": ("audit", "claims"),
-    "Running and checking": ("provenance", "progress", "reproduce", "notebooks", "readme", "packaging", "commands", "plan", "memory"),
+    "Running and checking": ("provenance", "progress", "reproduce", "notebooks", "readme", "packaging", "commands", "plan",
+                             "memory"),
     "Measuring speed": ("direct", "bench", "bench_model", "bench_gpu", "growth"),
     "Making the mini model": ("pretraining", "pretraining_images", "pretraining_main"),
 }
@@ -81,43 +82,43 @@ def about(path: Path) -> dict[str, Any]:
         return json.loads(image.info.get("Comment", "{}"))
 
 
-def _facts(known: Mapping[str, Any], origin: str) -> str:
+def _entry(name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
+    """One figure of the gallery: heading, picture, caption and where it comes from."""
     seeds = known.get("seeds") or [known.get("seed")]
     versions = ", ".join(f"{k} {v}" for k, v in known.get("versions", {}).items() if v)
     rows = {"Tier": f'<span class="tier">{escape(str(known.get("tier", "unknown")))}</span>', "Cell": origin,
             "Data": f"profile {known.get('profile')}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, "
                     f"data <code>{known.get('data_hash')}</code>",
             "Code": f"<code>{known.get('code_hash')}</code>; {escape(versions)}", "Made": str(known.get("time", ""))[:10]}
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
+    facts = "".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in rows.items())
+    title = re.sub(r"^(figures|results/bench)/|\.png$", "", name).replace("_", " ")
+    return (f'### {title}\n\n<figure class="kept"><a href="../{name}"><img src="../{name}" alt="{escape(alt, quote=True)}" '
+            f'loading="lazy"></a><figcaption>{escape(alt)}<dl>{facts}</dl></figcaption></figure>\n')
 
 
 def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str:
     """Every figure with its tier, the cell that makes it, the data and code it came from, and its alternative text."""
     books = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((root / "notebooks").glob("*.ipynb"))}
-    titles = {n: "".join(b["cells"][0]["source"]).splitlines()[0].lstrip("# ") for n, b in books.items()}
-    groups: dict[str, list[str]] = {n: [] for n in [*titles, "bench"]}
+    titles = {n: "".join(b["cells"][0]["source"]).splitlines()[0].lstrip("# ") for n, b in books.items()} | {"": "Speed"}
+    groups: dict[str, list[str]] = {n: [] for n in titles}
     for name, path in figures.items():
-        known, stem = about(path), name.removeprefix("figures/").removesuffix(".png")
-        where = None if name.startswith("results/") else maker(stem, books)
-        if where is None and not name.startswith("results/"):
-            problems.append(f"{name}: no notebook cell names it")
-            continue
-        alt = known.get("alt", "")
-        if not alt and where:
-            problems.append(f"{name}: no alternative text (figures.keep(..., alt=...) in notebooks/{where[0]}.ipynb)")
-        origin = "<code>make bench</code>"
-        if where:
-            notebook, number, section = where
-            origin = (f'<a href="../notebooks/{notebook}.html#{cell_target(number)}">notebook {notebook[:2]}, '
-                      f"code below “{escape(section.replace('`', ''))}”</a>" if section else f"notebook {notebook[:2]}")
-        alt = alt or ("Bars of the speeds that the table on the front page states." if not where else "")
-        groups[where[0] if where else "bench"].append(
-            f'### {stem.removeprefix("results/bench/").replace("_", " ")}\n\n<figure class="kept"><a href="../{name}"><img src="../{name}" '
-            f'alt="{escape(alt, quote=True)}" loading="lazy"></a><figcaption>{escape(alt)}{_facts(known, origin)}</figcaption></figure>\n')
-    parts = ["# Figure gallery", "", "Each figure with the evidence tier that its numbers have, the notebook cell that draws it, and "
-             "the data and code it came from, as stored in the file itself. A click opens the file.", ""]
+        known, notebook = about(path), ""
+        alt, origin = known.get("alt", ""), "<code>make bench</code>"
+        if not name.startswith("results/bench/"):
+            found = maker(name.removeprefix("figures/").removesuffix(".png"), books)
+            if found is None:
+                problems.append(f"{name}: no notebook cell names it")
+                continue
+            notebook, number, section = found
+            below = f", below “{escape(section.replace('`', ''))}”" if section else ""
+            origin = f'<a href="../notebooks/{notebook}.html#{cell_target(number)}">notebook {notebook[:2]}{below}</a>'
+        if not alt:
+            problems.append(f"{name}: no alternative text stored ({notebook or 'make bench'}: alt=...)")
+        groups[notebook].append(_entry(name, known, alt, origin))
+    parts = ["# Figure gallery", "", "Each figure with the evidence tier that its numbers have, the notebook cell that draws it, "
+             "and the data and code it came from, as stored in the file itself. A click opens the file.", ""]
     for key, made in groups.items():
-        parts += [f"## {titles.get(key, 'Speed')}", "", *made] if made else []
+        parts += [f"## {titles[key]}", "", *made] if made else []
     return "\n".join(parts)
 
 
@@ -149,6 +150,12 @@ def _claim(row: Mapping[str, Any]) -> list[str | tuple[str, str]]:
             (ours or "–", str(row["ours"][0]["value"]) if row["ours"] else ""), escape(row["status"]), escape(row["reason"])]
 
 
+def _difference(row: Mapping[str, Any]) -> list[str | tuple[str, str]]:
+    least, greatest = row["p paired, least"], row["p paired, greatest"]
+    return [escape(row["against"]), row["domain"], number(row["difference"]), (f"{row['low']:+.3f} to {row['high']:+.3f}",
+            str(row["low"])), (f"{least:.2g}", str(least)), (f"{greatest:.2g}", str(greatest)), escape(row["verdict"])]
+
+
 def claims(found: Mapping[str, Any]) -> str:
     """The claims ledger: results/claims.json as sortable, filterable tables."""
     sizes = "\n".join(f"- {d}: {s['conversations']} conversations, {s['pairs']} ground-truth items, {s['distinct']} distinct"
@@ -158,10 +165,7 @@ def claims(found: Mapping[str, Any]) -> str:
                   ("method", "domain", "metric", "status"))
     pairs = table("LaViC's lead over each method, judged by test size alone",
                   ("against", "domain", "difference", "95 %", "p, least paired", "p, greatest paired", "verdict"),
-                  [[escape(c["against"]), c["domain"], number(c["difference"]), (f"{c['low']:+.3f} to {c['high']:+.3f}", str(c["low"])),
-                    (f"{c['p paired, least']:.2g}", str(c["p paired, least"])),
-                    (f"{c['p paired, greatest']:.2g}", str(c["p paired, greatest"])), escape(c["verdict"])]
-                   for c in found["comparisons"]], ("against", "domain", "verdict"))
+                  map(_difference, found["comparisons"]), ("against", "domain", "verdict"))
     return f"""# Claims ledger
 
 Every figure of the paper's tables, and what stands for or against it. A click on a column's name sorts by it; the fields above

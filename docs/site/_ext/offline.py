@@ -21,7 +21,8 @@ def visit_inline(self: HTML5Translator, node: nodes.math) -> None:
 
 
 def visit_block(self: HTML5Translator, node: nodes.math_block) -> None:
-    self.body.append(f'<div class="equation" tabindex="0" role="group" aria-label="Equation">{mathml(node.astext(), "block")}</div>\n')
+    formula = mathml(node.astext(), "block")
+    self.body.append(f'<div class="equation" tabindex="0" role="group" aria-label="Equation">{formula}</div>\n')
     raise nodes.SkipNode
 
 
