@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from docutils import nodes
@@ -12,7 +13,10 @@ from sphinx.writers.html5 import HTML5Translator
 
 def mathml(tex: str, display: str) -> str:
     """MathML of a TeX formula, with the TeX itself as its text for readers that do not speak MathML."""
-    return convert(tex.strip(), display=display).replace("<math ", f'<math alttext="{escape(tex.strip(), quote=True)}" ', 1)
+    made = convert(tex.strip(), display=display)
+    made = re.sub(r"(<mi>(?:log|exp|max|min)</mi>)", r'\1<mspace width="0.17em"/>', made)
+    made = re.sub(r'<m[in] mathvariant="double-struck">1</m[in]>', "<mi>\N{MATHEMATICAL DOUBLE-STRUCK DIGIT ONE}</mi>", made)
+    return made.replace("<math ", f'<math alttext="{escape(tex.strip(), quote=True)}" ', 1)
 
 
 def visit_inline(self: HTML5Translator, node: nodes.math) -> None:
