@@ -15,14 +15,16 @@ import sys
 from base64 import b64decode
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from posixpath import normpath
+from posixpath import normpath, relpath
 from typing import Any
+from urllib.parse import unquote
 
 import pages
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "docs" / "site"
+BUILT = ROOT / "docs" / "_build"  # source/: what is staged; html/: the site
 MOVED = {"README.md": "index.md", "results/claims.md": "docs/claims.md"}  # what has another place in the site
 # Code (left alone), or a Markdown link or image: `[text](target)`, `![text](target)`.
 CODE_OR_LINK = re.compile(r"```.*?```|(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)|`[^`\n]*`", re.S)
@@ -37,9 +39,13 @@ class Problems(list[str]):
 def site_target(target: str, page: str, root: Path, pages_of_site: set[str], problems: Problems) -> str | None:
     """What a link of `page` (path from the root) becomes: a target, or None where it leads out of the site and only its
     text stays. A target that is not in the repository is a problem."""
-    if re.match(r"[a-z]+:|#", target):
+    if re.match(r"[a-z]+:", target):
         return target
     path, _, anchor = target.partition("#")
+    if (path or page).endswith(".ipynb"):  # Jupyter's anchors (`#What-is-a-tile?`) as the site writes them (`#what-is-a-tile`)
+        anchor = re.sub(r"[^\w-]", "", unquote(anchor).lower())
+    if not path:
+        return f"#{anchor}"
     place = normpath(str(PurePosixPath(page).parent / path))
     if not (root / place).exists() and place not in pages_of_site:
         problems.append(f"{page}: link to {target}, which does not exist")
@@ -48,8 +54,7 @@ def site_target(target: str, page: str, root: Path, pages_of_site: set[str], pro
     place = f"docs/api/lavic_utils/lavic_utils.{module[1]}.md" if module else MOVED.get(place, place)
     if place not in pages_of_site and not place.endswith(".png"):
         return None
-    up = "../" * (len(PurePosixPath(MOVED.get(page, page)).parts) - 1)
-    return up + place + (f"#{anchor}" if anchor else "")
+    return relpath(place, PurePosixPath(MOVED.get(page, page)).parent) + (f"#{anchor}" if anchor else "")
 
 
 def rewrite(text: str, page: str, root: Path, pages_of_site: set[str], problems: Problems) -> str:
@@ -166,21 +171,20 @@ def stage(root: Path, out: Path) -> Problems:
 def main() -> int:
     """Exit code 0: built; 1: Sphinx failed; 2: something is missing, one line each."""
     parser = argparse.ArgumentParser(description="Build the static site of the companion.")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "_build", help="folder of source/, html/ and doctrees")
     parser.add_argument("--draft", action="store_true", help="build although alternative texts or pages are missing")
     chosen = parser.parse_args()
-    problems = stage(ROOT, chosen.out / "source")
+    problems = stage(ROOT, BUILT / "source")
     for problem in problems:
         print(f"{'missing' if chosen.draft else 'error'}: {problem}", file=sys.stderr)
     if problems and not chosen.draft:
         print(f"the site is not built: {len(problems)} things to mend (--draft builds all the same)", file=sys.stderr)
         return 2
-    shutil.rmtree(chosen.out / "html", ignore_errors=True)
+    shutil.rmtree(BUILT / "html", ignore_errors=True)
     strict = [] if chosen.draft else ["--warningiserror", "--keep-going"]
     program = Path(sys.executable).with_name("jupyter-book")
-    command = [program, "build", chosen.out / "source", "--path-output", chosen.out.parent, "-q", *strict]
+    command = [program, "build", BUILT / "source", "--path-output", BUILT.parent, "-q", *strict]
     code = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
-    for unused in [*(chosen.out / "html" / "_static").rglob("*.map"), *(chosen.out / "html" / "_static").glob("*macros.html")]:
+    for unused in [*(BUILT / "html" / "_static").rglob("*.map"), *(BUILT / "html" / "_static").glob("*macros.html")]:
         unused.unlink()  # the theme's own tools, no part of the site
     return 1 if code else 0
 

@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 import build  # noqa: E402
 import pages  # noqa: E402
 
-SITE = {"index.md", "docs/glossary.md", "docs/claims.md", "notebooks/01_a.ipynb", "docs/api/lavic_utils/lavic_utils.data.md"}
+SITE = {"index.md", "docs/glossary.md", "docs/claims.md", "notebooks/01_a.ipynb", "notebooks/02.ipynb",
+        "docs/api/lavic_utils/lavic_utils.data.md"}
 
 
 @pytest.fixture
@@ -37,9 +38,10 @@ def root(tmp_path: Path) -> Path:
     ("README.md", "![A picture](figures/a.png)", "![A picture](figures/a.png)"),
     ("README.md", "[paper](https://example.org/a#b) and [below](#here)", "[paper](https://example.org/a#b) and [below](#here)"),
     ("notebooks/01_a.ipynb", "[hr](../docs/glossary.md#hr-at-1)", "[hr](../docs/glossary.md#hr-at-1)"),
+    ("notebooks/01_a.ipynb", "[x](#What-is-a-tile?) [y](02.ipynb#Why%3F)", "[x](#what-is-a-tile) [y](02.ipynb#why)"),
     ("notebooks/01_a.ipynb", "[front](../README.md)", "[front](../index.md)"),
     ("notebooks/01_a.ipynb", "[CLS], [[CLS] token](../docs/glossary.md)", "[CLS], [[CLS] token](../docs/glossary.md)"),
-    ("docs/glossary.md", "[`data`](../lavic_utils/data.py)", "[`data`](../docs/api/lavic_utils/lavic_utils.data.md)"),
+    ("docs/glossary.md", "[`data`](../lavic_utils/data.py)", "[`data`](api/lavic_utils/lavic_utils.data.md)"),
     ("README.md", "`[a](none.md)` and\n```\n[b](none.md)\n```", "`[a](none.md)` and\n```\n[b](none.md)\n```"),
 ])  # fmt: skip
 def test_links_hold_in_the_site(root: Path, page: str, text: str, expected: str) -> None:
