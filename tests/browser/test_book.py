@@ -4,6 +4,7 @@ Each check is a function that returns what is wrong, and is itself tested on a p
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -290,10 +291,23 @@ def test_search_finds_from_the_file_system(page, errors: list[str], site: Path) 
     assert errors == []
 
 
-def test_equations_and_folded_solutions(page, site: Path) -> None:
-    """Equations are drawn without a script; a reader meets questions before answers."""
+def test_equations_are_drawn_without_a_script(page, site: Path) -> None:
     page.goto(f"{site.as_uri()}/notebooks/04_evaluation.html")
     box = page.locator(".equation math").first.bounding_box()
     assert box["width"] > 100 and box["height"] > 20
     assert "\\frac" not in page.locator("article").inner_text()
-    assert page.locator("details[open]").count() == 0
+
+
+def test_answers_and_solutions_are_folded(page, site: Path) -> None:
+    """A reader meets the question first; every solution cell is there, once opened."""
+    for path in sorted((site.parents[2] / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        solutions = [c for c in cells if "hide-cell" in c["metadata"].get("tags", [])]
+        page.goto(f"{site.as_uri()}/notebooks/{path.stem}.html")
+        assert page.locator("article details[open]").count() == 0
+        folded = page.locator("article details.hide")
+        assert folded.count() == len(solutions)
+        for fold, cell in zip(folded.all(), solutions, strict=True):
+            assert not fold.locator("pre").first.is_visible()
+            fold.locator("summary").click()
+            assert fold.locator("pre").first.inner_text().splitlines()[0] == "".join(cell["source"]).splitlines()[0]
