@@ -5,12 +5,13 @@ SEEDS ?= 1
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.lavic-installed
+BOOK := $(CURDIR)/.venv-book
 FRESH := $(CURDIR)/.cache/test
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
-.PHONY: reproduce test install quick mini-model world bench notebooks readme lock lab clean
+.PHONY: reproduce test test-browser book install quick mini-model world bench notebooks readme lock lab clean
 
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
@@ -27,7 +28,22 @@ quick: $(STAMP)
 	$(PY) -m lavic_utils environment --check
 	$(PY) -m lavic_utils readme --check
 	$(PY) -m lavic_utils notebooks check
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q tests --ignore tests/browser
+
+# The site of docs/site/_toc.yml in docs/_build/html. Its tools need another markdown-it-py than JupyterLab does: an
+# environment of their own, without torch.
+book: $(BOOK)/.installed
+	$(BOOK)/bin/python docs/build.py $(BOOKFLAGS)
+
+$(BOOK)/.installed: docs/requirements.lock
+	test -x $(BOOK)/bin/python || $(PYTHON) -m venv $(BOOK)
+	@echo "installing the site's tools into .venv-book (once; under a minute)"
+	$(BOOK)/bin/python -m pip install --quiet -r docs/requirements.lock
+	touch $@
+
+# The site and the demo in the system's Chromium; skipped where there is none, unless LAVIC_BROWSER=required.
+test-browser: $(STAMP) book
+	$(PY) -m pytest -q tests/browser
 
 install: $(STAMP)
 
@@ -63,5 +79,5 @@ lab: $(STAMP)
 	$(PY) -m jupyter lab notebooks
 
 clean:
-	rm -rf $(VENV) $(CURDIR)/.cache $(CURDIR)/data $(CURDIR)/build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BOOK) $(CURDIR)/docs/_build $(CURDIR)/.cache $(CURDIR)/data $(CURDIR)/build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find lavic_utils tests -name __pycache__ -type d -prune -exec rm -rf {} +
