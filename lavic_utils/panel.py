@@ -1,0 +1,292 @@
+"""Trying a trained run: a request, its ten candidates, what LaViC and two of its ablations answer, and what a swapped,
+hidden or given picture changes. Data and one figure: the page (`demo`) and the widget of notebook 06 (`widget`) show them.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import re
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from lavic_utils import data, distillation, methods, recommendation, retrieval, style, training, vision
+from lavic_utils.config import DOMAINS, UserError
+from lavic_utils.recommendation import Answer
+from lavic_utils.runs import Run
+
+METHODS = {"LaViC": "distilled", "LaViC w/o images": None, "LaViC w/o self-distillation": "base"}  # and what each sees
+STUDENT = "default"  # the stage-1 adapter's name in the one model that holds all adapters
+MAX_WORDS, MAX_BYTES, MAX_PIXELS, MIN_SIDE, MAX_RATIO, KEPT_SIDE = 200, 4 * 2**20, 16_000_000, 16, 10, 1024
+UPLOADS = ("PNG", "JPEG", "WEBP")
+MINUTES = 6  # training everything for the mini profile on 2 cores, rounded up
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request with its ten candidates, and what was changed. `shows`: item -> the picture it shows instead of its own
+    (another item's id, or PNG bytes); `hidden`: item -> tiles whose [CLS] vector is taken out (0: the whole image, then
+    the crops). `notes`: lines that whoever asked should read."""
+
+    dialogue: data.Dialogue
+    candidates: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    shows: Mapping[str, str | bytes] = field(default_factory=dict)
+    hidden: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+    def picture(self, asin: str) -> str | bytes:
+        return self.shows.get(asin, asin)
+
+    def swap(self, one: str, other: str) -> Case:
+        """The same with the pictures of two items exchanged; title and id stay where they are."""
+        return replace(self, shows={**self.shows, one: self.picture(other), other: self.picture(one)})
+
+    def hide(self, asin: str, tiles: Iterable[int]) -> Case:
+        return replace(self, hidden={**self.hidden, asin: frozenset(tiles)})
+
+    def show(self, asin: str, png: bytes) -> Case:
+        return replace(self, shows={**self.shows, asin: png})
+
+    def reset(self) -> Case:
+        return replace(self, shows={}, hidden={})
+
+
+class Panel:
+    """One run, ready to answer: one model with every adapter (the student's and each method's and domain's), used by one
+    visitor at a time. Makes nothing: see `prepare`. Raises UserError where an adapter is missing or of another model."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.domains, self._lock = run, domains(run), threading.RLock()
+        self.model = training.load_adapter(run.model(), run.folder / "stage1" / "adapter")
+        for method in METHODS:
+            for domain in self.domains:
+                folder = run.folder / "stage2" / methods.slug(method) / domain / "adapter"
+                found = self.model.load_adapter(str(folder), adapter_name=_name(method, domain))
+                if lost := [key for key in found.missing_keys if f".{_name(method, domain)}." in key]:
+                    raise UserError(f"{folder}: {len(lost)} adapter weights are missing (first: {lost[0]}); train it again")
+        self.model.eval().requires_grad_(False)
+        self._vectors = functools.lru_cache(maxsize=2048)(self._encode)
+
+    # ------------------------------------------------------------ what can be asked
+    def example(self, domain: str, number: int) -> Case:
+        """Test dialogue `number` (from 0) with its own candidate list. UserError where there is none."""
+        rows = self.run.dialogues(domain, "test")
+        if not 0 <= number < len(rows):
+            raise UserError(f"{domain} has test dialogues 0 to {len(rows) - 1}, not {number}")
+        return Case(rows[number], getattr(rows[number], self.run.profile.candidates))
+
+    def examples(self, domain: str, count: int = 12) -> dict[str, int]:
+        """The first test dialogues whose list holds a right answer: what the seeker says -> number."""
+        rows, which = self.run.dialogues(domain, "test"), self.run.profile.candidates
+        good = [i for i, d in enumerate(rows) if set(d.gt_items) & set(getattr(d, which))][:count]
+        return {f"{i} · {' '.join(text for who, text in rows[i].turns if who == 'seeker')[:90]}": i for i in good}
+
+    def request(self, domain: str, text: str, retriever: str = "BM25") -> Case:
+        """A typed request, with the ten titles of the domain's catalogue that `retriever` ranks first, in no particular
+        order, as in the data. UserError for an empty or very long one."""
+        text, unknown = spelled(self.run.processor.tokenizer, " ".join(re.sub(r"[<>]", " ", text).split()))
+        if not text or len(text.split()) > MAX_WORDS or len(text) > 10 * MAX_WORDS:
+            raise UserError(f"a request of 1 to {MAX_WORDS} words is expected; this one has {len(text.split())}")
+        asins, titles = self.run.domain_catalogue(domain)
+        order = retrieval.rank(retriever, [text], titles)
+        ten = tuple(retrieval.candidate_lists(order, asins, seed=self.run.seed)[0])
+        notes = [f"The ten candidates: what {retriever} finds for the request among the {len(asins)} {domain} titles."]
+        words = set(re.findall(r"\w+", " ".join(titles).lower()))
+        if retriever == "BM25" and words.isdisjoint(re.findall(r"\w\w+", text.lower())):
+            notes = [f"No {domain} title shares a word with the request, so the ten candidates are arbitrary."]
+        if unknown:
+            notes.append(f"Outside the vocabulary of this {self.run.profile.name} model, which reads each as \"unknown\" and "
+                         f"answers from the rest: {', '.join(unknown)}.")
+        dialogue = data.Dialogue.model_construct(
+            domain=domain, split="typed", line=0, context=f"<submission>{text}</submission>", context_items=(), gt="",
+            gt_items=(), **{self.run.profile.candidates: ten})
+        return Case(dialogue, ten, tuple(notes))
+
+    # ------------------------------------------------------------ what is seen
+    def image(self, picture: str | bytes) -> Image.Image | None:
+        """The picture of an item, or a given one; None where the item's is missing or corrupt."""
+        if isinstance(picture, bytes):
+            return Image.open(io.BytesIO(picture), formats=("PNG",)).convert("RGB")
+        return data.open_image(data.image_file(self.run.root, picture))
+
+    def _encode(self, picture: str | bytes, kind: str) -> Tensor | None:
+        if (image := self.image(picture)) is None:
+            return None
+        with self._lock:
+            self.model.set_adapter(STUDENT)
+            values, sizes = vision.pixels(self.run.processor, [image])
+            if kind == "distilled":
+                return vision.encode(self.model, [0], values, sizes)[0]
+            with self.model.disable_adapter():
+                return vision.encode(self.model, [0], values, sizes)[0]
+
+    def tiles(self, case: Case, asin: str) -> int:
+        """How many tiles the item's picture has, hidden ones too (0: no picture)."""
+        found = self._vectors(case.picture(asin), "base")
+        return 0 if found is None else len(found)
+
+    def visual(self, case: Case, kind: str) -> dict[str, Tensor]:
+        """[CLS] vectors of the candidates as the case shows them: "distilled" or "base", (tiles left, hidden size) each;
+        an item that shows nothing is left out."""
+        found = {a: self._vectors(case.picture(a), kind) for a in case.candidates}
+        kept = {a: v[_left(len(v), case.hidden.get(a, ()))] for a, v in found.items() if v is not None}
+        return {a: v for a, v in kept.items() if len(v)}
+
+    # ------------------------------------------------------------ what is said
+    def answer(self, case: Case) -> dict[str, Answer]:
+        """What each method answers, and how likely it thought each candidate."""
+        found = {}
+        for method, kind in METHODS.items():
+            prompter = self.run.prompter(self.visual(case, kind) if kind else None)
+            with self._lock:
+                self.model.set_adapter(_name(method, case.dialogue.domain))
+                found[method] = recommendation.answer(self.model, prompter, [case.dialogue], self.run.profile.candidates)[0]
+        return found
+
+    def describe(self, case: Case, asin: str) -> str:
+        """What the student says of the item's picture, from the title and the [CLS] vectors that are left ("" without one)."""
+        image, title = self.image(case.picture(asin)), self.run.titles[asin]
+        if image is None:
+            return ""
+
+        def left(model, values: Tensor, sizes: Tensor) -> list[Tensor]:
+            return [v[_left(len(v), case.hidden.get(asin, ()))] for v in vision.cls_tokens(model, values, sizes)]
+        with self._lock:
+            self.model.set_adapter(STUDENT)
+            pictures = [vision.pixels(self.run.processor, [image])]
+            return distillation.describe(self.model, self.run.processor, self.run.profile, [title], pictures, left)[0]
+
+    def table(self, case: Case, now: Mapping[str, Answer], before: Mapping[str, Answer] | None = None) -> pd.DataFrame:
+        """One row a candidate: title, whose picture it shows, tiles hidden, and each method's likelihood of its id (and
+        what it was before)."""
+        def shown(asin: str) -> str:
+            picture = case.picture(asin)
+            return "a given picture" if isinstance(picture, bytes) else "its own" if picture == asin else picture
+        frame = pd.DataFrame({"title": [self.run.titles[a] for a in case.candidates],
+                              "picture": [shown(a) for a in case.candidates],
+                              "tiles hidden": [len(case.hidden.get(a, ())) for a in case.candidates]}, index=list(case.candidates))
+        for name, answers in (("", now), (", before", before or {})):
+            for method, found in answers.items():
+                frame[method + name] = found.probabilities
+        return frame
+
+    def figure(self, case: Case, now: Mapping[str, Answer], before: Mapping[str, Answer] | None = None) -> Figure:
+        """The ten pictures as shown, and under them each method's likelihoods; its choice filled, the others pale, what was
+        before as a line. A figure of its own, not pyplot's: visitors' threads may draw at once."""
+        names, size = case.candidates, (10.5, 1.6 + 0.8 * len(now))
+        with matplotlib.rc_context({"font.size": 8, "text.color": style.INK}):
+            axes = (figure := Figure(size)).subplots(len(now) + 1, len(names), height_ratios=[1.7, *[0.8] * len(now)])
+            for axis, asin in zip(axes[0], names, strict=True):
+                image = self.image(case.picture(asin))
+                axis.set(xticks=[], yticks=[])
+                axis.set_xlabel(self.run.titles[asin].replace(" ", "\n")[:60], fontsize=6.5)
+                axis.imshow(image) if image else axis.text(0.5, 0.5, "no image", ha="center", transform=axis.transAxes)
+                if asin in case.shows or case.hidden.get(asin):
+                    axis.set_title("changed", fontsize=7)
+                for spine in axis.spines.values():
+                    spine.set(visible=asin in case.dialogue.gt_items, color=style.BLUE, linewidth=3)
+            for row, (method, found) in zip(axes[1:], now.items(), strict=True):
+                for i, (axis, weight) in enumerate(zip(row, found.probabilities, strict=True)):
+                    chosen = found.recommended == names[i]
+                    axis.bar([0], [weight], color=style.method_colour(method), alpha=1 if chosen else 0.35)
+                    axis.text(0, weight + 0.05, f"{weight:.2f}", ha="center", weight="bold" if chosen else "normal", fontsize=7)
+                    if before:
+                        axis.axhline(before[method].probabilities[i], color=style.INK, lw=1, ls=":")
+                    axis.set(ylim=(0, 1.35), xlim=(-0.6, 0.6), xticks=[], yticks=[])
+                    axis.spines[["top", "right", "left"]].set_visible(False)
+                row[0].set_ylabel(method.replace("LaViC w/o", "w/o").replace("-dis", "-\ndis"), rotation=0, ha="right", va="center")
+        return figure
+
+    def sentence(self, case: Case, now: Mapping[str, Answer]) -> str:
+        """The answers in words, for whoever cannot see the picture."""
+        parts = [f"{method} chooses {self.run.titles[a.recommended]} ({a.probabilities[case.candidates.index(a.recommended)]:.2f})"
+                 if a.recommended in case.candidates else f"{method} writes no candidate's id" for method, a in now.items()]
+        return f"Ten candidates with their pictures. {'; '.join(parts)}. {self.run.profile.tier}."
+
+
+def _name(method: str, domain: str) -> str:
+    return f"{methods.slug(method)}_{domain}"
+
+
+def _left(tiles: int, hidden: Iterable[int]) -> list[int]:
+    return [k for k in range(tiles) if k not in hidden]
+
+
+def domains(run: Run) -> list[str]:
+    """The domains that have test dialogues here. UserError where none has."""
+    found = [d for d in DOMAINS if data.dialogue_file(run.root, d, "test").is_file()]
+    if not found:
+        raise UserError(f"{run.root}: no test dialogues of any domain; {data.GET_DATA}")
+    return found
+
+
+def prepare(run: Run, say: Callable[[str], None] = print) -> None:
+    """Make what `Panel` reads and is not there, and say it: stage 1, then each method and domain. UserError where that
+    cannot be made here: no data or no model."""
+    def fresh(folder, **what) -> bool:
+        path = folder / "result.json"
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("key") == run.key(**what)
+
+    wanted = [] if fresh(run.folder / "stage1", stage="distil") else [("stage 1", run.distil)]
+    wanted += [(f"{m}, {d}", functools.partial(run.tune, m, d)) for m in METHODS for d in domains(run)
+               if not fresh(run.folder / "stage2" / methods.slug(m) / d, stage="tune", method=m, domain=d)]
+    if not wanted:
+        return
+    run.need_training_data()
+    vision.source(run.profile)
+    takes = f"at most {MINUTES} minutes on 2 cores" if run.profile.world else \
+        f"for how long, see python -m lavic_utils plan --profile {run.profile.name}"
+    say(f"training what is not there yet, {len(wanted)} of {1 + len(METHODS) * len(domains(run))} parts ({takes}):")
+    for what, make in wanted:
+        start = time.monotonic()
+        make()
+        say(f"  {what}: {time.monotonic() - start:.0f} s")
+
+
+def spelled(tokenizer, text: str) -> tuple[str, list[str]]:
+    """The text with words in the case in which the tokenizer knows them, and the words that it does not know in any."""
+    def known(word: str) -> bool:
+        return tokenizer.unk_token_id not in tokenizer(word, add_special_tokens=False).input_ids
+
+    def mend(word: str) -> str:
+        return next((w for w in (word, word.lower(), word.capitalize(), word.upper()) if known(w)), word)
+    words = [mend(word) for word in text.split()]
+    return " ".join(words), list(dict.fromkeys(word.strip(".,:?!;") or word for word in words if not known(word)))
+
+
+def read_upload(content: bytes) -> bytes:
+    """A picture somebody gives, decoded whole and written anew as a small RGB PNG; what it calls itself is not looked at.
+    UserError in one line for one too large, of another format, damaged or hardly a picture."""
+    if len(content) > MAX_BYTES:
+        raise UserError(f"the picture has {len(content) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} are taken")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=UPLOADS)  # reads the header alone
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(f"the picture has {image.width} x {image.height} pixels; at most {MAX_PIXELS // 10**6} million are taken")
+        if min(image.size) < MIN_SIDE or max(image.size) > MAX_RATIO * min(image.size):
+            raise UserError(f"the picture has {image.width} x {image.height} pixels; at least {MIN_SIDE} a side, and one side at "
+                            f"most {MAX_RATIO} times the other")
+        image.verify()
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=UPLOADS)).convert("RGB")
+        image.thumbnail((KEPT_SIDE, KEPT_SIDE))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"the picture has too many pixels; at most {MAX_PIXELS // 10**6} million are taken") from None
+    except UserError:
+        raise
+    except Exception as error:  # a decoder given anything may raise anything
+        raise UserError(f"not a whole PNG, JPEG or WebP picture ({type(error).__name__}); give another file") from None
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
