@@ -1,5 +1,5 @@
 """Trying a trained run: a request, its ten candidates, what LaViC and two of its ablations answer, and what a swapped,
-hidden or given picture changes. Data and one figure: the page (`demo`) and the widget of notebook 06 (`widget`) show them.
+hidden or given picture changes. Plain data: the page (`demo`) and the widget of notebook 06 (`widget`) show it.
 """
 
 from __future__ import annotations
@@ -10,25 +10,21 @@ import json
 import re
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-import matplotlib
 import pandas as pd
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from lavic_utils import data, distillation, methods, recommendation, retrieval, style, training, vision
+from lavic_utils import data, distillation, methods, recommendation, retrieval, training, vision
 from lavic_utils.config import DOMAINS, UserError
 from lavic_utils.recommendation import Answer
 from lavic_utils.runs import Run
 
 METHODS = {"LaViC": "distilled", "LaViC w/o images": None, "LaViC w/o self-distillation": "base"}  # and what each sees
 STUDENT = "default"  # the stage-1 adapter's name in the one model that holds all adapters
-MAX_WORDS, MAX_BYTES, MAX_PIXELS, MIN_SIDE, MAX_RATIO, KEPT_SIDE = 200, 4 * 2**20, 16_000_000, 16, 10, 1024
-UPLOADS = ("PNG", "JPEG", "WEBP")
+MAX_WORDS = 200
 MINUTES = 6  # training everything for the mini profile on 2 cores, rounded up
 
 
@@ -130,10 +126,14 @@ class Panel:
             with self.model.disable_adapter():
                 return vision.encode(self.model, [0], values, sizes)[0]
 
-    def tiles(self, case: Case, asin: str) -> int:
-        """How many tiles the item's picture has, hidden ones too (0: no picture)."""
-        found = self._vectors(case.picture(asin), "base")
-        return 0 if found is None else len(found)
+    def tiles(self, case: Case, asin: str) -> list[Image.Image]:
+        """The tiles of the item's picture, hidden ones too, as the model is shown them (none without a picture)."""
+        if (image := self.image(case.picture(asin))) is None:
+            return []
+        values, sizes = vision.pixels(self.run.processor, [image])
+        real, _ = vision.real_tiles(self.model, values, sizes)
+        scaled = (255 * (real - real.min()) / (real.max() - real.min()).clamp(min=1e-6)).byte().permute(0, 2, 3, 1)
+        return [Image.fromarray(tile.numpy()) for tile in scaled]
 
     def visual(self, case: Case, kind: str) -> dict[str, Tensor]:
         """[CLS] vectors of the candidates as the case shows them: "distilled" or "base", (tiles left, hidden size) each;
@@ -174,44 +174,21 @@ class Panel:
             return "a given picture" if isinstance(picture, bytes) else "its own" if picture == asin else picture
         frame = pd.DataFrame({"title": [self.run.titles[a] for a in case.candidates],
                               "picture": [shown(a) for a in case.candidates],
-                              "tiles hidden": [len(case.hidden.get(a, ())) for a in case.candidates]}, index=list(case.candidates))
+                              "tiles hidden": [len(case.hidden.get(a, ())) for a in case.candidates]},
+                             index=list(case.candidates))
         for name, answers in (("", now), (", before", before or {})):
             for method, found in answers.items():
                 frame[method + name] = found.probabilities
         return frame
 
-    def figure(self, case: Case, now: Mapping[str, Answer], before: Mapping[str, Answer] | None = None) -> Figure:
-        """The ten pictures as shown, and under them each method's likelihoods; its choice filled, the others pale, what was
-        before as a line. A figure of its own, not pyplot's: visitors' threads may draw at once."""
-        names, size = case.candidates, (10.5, 1.6 + 0.8 * len(now))
-        with matplotlib.rc_context({"font.size": 8, "text.color": style.INK}):
-            axes = (figure := Figure(size)).subplots(len(now) + 1, len(names), height_ratios=[1.7, *[0.8] * len(now)])
-            for axis, asin in zip(axes[0], names, strict=True):
-                image = self.image(case.picture(asin))
-                axis.set(xticks=[], yticks=[])
-                axis.set_xlabel(self.run.titles[asin].replace(" ", "\n")[:60], fontsize=6.5)
-                axis.imshow(image) if image else axis.text(0.5, 0.5, "no image", ha="center", transform=axis.transAxes)
-                if asin in case.shows or case.hidden.get(asin):
-                    axis.set_title("changed", fontsize=7)
-                for spine in axis.spines.values():
-                    spine.set(visible=asin in case.dialogue.gt_items, color=style.BLUE, linewidth=3)
-            for row, (method, found) in zip(axes[1:], now.items(), strict=True):
-                for i, (axis, weight) in enumerate(zip(row, found.probabilities, strict=True)):
-                    chosen = found.recommended == names[i]
-                    axis.bar([0], [weight], color=style.method_colour(method), alpha=1 if chosen else 0.35)
-                    axis.text(0, weight + 0.05, f"{weight:.2f}", ha="center", weight="bold" if chosen else "normal", fontsize=7)
-                    if before:
-                        axis.axhline(before[method].probabilities[i], color=style.INK, lw=1, ls=":")
-                    axis.set(ylim=(0, 1.35), xlim=(-0.6, 0.6), xticks=[], yticks=[])
-                    axis.spines[["top", "right", "left"]].set_visible(False)
-                row[0].set_ylabel(method.replace("LaViC w/o", "w/o").replace("-dis", "-\ndis"), rotation=0, ha="right", va="center")
-        return figure
-
     def sentence(self, case: Case, now: Mapping[str, Answer]) -> str:
         """The answers in words, for whoever cannot see the picture."""
-        parts = [f"{method} chooses {self.run.titles[a.recommended]} ({a.probabilities[case.candidates.index(a.recommended)]:.2f})"
-                 if a.recommended in case.candidates else f"{method} writes no candidate's id" for method, a in now.items()]
-        return f"Ten candidates with their pictures. {'; '.join(parts)}. {self.run.profile.tier}."
+        def choice(found: Answer) -> str:
+            if found.recommended not in case.candidates:
+                return "writes no candidate's id"
+            weight = found.probabilities[case.candidates.index(found.recommended)]
+            return f"chooses {self.run.titles[found.recommended]} ({weight:.2f})"
+        return "; ".join(f"{method} {choice(found)}" for method, found in now.items()) + "."
 
 
 def _name(method: str, domain: str) -> str:
@@ -259,34 +236,7 @@ def spelled(tokenizer, text: str) -> tuple[str, list[str]]:
         return tokenizer.unk_token_id not in tokenizer(word, add_special_tokens=False).input_ids
 
     def mend(word: str) -> str:
-        return next((w for w in (word, word.lower(), word.capitalize(), word.upper()) if known(w)), word)
+        bare = word.strip("()[]\"'*")
+        return next((w for one in (word, bare) for w in (one, one.lower(), one.capitalize()) if w and known(w)), word)
     words = [mend(word) for word in text.split()]
     return " ".join(words), list(dict.fromkeys(word.strip(".,:?!;") or word for word in words if not known(word)))
-
-
-def read_upload(content: bytes) -> bytes:
-    """A picture somebody gives, decoded whole and written anew as a small RGB PNG; what it calls itself is not looked at.
-    UserError in one line for one too large, of another format, damaged or hardly a picture."""
-    if len(content) > MAX_BYTES:
-        raise UserError(f"the picture has {len(content) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} are taken")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=UPLOADS)  # reads the header alone
-        if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"the picture has {image.width} x {image.height} pixels; at most {MAX_PIXELS // 10**6} million are taken")
-        if min(image.size) < MIN_SIDE or max(image.size) > MAX_RATIO * min(image.size):
-            raise UserError(f"the picture has {image.width} x {image.height} pixels; at least {MIN_SIDE} a side, and one side at "
-                            f"most {MAX_RATIO} times the other")
-        image.verify()
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=UPLOADS)).convert("RGB")
-        image.thumbnail((KEPT_SIDE, KEPT_SIDE))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"the picture has too many pixels; at most {MAX_PIXELS // 10**6} million are taken") from None
-    except UserError:
-        raise
-    except Exception as error:  # a decoder given anything may raise anything
-        raise UserError(f"not a whole PNG, JPEG or WebP picture ({type(error).__name__}); give another file") from None
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
