@@ -4,114 +4,28 @@ Every visitor's state is a value of their own session (`Visit`); the model answe
 elsewhere and nothing is reported anywhere.
 """
 
-import base64
 import functools
-import io
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 from lavic_utils import style
+from lavic_utils.cards import CSS, Visit, card, closer, tile_names
 from lavic_utils.config import UserError
-from lavic_utils.panel import METHODS, Case, Panel, prepare
-from lavic_utils.recommendation import Answer
+from lavic_utils.panel import Case, Panel, prepare
 from lavic_utils.runs import Run
 from lavic_utils.uploads import FORMATS, MAX_BYTES, read_upload
 
 NEEDS = "the page needs gradio, which is not installed here: make demo, or pip install --no-deps -r requirements-demo.lock"
-SHORT = {m: m.removeprefix("LaViC ").replace("self-distillation", "self-dist.") for m in METHODS}
 TIER = {"mini run": ": a tiny model on a rendered catalogue; shows how the method works, never what a 7B model scores."}
 CLICK = """element.addEventListener('click', event => {
   const card = event.target.closest('button[data-item]');
-  if (card) trigger('click', {item: card.dataset.item});
+  if (!card) return;
+  trigger('click', {item: card.dataset.item});
+  if (window.innerWidth < 700) document.getElementById('closer').scrollIntoView({behavior: 'smooth'});
 });"""
-CSS = f"""
-.shop {{display: grid; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); gap: 12px}}
-.shop button, .item {{background: white; color: {style.INK}; border: 1px solid {style.PALE}; border-radius: 10px; padding: 8px;
-  text-align: left; font: inherit; font-size: 13px; line-height: 1.35}}
-.shop button {{cursor: pointer; display: flex; flex-direction: column; gap: 3px; position: relative}}
-.shop button:hover {{border-color: {style.INK}}}
-.shop button:focus-visible {{outline: 3px solid {style.BLUE}; outline-offset: 2px}}
-.shop button.chosen {{border-color: {style.VERMILLION}; box-shadow: 0 0 0 3px {style.VERMILLION}}}
-.shop button[aria-pressed=true] {{background: #eef4f9}}
-.shop .photo, .item .photo {{width: 100%; height: 112px; object-fit: contain; background: #f3f4f6; border-radius: 6px;
-  display: flex; align-items: center; justify-content: center; margin: 0}}
-.item .photo {{height: 200px}}
-.shop b, .item b {{color: {style.INK}}}
-.shop small, .item small, .badge {{color: #4a515a; font-size: 12px}}
-.badge {{border: 1px solid {style.PALE}; border-radius: 8px; padding: 0 6px; background: white; color: {style.INK}}}
-.bar {{display: grid; grid-template-columns: 74px 1fr 32px; gap: 4px; align-items: center; font-size: 11.5px}}
-.bar i {{display: block; height: 8px; border-radius: 4px; background: #e8ebee; overflow: hidden}}
-.bar i span {{display: block; height: 100%}}
-.bar em {{font-style: normal; text-align: right}}
-.tiles {{display: flex; gap: 6px; margin: 6px 0; flex-wrap: wrap}}
-.tiles figure {{margin: 0; text-align: center; font-size: 11px}}
-.tiles img {{width: 56px; height: 56px; margin: 0}}
-.tiles .gone {{opacity: .2}}
-.talk p {{margin: 4px 0}}
-.note {{border-left: 4px solid {style.ORANGE}; padding: 2px 10px; margin: 4px 0}}
-.verdict {{font-size: 15px; margin: 2px 0 8px}}
-"""
-
-
-@dataclass(frozen=True)
-class Visit:
-    """What one visitor sees: a case, the answers to it now and as it was asked, and the item looked at."""
-
-    case: Case
-    now: dict[str, Answer]
-    before: dict[str, Answer]
-    item: str
-
-
-def photo(image, alt: str, side: int = 256) -> str:
-    """An image as HTML that needs no other request."""
-    if image is None:
-        return '<span class="photo">no image</span>'
-    image, out = image.copy(), io.BytesIO()
-    image.thumbnail((side, side))
-    image.save(out, "PNG")
-    return f'<img class="photo" alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
-
-
-def bars(visit: Visit, place: int) -> str:
-    lines = []
-    for method, found in visit.now.items():
-        now, was = found.probabilities[place], visit.before[method].probabilities[place]
-        changed = f"<small>{' ' * 2}was {was:.2f}</small>" if round(now, 2) != round(was, 2) else ""
-        lines.append(f'<span class="bar"><span>{SHORT[method]}</span><i><span style="width:{now:.0%};background:'
-                     f'{style.method_colour(method)}"></span></i><em>{now:.2f}</em></span>{changed}')
-    return "".join(lines)
-
-
-def card(panel: Panel, visit: Visit, place: int) -> str:
-    case, asin = visit.case, visit.case.candidates[place]
-    title, changed = panel.run.titles[asin], asin in case.shows or case.hidden.get(asin)
-    chosen = [SHORT[m] for m, a in visit.now.items() if a.recommended == asin]
-    badges = [f"choice of {', '.join(chosen)}"] * bool(chosen) + ["right answer"] * (asin in case.dialogue.gt_items) \
-        + ["picture changed"] * bool(changed)
-    return (f'<button type="button" data-item="{asin}" class="{"chosen" if "LaViC" in chosen else ""}" '
-            f'aria-pressed="{str(asin == visit.item).lower()}">{photo(panel.image(case.picture(asin)), f"picture at {title}")}'
-            f"<b>{escape(title)}</b><small>{asin}</small>{bars(visit, place)}"
-            f'{"".join(f"<span class=badge>{text}</span>" for text in badges)}</button>')
-
-
-def closer(panel: Panel, visit: Visit) -> str:
-    """The item looked at: its picture, its tiles, and what the student says of it."""
-    case, asin = visit.case, visit.item
-    title, said = panel.run.titles[asin], panel.describe(case, asin)
-    hidden = case.hidden.get(asin, ())
-    tiles = "".join(f'<figure class="{"gone" if k in hidden else ""}">{photo(tile, f"{name} of {title}", 56)}{name}</figure>'
-                    for k, (name, tile) in enumerate(zip(tile_names(panel, case, asin), panel.tiles(case, asin), strict=True)))
-    words = f"The student of stage 1 sees: <b>{escape(said)}</b>" if said else "No picture, so nothing to describe."
-    return (f'<div class="item">{photo(panel.image(case.picture(asin)), f"large picture at {title}", 512)}<b>{escape(title)}</b> '
-            f'<small>{asin}</small><div class="tiles">{tiles}</div><div id="said" aria-live="polite">{words}</div></div>')
-
-
-def tile_names(panel: Panel, case: Case, asin: str) -> list[str]:
-    return [f"crop {k}" if k else "whole" for k in range(len(panel.tiles(case, asin)))]
 
 
 def page(panel: Panel):
@@ -135,10 +49,12 @@ def page(panel: Panel):
         cards = "".join(card(panel, visit, place) for place in range(len(case.candidates)))
         others = [(f"{panel.run.titles[a]} ({a})", a) for a in case.candidates if a != visit.item]
         names = tile_names(panel, case, visit.item)
+        kept = [names[k] for k in sorted(case.hidden.get(visit.item, ())) if k < len(names)]
         verdict = f'<p class="verdict" aria-live="polite">{escape(panel.sentence(case, visit.now))}</p>'
-        return [visit, f'<div class="talk">{talk}</div>', f'<div role="status">{notes}</div>',
-                f'{verdict}<div class="shop">{cards}</div>', closer(panel, visit), gr.Dropdown(choices=others, value=others[0][1]),
-                gr.CheckboxGroup(choices=names, value=[names[k] for k in sorted(case.hidden.get(visit.item, ()))])]
+        titles = visit.before["LaViC w/o images"].probabilities  # a swap with what the titles alone suggest shows most
+        rival = max((a for _, a in others), key=lambda a: titles[case.candidates.index(a)])
+        return [visit, f'<div class="talk">{talk}</div>', f'<div role="status">{notes}</div>{verdict}<div class="shop">{cards}</div>',
+                closer(panel, visit), gr.Dropdown(choices=others, value=rival), gr.CheckboxGroup(choices=names, value=kept)]
 
     def attempt(change):
         """The handler of an event: `change` gives the next visit; what it refuses is said, and nothing changes."""
@@ -158,26 +74,28 @@ def page(panel: Panel):
         item = event._data.get("item")
         return show(replace(visit, item=item) if item in visit.case.candidates else visit)
 
-    def choices(domain: str):
+    def choices(domain: str) -> dict:
         found = panel.examples(domain)
-        return gr.Dropdown(choices=list(found.items()), value=next(iter(found.values()), 0))
+        return {"choices": list(found.items()), "value": next(iter(found.values()), 0)}
+
+    start = "fashion" if "fashion" in panel.domains else panel.domains[0]
+    first = ask(panel.example(start, choices(start)["value"]))
 
     with gr.Blocks(title="LaViC: try it", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
-        state = gr.State(None, time_to_live=3600)
+        state = gr.State(first, time_to_live=3600)  # every session begins with a copy
         gr.HTML(f"<h1>LaViC: a recommender that looks</h1><p>Ask for something, see ten candidates and what each of three models "
                 f"chooses, then change a picture. <b>{escape(run.profile.tier)}</b>{TIER.get(run.profile.tier, '')}</p>")
         with gr.Row():
             with gr.Column(scale=1, min_width=290):
-                domain = gr.Radio(panel.domains, value=panel.domains[0], label="Domain")
-                first = panel.examples(panel.domains[0])
-                example = gr.Dropdown(list(first.items()), value=next(iter(first.values()), 0), label="Example request")
+                domain = gr.Radio(panel.domains, value=start, label="Domain")
+                example = gr.Dropdown(**choices(start), label="Example request")
                 text = gr.Textbox(label="Or your own request", lines=2, max_length=2000,
                                   placeholder="i want a red, striped handbag with a black strap.")
                 send = gr.Button("Ask", variant="primary")
                 talk = gr.HTML()
             with gr.Column(scale=3, min_width=300):
-                notes, shop = gr.HTML(), gr.HTML(js_on_load=CLICK, elem_id="shop")
-        gr.HTML("<h2>A closer look</h2><p>Click a candidate above, then change its picture.</p>")
+                shop = gr.HTML(js_on_load=CLICK, elem_id="shop")
+        gr.HTML("<h2>A closer look</h2><p>Click a candidate above, then change its picture.</p>", elem_id="closer")
         with gr.Row():
             with gr.Column(scale=1, min_width=290):
                 item = gr.HTML()
@@ -186,14 +104,15 @@ def page(panel: Panel):
                 swap = gr.Button("Swap the two pictures")
                 tiles = gr.CheckboxGroup([], label="Hide tiles (their [CLS] vectors)")
             with gr.Column(scale=1, min_width=290):
-                given = gr.File(label=f"Or show a picture of yours ({', '.join(FORMATS)}; at most {MAX_BYTES // 2**20} MB)",
-                                type="binary", height=140)
+                given = gr.UploadButton("Show a picture of your own", type="binary")
+                gr.HTML(f"<small>{', '.join(FORMATS)}; at most {MAX_BYTES // 2**20} MB. The file is deleted within 20 minutes.</small>")
                 back = gr.Button("Put everything back")
-        outputs = [state, talk, notes, shop, item, other, tiles]
-        quiet = {"outputs": outputs, "api_visibility": "private"}
+        outputs = [state, talk, shop, item, other, tiles]
+        quiet = {"outputs": outputs, "api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
         by_number = attempt(lambda visit, where, number: ask(panel.example(where, number)))
-        blocks.load(by_number, [state, domain, example], **quiet)
-        domain.input(choices, domain, example, api_visibility="private").then(by_number, [state, domain, example], **quiet)
+        blocks.load(show, state, **quiet)
+        domain.input(lambda name: gr.Dropdown(**choices(name)), domain, example, api_visibility="private").then(
+            by_number, [state, domain, example], **quiet)
         example.input(by_number, [state, domain, example], **quiet)
         typed = attempt(lambda visit, where, words: ask(panel.request(where, words)))
         gr.on([send.click, text.submit], typed, [state, domain, text], **quiet)
@@ -203,7 +122,7 @@ def page(panel: Panel):
         given.upload(attempt(lambda visit, file: again(visit, visit.case.show(visit.item, read_upload(file)))), [state, given],
                      **quiet)
         back.click(attempt(lambda visit: again(visit, visit.case.reset())), state, **quiet)
-    return blocks.queue(default_concurrency_limit=1, max_size=64)
+    return blocks.queue(max_size=64)
 
 
 def serve(profile: str, seed: int | None, folder: Path | None, host: str, port: int, block: bool = True):
@@ -216,9 +135,8 @@ def serve(profile: str, seed: int | None, folder: Path | None, host: str, port: 
         raise UserError(NEEDS) from None
     run, start = Run(profile, seed, folder), time.monotonic()
     prepare(run)
-    blocks = page(panel := Panel(run))
-    panel.answer(panel.example(panel.domains[0], 0))  # the first visitor waits no longer than the others
-    theme = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")).set(
+    blocks = page(Panel(run))
+    theme = gr.themes.Default(primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")).set(
         button_primary_background_fill=style.BLUE, button_primary_text_color="white")
     try:
         _, url, _ = blocks.launch(server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, theme=theme,

@@ -44,7 +44,9 @@ class Case:
         return self.shows.get(asin, asin)
 
     def swap(self, one: str, other: str) -> Case:
-        """The same with the pictures of two items exchanged; title and id stay where they are."""
+        """The same with the pictures of two items exchanged; title and id stay where they are. UserError for others'."""
+        if not {one, other} <= set(self.candidates):
+            raise UserError(f"two of the ten candidates are expected to swap pictures, not {one!r} and {other!r}")
         return replace(self, shows={**self.shows, one: self.picture(other), other: self.picture(one)})
 
     def hide(self, asin: str, tiles: Iterable[int]) -> Case:
@@ -185,7 +187,7 @@ class Panel:
         """The answers in words, for whoever cannot see the picture."""
         def choice(found: Answer) -> str:
             if found.recommended not in case.candidates:
-                return "writes no candidate's id"
+                return f"writes \"{found.response[:40]}\", which is no candidate's id"
             weight = found.probabilities[case.candidates.index(found.recommended)]
             return f"chooses {self.run.titles[found.recommended]} ({weight:.2f})"
         return "; ".join(f"{method} {choice(found)}" for method, found in now.items()) + "."
