@@ -5,12 +5,13 @@ SEEDS ?= 1
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.lavic-installed
+DEMO := $(VENV)/.lavic-demo
 FRESH := $(CURDIR)/.cache/test
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
-.PHONY: reproduce test install quick mini-model world bench notebooks readme lock lab clean
+.PHONY: reproduce test install quick mini-model world bench notebooks readme lock lab demo clean
 
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
@@ -61,6 +62,14 @@ lock: $(STAMP)
 
 lab: $(STAMP)
 	$(PY) -m jupyter lab notebooks
+
+# The page needs what stands in its own lock on top of the environment: installed at the first call.
+demo: $(DEMO)
+	$(PY) -m lavic_utils demo --profile $(PROFILE)
+
+$(DEMO): requirements-demo.lock $(STAMP)
+	$(PY) -m pip install --quiet --no-deps -r requirements-demo.lock
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(CURDIR)/.cache $(CURDIR)/data $(CURDIR)/build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import DataOption, bench, data
+from .commands import DataOption, bench, data, demo
 
 app = typer.Typer(
     help="LaViC companion: the paper's two stages, tables and figures, from the command line.",
@@ -18,6 +18,7 @@ notebooks = typer.Typer(help="The committed notebooks: execute in place, or chec
 app.add_typer(notebooks, name="notebooks")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
+app.command()(demo)
 ProfileOption = Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")]
 FolderOption = Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.", hidden=True)]
 RealOption = Annotated[Path | None, typer.Option("--data", help="Folder of the published data. Default: LAVIC_DATA.")]

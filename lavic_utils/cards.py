@@ -24,6 +24,7 @@ CSS = f"""
   display: flex; align-items: center; justify-content: center; margin: 0}}
 .item .photo {{height: 200px}}
 .shop button *, .item * {{color: {style.INK}}}  /* white cards on a dark page too */
+.shop b {{display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical; overflow: hidden}}
 .shop button small, .item small {{color: #4a515a; font-size: 12px}}
 .badge {{border: 1px solid {style.PALE}; border-radius: 8px; padding: 0 6px; background: white; font-size: 12px}}
 .bar {{display: flex; flex-wrap: wrap; justify-content: space-between; font-size: 12px; margin-top: 2px}}
@@ -35,7 +36,7 @@ CSS = f"""
 .tiles .gone {{opacity: .2}}
 .talk p {{margin: 4px 0}}
 .note {{border-left: 4px solid {style.ORANGE}; padding: 2px 10px; margin: 4px 0}}
-.gradio-container input[role=listbox] {{text-overflow: ellipsis; padding-right: 1.8em}}
+.gradio-container input[role=combobox], .gradio-container .secondary-wrap input {{text-overflow: ellipsis; padding-right: 1.8em}}
 .verdict {{font-size: 15px; margin: 2px 0 8px}}
 """
 

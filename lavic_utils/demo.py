@@ -53,8 +53,9 @@ def page(panel: Panel):
         verdict = f'<p class="verdict" aria-live="polite">{escape(panel.sentence(case, visit.now))}</p>'
         titles = visit.before["LaViC w/o images"].probabilities  # a swap with what the titles alone suggest shows most
         rival = max((a for _, a in others), key=lambda a: titles[case.candidates.index(a)])
-        return [visit, f'<div class="talk">{talk}</div>', f'<div role="status">{notes}</div>{verdict}<div class="shop">{cards}</div>',
-                closer(panel, visit), gr.Dropdown(choices=others, value=rival), gr.CheckboxGroup(choices=names, value=kept)]
+        shop = f'<div role="status">{notes}</div>{verdict}<div class="shop">{cards}</div>'
+        return [visit, f'<div class="talk">{talk}</div>', shop, closer(panel, visit),
+                gr.Dropdown(choices=others, value=rival), gr.CheckboxGroup(choices=names, value=kept)]
 
     def attempt(change):
         """The handler of an event: `change` gives the next visit; what it refuses is said, and nothing changes."""
@@ -105,7 +106,7 @@ def page(panel: Panel):
                 tiles = gr.CheckboxGroup([], label="Hide tiles (their [CLS] vectors)")
             with gr.Column(scale=1, min_width=290):
                 given = gr.UploadButton("Show a picture of your own", type="binary")
-                gr.HTML(f"<small>{', '.join(FORMATS)}; at most {MAX_BYTES // 2**20} MB. The file is deleted within 20 minutes.</small>")
+                gr.HTML(f"<small>{', '.join(FORMATS)}; at most {MAX_BYTES // 2**20} MB; deleted here within 20 minutes.</small>")
                 back = gr.Button("Put everything back")
         outputs = [state, talk, shop, item, other, tiles]
         quiet = {"outputs": outputs, "api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
