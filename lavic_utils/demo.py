@@ -53,7 +53,7 @@ def page(panel: Panel):
         verdict = f'<p class="verdict" aria-live="polite">{escape(panel.sentence(case, visit.now))}</p>'
         titles = visit.before["LaViC w/o images"].probabilities  # a swap with what the titles alone suggest shows most
         rival = max((a for _, a in others), key=lambda a: titles[case.candidates.index(a)])
-        shop = f'<div role="status">{notes}</div>{verdict}<div class="shop">{cards}</div>'
+        shop = f'<div id="answer"><div role="status">{notes}</div>{verdict}<div class="shop">{cards}</div></div>'
         return [visit, f'<div class="talk">{talk}</div>', shop, closer(panel, visit),
                 gr.Dropdown(choices=others, value=rival), gr.CheckboxGroup(choices=names, value=kept)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from base64 import b64encode
 from collections.abc import Mapping
 from html import escape
@@ -19,13 +20,13 @@ from lavic_utils.recommendation import Answer
 def figure(panel: Panel, case: Case, now: Mapping[str, Answer], before: Mapping[str, Answer] | None = None) -> Figure:
     """The ten pictures as the case shows them (right answers framed), and under them each method's likelihoods: its choice in
     full colour, what was `before` as a dotted line."""
-    names, size = case.candidates, (11, 1.9 + 0.75 * len(now))
+    names, size = case.candidates, (11, 2.1 + 0.75 * len(now))
     with matplotlib.rc_context({"font.size": 8, "text.color": style.INK}):
         axes = (figure := Figure(size)).subplots(len(now) + 1, len(names), height_ratios=[1.5, *[0.8] * len(now)])
         for axis, asin in zip(axes[0], names, strict=True):
             image = panel.image(case.picture(asin))
             axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(panel.run.titles[asin].replace(" ", "\n")[:60], fontsize=6.5)
+            axis.set_xlabel("\n".join(textwrap.wrap(panel.run.titles[asin], 15)[:3]), fontsize=6.5)
             if image is None:
                 axis.text(0.5, 0.5, "no image", ha="center", transform=axis.transAxes)
             else:  # every picture in the middle of a square, so that the titles stand in one line
@@ -45,8 +46,11 @@ def figure(panel: Panel, case: Case, now: Mapping[str, Answer], before: Mapping[
                     axis.axhline(before[method].probabilities[i], color=style.INK, lw=1, ls=":")
                 axis.set(ylim=(0, 1.35), xlim=(-0.6, 0.6), xticks=[], yticks=[])
                 axis.spines[["top", "right", "left"]].set_visible(False)
+                axis.patch.set_visible(False)  # it would cover the titles
             label = method.removeprefix("LaViC ").replace("self-", "self-\n")
             row[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        notes = "framed: a right answer; " + ("dotted: before the change; " if before else "") + panel.run.profile.tier
+        figure.text(0.9, 0.01, notes, ha="right", fontsize=7)
     return figure
 
 
