@@ -129,7 +129,7 @@ def page(panel: Panel):
 def serve(profile: str, seed: int | None, folder: Path | None, host: str, port: int, block: bool = True):
     """Make what is missing, load the models and serve the page until interrupted. UserError where gradio or data are missing,
     or the port is taken."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio as gr
     except ImportError:
@@ -143,7 +143,7 @@ def serve(profile: str, seed: int | None, folder: Path | None, host: str, port: 
         _, url, _ = blocks.launch(server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, theme=theme,
                                     css=CSS, footer_links=[], max_file_size=MAX_BYTES, ssr_mode=False, pwa=False,
                                     enable_monitoring=False, prevent_thread_lock=True)
-    except OSError as error:
-        raise UserError(f"cannot serve on {host}, port {port} ({error}); give another --port") from None
+    except OSError:
+        raise UserError(f"cannot serve on {host}, port {port}: taken, or not of this machine; give another --port") from None
     print(f"ready in {time.monotonic() - start:.1f} s: {url}  (Ctrl-C ends it)", flush=True)
     return blocks.block_thread() if block else blocks

@@ -22,7 +22,7 @@ def figure(panel: Panel, case: Case, now: Mapping[str, Answer], before: Mapping[
     full colour, what was `before` as a dotted line."""
     names, size = case.candidates, (11, 2.1 + 0.75 * len(now))
     with matplotlib.rc_context({"font.size": 8, "text.color": style.INK}):
-        axes = (figure := Figure(size)).subplots(len(now) + 1, len(names), height_ratios=[1.5, *[0.8] * len(now)])
+        axes = (figure := Figure(size)).subplots(len(now) + 1, len(names), height_ratios=[1.6, *[0.8] * len(now)])
         for axis, asin in zip(axes[0], names, strict=True):
             image = panel.image(case.picture(asin))
             axis.set(xticks=[], yticks=[])
@@ -44,7 +44,7 @@ def figure(panel: Panel, case: Case, now: Mapping[str, Answer], before: Mapping[
                 axis.text(0, weight + 0.05, f"{weight:.2f}", ha="center", weight="bold" if chosen else "normal", fontsize=7)
                 if before:
                     axis.axhline(before[method].probabilities[i], color=style.INK, lw=1, ls=":")
-                axis.set(ylim=(0, 1.35), xlim=(-0.6, 0.6), xticks=[], yticks=[])
+                axis.set(ylim=(0, 1.5), xlim=(-0.6, 0.6), xticks=[], yticks=[])
                 axis.spines[["top", "right", "left"]].set_visible(False)
                 axis.patch.set_visible(False)  # it would cover the titles
             label = method.removeprefix("LaViC ").replace("self-", "self-\n")
