@@ -6,12 +6,13 @@ VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.lavic-installed
 BOOK := $(CURDIR)/.venv-book
+DEMO := $(VENV)/.lavic-demo
 FRESH := $(CURDIR)/.cache/test
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
-.PHONY: reproduce test test-browser book install quick mini-model world bench notebooks readme lock lab clean
+.PHONY: reproduce test test-browser book demo install quick mini-model world bench notebooks readme lock lab clean
 
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
@@ -42,7 +43,7 @@ $(BOOK)/.installed: docs/requirements.lock
 	touch $@
 
 # The site and the demo in the system's Chromium; skipped where there is none, unless LAVIC_BROWSER=required.
-test-browser: $(STAMP) book
+test-browser: $(DEMO) book
 	$(PY) -m pytest -q tests/browser
 
 install: $(STAMP)
@@ -77,6 +78,14 @@ lock: $(STAMP)
 
 lab: $(STAMP)
 	$(PY) -m jupyter lab notebooks
+
+# The page needs what stands in its own lock on top of the environment: installed at the first call.
+demo: $(DEMO)
+	$(PY) -m lavic_utils demo --profile $(PROFILE)
+
+$(DEMO): requirements-demo.lock $(STAMP)
+	$(PY) -m pip install --quiet --no-deps -r requirements-demo.lock
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(BOOK) $(CURDIR)/docs/_build $(CURDIR)/.cache $(CURDIR)/data $(CURDIR)/build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ except ModuleNotFoundError:  # the one place where nothing can be said with a Us
     print("error: packages are missing here; run make install, or python -m pip install -r requirements.lock", file=sys.stderr)
     sys.exit(2)
 
-from .commands import DataOption, bench, data
+from .commands import DataOption, bench, data, demo
 
 app = typer.Typer(
     help="LaViC companion: the paper's two stages, tables and figures, from the command line.",
@@ -22,6 +22,7 @@ notebooks = typer.Typer(help="The committed notebooks: execute in place, or chec
 app.add_typer(notebooks, name="notebooks")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
+app.command()(demo)
 ProfileOption = Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")]
 FolderOption = Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.", hidden=True)]
 RealOption = Annotated[Path | None, typer.Option("--data", help="Folder of the published data. Default: LAVIC_DATA.")]

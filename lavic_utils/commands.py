@@ -1,4 +1,4 @@
-"""The sub-commands `data` and `bench` of the command line."""
+"""The sub-commands `data` and `bench` of the command line, and `demo`."""
 
 from __future__ import annotations
 
@@ -119,3 +119,19 @@ def bench_all(
     if context.invoked_subcommand is None:
         found = measure(quick, only)
         print(found if isinstance(found, Path) else json.dumps(found, indent=1))
+
+
+def demo(
+    profile: Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")] = "mini",
+    folder: Annotated[Path | None, typer.Option("--data", help="Your own catalogue and dialogues, in the data's layout.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0: whoever reaches this machine may use the page.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+) -> None:
+    """Serve a page to try the trained models: requests, pictures, likelihoods. Trains what is missing, and says so."""
+    from .config import UserError
+    from .demo import serve
+
+    if folder and not folder.is_dir():
+        raise UserError(f"--data {folder}: no such folder; give one in the layout of the published data")
+    serve(profile, seed, folder, host, port)

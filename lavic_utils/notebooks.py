@@ -14,9 +14,10 @@ from .config import ROOT, UserError, load_profile
 from .provenance import code_hash, key, write_text
 
 NOTEBOOKS = ROOT / "notebooks"
-MAX_LINES = 25
+MAX_LINES = 20
 INJECTED = "injected-parameters"
 SOLUTION = "solution"  # tag of the folded, tested solution of an exercise
+WIDGET = "application/vnd.jupyter.widget-view+json"
 ABSOLUTE = re.compile(r"(?<![\w.:/+=~-])(/(home|root|tmp|usr|work|Users|opt|mnt|var|private|srv)/\w|[A-Z]:\\\w)")
 BAR = re.compile(r"\r[^\n]|\d+it/s|s/it\]|\d+%\|")
 KERNEL_ENV = {
@@ -120,6 +121,9 @@ def _strip(nb: Any, clear_outputs: bool = False) -> Any:
             del cell.metadata["tags"]
         if cell.cell_type == "code" and clear_outputs:
             cell.outputs, cell.execution_count = [], None
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):  # a widget is dead without its kernel: its picture stays
+                output.data.pop(WIDGET, None)
     nb.nbformat, nb.nbformat_minor = 4, 5
     return nb
 

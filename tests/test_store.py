@@ -238,7 +238,7 @@ def test_a_damaged_index_is_written_again_from_the_shards(paths, tmp_path, caplo
     assert (tmp_path / "s" / "index.json").read_bytes() == before and "index.json: damaged" in caplog.text
 
 
-def test_the_key_holds_all_that_changes_vectors(tmp_path):
+def test_the_key_holds_all_that_changes_vectors(tmp_path, monkeypatch):
     adapter, processor = tmp_path / "adapter", minimodel.build_processor()
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"1")
@@ -252,6 +252,8 @@ def test_the_key_holds_all_that_changes_vectors(tmp_path):
     processor.image_processor.resample = 0
     found.append(store.key_of(**plain))
     (adapter / "adapter_model.safetensors").write_bytes(b"22")
+    found.append(store.key_of(**plain))
+    monkeypatch.setattr(provenance.metadata, "version", lambda name: "0.1")  # another Pillow resizes otherwise
     found.append(store.key_of(**plain))
     assert len(set(found)) == len(found)
 
