@@ -43,9 +43,11 @@ def read_lock(text: str) -> dict[str, str]:
     return pins
 
 
-def lock_text(installed: Iterable[tuple[str, str]]) -> str:
-    """Sorted exact pins; local version labels (torch's +cpu) left out, so that no index or file is named."""
-    pins = {canonicalize_name(n): v.split("+")[0] for n, v in installed if canonicalize_name(n) not in NOT_LOCKED}
+def lock_text(installed: Iterable[tuple[str, str]], apart: Iterable[str] = ()) -> str:
+    """Sorted exact pins; local version labels (torch's +cpu) left out, so that no index or file is named. `apart`: packages
+    that another lock pins."""
+    left = NOT_LOCKED | set(apart)
+    pins = {canonicalize_name(n): v.split("+")[0] for n, v in installed if canonicalize_name(n) not in left}
     return HEAD + "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))
 
 
@@ -94,5 +96,6 @@ def write_environment(root: Path = ROOT, lock: bool = False) -> None:
     """Write environment.yml; with `lock` also requirements.lock from what is installed here."""
     if lock:
         installed = [(dist.metadata["Name"], dist.version) for dist in metadata.distributions()]
-        write_text(root / "requirements.lock", lock_text(installed))
+        demo = read_lock((root / "requirements-demo.lock").read_text(encoding="utf-8"))
+        write_text(root / "requirements.lock", lock_text(installed, demo))
     write_text(root / "environment.yml", environment_text(project(root)))

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import LlavaNextConfig
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from lavic_utils import data, direct, memory, minimodel, recommendation, store, training, vision
+from lavic_utils import data, direct, memory, minimodel, provenance, recommendation, store, training, vision
 from lavic_utils.config import PACKAGE
 from lavic_utils.distillation import VISION_LINEAR
 from lavic_utils.runs import Run
