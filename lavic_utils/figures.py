@@ -97,7 +97,7 @@ def token_budget(run: Run, tokens_full: int, tokens_cls: int):
 def framework_figure(shapes: Mapping[str, str]):
     """The two stages with this model's real tensor shapes (`shapes`: box name -> shape line)."""
     fig, axis = plt.subplots(figsize=(9.5, 3.6))
-    axis.set(xlim=(0, 10), ylim=(0, 4))
+    axis.set(xlim=(0, 10), ylim=(-0.4, 4))
     axis.axis("off")
     train, frozen = "#f6d6d9", "#e6e9ed"
     boxes = [(0.1, 2.4, "image tiles", "#fff6df", "tiles"), (2.0, 2.4, "vision tower", train, "tower"),
@@ -110,8 +110,10 @@ def framework_figure(shapes: Mapping[str, str]):
         axis.text(x + 0.87, y + 0.62, name, ha="center", va="center", fontsize=8)
         axis.text(x + 0.87, y + 0.16, shapes.get(label, ""), ha="center", va="center", fontsize=6.5, color="0.3")
     for x0, y0, x1, y1 in [(1.85, 2.9, 2, 2.9), (3.75, 2.9, 3.9, 2.9), (5.65, 2.9, 5.8, 2.9), (7.55, 2.9, 7.9, 2.9),
-                           (6.6, 2.4, 5.2, 1.5), (1.85, 0.8, 7.9, 0.8), (5.65, 1.0, 7.9, 1.0)]:
+                           (6.6, 2.4, 5.2, 1.5), (5.65, 1.0, 7.9, 1.0)]:
         axis.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "0.4"}, zorder=0)
+    below = {"arrowstyle": "->", "color": "0.4", "connectionstyle": "arc3,rad=0.12"}  # past the stored tokens, not through them
+    axis.annotate("", (8.4, 0.5), (1.3, 0.5), arrowprops=below, zorder=0)
     axis.text(0.1, 3.6, "Stage 1: visual knowledge self-distillation", weight="bold")
     axis.text(0.1, 1.7, "Stage 2: recommendation fine-tuning", weight="bold")
     axis.text(9.65, 3.6, "red: trained with LoRA; grey: frozen", ha="right", fontsize=7)
