@@ -105,6 +105,8 @@ def stage_notebook(path: Path, page: str, out: Path, root: Path, pages_of_site: 
         if cell["cell_type"] == "markdown":
             cell["source"] = rewrite(source, page, root, pages_of_site, problems)
         elif cell["cell_type"] == "code":
+            if "solution" in cell["metadata"].get("tags", []):
+                cell["metadata"]["mystnb"] = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
             staged = [stage_output(o, f"{page}, cell {number}", keep, problems) for o in cell["outputs"]]
             cell["outputs"] = [o for o in staged if o is not None]
             cells.append({"cell_type": "markdown", "id": f"to-{number}", "metadata": {},

@@ -56,11 +56,21 @@ def cell_target(number: int) -> str:
     return f"code-{number}"
 
 
+def kept(source: str) -> set[str]:
+    """The words that a cell hands to a function called keep, as they stand."""
+    try:
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    except SyntaxError:  # a cell with a magic command
+        return set()
+    keeps = [call for call in calls if getattr(call.func, "attr", getattr(call.func, "id", "")) == "keep"]
+    return {arg.value for call in keeps for arg in call.args if isinstance(arg, ast.Constant)}
+
+
 def maker(name: str, notebooks: Mapping[str, Mapping[str, Any]]) -> tuple[str, int, str] | None:
     """Which cell keeps the figure figures/<name>.png: (notebook, cell index, the section heading above it), or None.
 
     The cell names it in quotes, in full or without its folder; where a cell composes names (`f"{name}_dialogue"`), the
-    longest quoted word that the name starts with counts. A cell that calls a `keep` goes before one that does not."""
+    longest quoted word that the name starts with counts. A cell that hands the word to a `keep` goes before others."""
     best: tuple[tuple[int, bool], tuple[str, int, str]] | None = None
     for notebook, book in notebooks.items():
         section = ""
@@ -69,9 +79,10 @@ def maker(name: str, notebooks: Mapping[str, Mapping[str, Any]]) -> tuple[str, i
             if cell["cell_type"] == "markdown":
                 section = (re.findall(r"^##+ (.+)$", source, re.M) or [section])[-1]
                 continue
+            names = kept(source)
             for word in re.findall(r'"([\w/]+)"', source):
                 if name == word or name.endswith(f"/{word}") or name.startswith(f"{word}_"):
-                    rank = (len(word), "keep(" in source)
+                    rank = len(word), word in names
                     if best is None or rank > best[0]:
                         best = rank, (notebook, number, section)
     return best[1] if best else None

@@ -97,7 +97,7 @@ def test_which_cell_makes_a_figure() -> None:
     books = {"01_a": {"cells": [{"cell_type": "markdown", "source": "# T\n## How long?"}, code('keep(fig, "data/lengths", run)'),
                                 {"cell_type": "markdown", "source": "### Cases"}, code('keep(fig, f"{name}_dialogue", run)'),
                                 code('show("case_failure")')]},
-             "07_b": {"cells": [code('print("ceilings")'), code('keep(fig, "ceilings", "published")')]}}
+             "07_b": {"cells": [code('keep(draw("ceilings"), "other", run)'), code('keep(fig, "ceilings", "published")')]}}
     assert pages.maker("data/lengths", books) == ("01_a", 1, "How long?")
     assert pages.maker("audit/ceilings", books) == ("07_b", 1, "")  # the cell that keeps it, not the one that names it
     assert pages.maker("case_failure_dialogue", books) == ("01_a", 4, "Cases")

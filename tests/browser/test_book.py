@@ -299,15 +299,16 @@ def test_equations_are_drawn_without_a_script(page, site: Path) -> None:
 
 
 def test_answers_and_solutions_are_folded(page, site: Path) -> None:
-    """A reader meets the question first; every solution cell is there, once opened."""
+    """A reader meets the question first; every folded cell is there, once opened."""
     for path in sorted((site.parents[2] / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        solutions = [c for c in cells if "hide-cell" in c["metadata"].get("tags", [])]
+        hidden = [c for c in cells if {"hide-cell", "hide-input"} & set(c["metadata"].get("tags", []))]
         page.goto(f"{site.as_uri()}/notebooks/{path.stem}.html")
         assert page.locator("article details[open]").count() == 0
         folded = page.locator("article details.hide")
-        assert folded.count() == len(solutions)
-        for fold, cell in zip(folded.all(), solutions, strict=True):
+        assert folded.count() == len(hidden)
+        for fold, cell in zip(folded.all(), hidden, strict=True):
             assert not fold.locator("pre").first.is_visible()
+            assert ("solution" in fold.locator("summary").inner_text()) == ("solution" in cell["metadata"]["tags"])
             fold.locator("summary").click()
             assert fold.locator("pre").first.inner_text().splitlines()[0] == "".join(cell["source"]).splitlines()[0]
