@@ -18,6 +18,7 @@ from lavic_utils.recommendation import Example, Prompter, Read
 
 # Parts of a prompt -> colour: neither methods nor domains, so lightness tells them apart too.
 PARTS = {"dialogue": style.BLUE, "titles": style.SKY, "[CLS]": style.VERMILLION, "ids": style.ORANGE, "request": style.PALE}
+GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # behind words that a line would cross
 
 
 def prompt_parts(prompter: Prompter, dialogue: Dialogue, candidates: Sequence[str]) -> list[str]:
@@ -131,7 +132,7 @@ def forest_figure(differences: pd.DataFrame, label: str = "HR@1 of LaViC less th
     for other in others:
         part = differences[differences["LaViC less"] == other]
         axis.text(0.0, y, f" less {other}", color=style.method_colour(other), weight="bold", fontsize=8.5, va="center",
-                  transform=axis.get_yaxis_transform())
+                  transform=axis.get_yaxis_transform(), bbox=GROUND)
         for row in part.to_dict("records"):
             y += 1
             axis.plot([row["low"], row["high"]], [y, y], color=style.method_colour(other), lw=2)
@@ -167,7 +168,8 @@ def controls_figure(scores: pd.DataFrame, references: Mapping[str, Mapping[str, 
         for name, values in references.items():
             colour = style.method_colour(name)
             axis.axvline(values[domain], color=colour, ls="--", lw=1)
-            axis.text(values[domain], len(names) - 0.35, name.removeprefix("LaViC "), color=colour, fontsize=7, ha="center")
+            axis.text(values[domain], len(names) - 0.35, name.removeprefix("LaViC "), color=colour, fontsize=7, ha="center",
+                      bbox=GROUND)
         axis.set(title=domain, xlabel="HR@1 over conversations", xlim=(0, None), ylim=(len(names) - 0.3, -0.6))
         axis.set_yticks(range(len(names)), names)
         axis.tick_params(axis="y", length=0)
