@@ -224,9 +224,11 @@ def extended_figure(beyond: Mapping, metrics: Mapping):
 def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping]):
     """A case: the ten candidate images and, for each method, the share of likelihood it gives every candidate."""
     names = dialogue.candidates_st
-    fig, axes = plt.subplots(len(answers) + 1, len(names), figsize=(10.5, 1.5 + 0.75 * len(answers)),
-                             height_ratios=[1.6, *[0.7] * len(answers)])
-    gallery(run, names, [run.titles[a].replace(" ", "\n", 1) for a in names], dialogue.gt_items, axes[0])
+    fig, axes = plt.subplots(len(answers) + 1, len(names), figsize=(10.5, 2.2 + 0.85 * len(answers)),
+                             height_ratios=[2.3, *[0.7] * len(answers)], gridspec_kw={"hspace": 0.6})
+    for axis in axes[0]:
+        axis.set_anchor("S")  # tall and wide pictures stand on one line, their titles below it
+    gallery(run, names, [run.titles[a].replace(" ", "\n") for a in names], dialogue.gt_items, axes[0])
     for row, (method, answer) in enumerate(answers.items(), start=1):
         for column, (axis, weight) in enumerate(zip(axes[row], answer["probabilities"], strict=True)):
             chosen = answer["recommended"] == names[column]
