@@ -225,7 +225,7 @@ def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping
     """A case: the ten candidate images and, for each method, the share of likelihood it gives every candidate."""
     names = dialogue.candidates_st
     fig, axes = plt.subplots(len(answers) + 1, len(names), figsize=(10.5, 2.2 + 0.85 * len(answers)),
-                             height_ratios=[2.3, *[0.7] * len(answers)], gridspec_kw={"hspace": 0.6})
+                             height_ratios=[2.3, *[0.7] * len(answers)], gridspec_kw={"hspace": 0.75})
     for axis in axes[0]:
         axis.set_anchor("S")  # tall and wide pictures stand on one line, their titles below it
     gallery(run, names, [run.titles[a].replace(" ", "\n") for a in names], dialogue.gt_items, axes[0])
@@ -233,7 +233,7 @@ def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping
         for column, (axis, weight) in enumerate(zip(axes[row], answer["probabilities"], strict=True)):
             chosen = answer["recommended"] == names[column]
             axis.bar([0], [weight], color=style.method_colour(method) if chosen else style.PALE)
-            axis.set(ylim=(0, 1.3), xlim=(-0.6, 0.6), xticks=[], yticks=[])
+            axis.set(ylim=(0, 1.3), xlim=(-0.6, 0.6), xticks=[], yticks=[], facecolor="none")
             axis.text(0, weight + 0.05, f"{weight:.2f}", ha="center", fontsize=6.5)
         label = method.removeprefix("LaViC ") + ("" if answer["recommended"] in names else "\n(invalid)")
         axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7.5)
