@@ -102,6 +102,8 @@ def stage_notebook(path: Path, page: str, out: Path, root: Path, pages_of_site: 
 
     for number, cell in enumerate(book["cells"]):
         source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and "lavic_utils/colab.py" in source:
+            continue  # the first cell, which does nothing but on Colab
         if cell["cell_type"] == "markdown":
             cell["source"] = rewrite(source, page, root, pages_of_site, problems)
         elif cell["cell_type"] == "code":

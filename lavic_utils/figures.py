@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -44,6 +45,11 @@ def keep(fig, name: str, run: Run, tier: str | None = None, seeds: Sequence[int]
     return Kept(shown.getvalue(), alt)
 
 
+def _short(title: str, width: int) -> str:
+    """A title in at most three lines of `width` characters."""
+    return "\n".join(textwrap.wrap(title, width)[:3])
+
+
 def gallery(run: Run, asins: Sequence[str], labels: Sequence[str] = (), highlight: Sequence[str] = (), axes=None):
     """Item images in a row, the highlighted ones framed."""
     if axes is None:
@@ -58,22 +64,22 @@ def gallery(run: Run, asins: Sequence[str], labels: Sequence[str] = (), highligh
         for spine in axis.spines.values():
             spine.set(visible=asin in highlight, color=style.BLUE, linewidth=3)
         if labels:
-            axis.set_xlabel(labels[i], fontsize=6.5)
+            axis.set_xlabel(labels[i], fontsize=7)
     return np.atleast_1d(axes)[0].figure
 
 
 def task_figure(run: Run, dialogue: data.Dialogue):
     """The task: a dialogue, ten candidates with id, title and picture; the ground truth framed."""
-    import textwrap
-
     names = dialogue.candidates_st
-    fig, axes = plt.subplots(2, 6, figsize=(10.5, 4), width_ratios=[2.6, 1, 1, 1, 1, 1])
+    fig, axes = plt.subplots(2, 6, figsize=(8.6, 4.4), width_ratios=[2.3, 1, 1, 1, 1, 1], gridspec_kw={"hspace": 0.5})
     cells = [axes[r, c] for r in range(2) for c in range(1, 6)]
-    gallery(run, names, [f"{run.titles[a]}\n{a}" for a in names], dialogue.gt_items, cells)
+    for axis in cells:
+        axis.set_anchor("S")  # pictures of all shapes stand on one line
+    gallery(run, names, [f"{_short(run.titles[a], 16)}\n{a}" for a in names], dialogue.gt_items, cells)
     for axis in axes[:, 0]:
         axis.axis("off")
-    text = "\n".join(textwrap.fill(f"{who}: {said}", 36) for who, said in dialogue.turns)
-    axes[0, 0].text(0, 1, text, va="top", fontsize=8, transform=axes[0, 0].transAxes)
+    text = "\n".join(textwrap.fill(f"{who}: {said}", 32) for who, said in dialogue.turns)
+    axes[0, 0].text(-0.1, 1, text, va="top", fontsize=8.5, transform=axes[0, 0].transAxes)
     return fig
 
 
@@ -143,7 +149,7 @@ def curves(history: Sequence[Mapping]):
 def loss_figure(logs: Mapping[str, Mapping[str, Sequence[Mapping]]], smooth: float = 3):
     """Stage 2 training loss (exponentially smoothed over `smooth` records) against the share of the epoch: {panel: {line: log}},
     a panel a domain and a line a method; lines of the panels' own names are domains."""
-    fig, axes = plt.subplots(1, len(logs), figsize=(3.4 * len(logs) + 0.8, 2.5), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(logs), figsize=(2.8 * len(logs) + 0.8, 2.4), sharey=True, squeeze=False)
     for axis, (panel, lines) in zip(axes[0], logs.items(), strict=True):
         last, colours = {}, {}
         for name, log in lines.items():
@@ -166,7 +172,7 @@ def bars(metrics: Mapping, methods: Sequence[str], tier: str):
     paper = published_rows().set_index(["method", "domain"])["hr@1"]
     ours = summary_by_seed(metrics["rows"]).set_index(["method", "domain"])
     raw, colours = pd.DataFrame(metrics["rows"]), [style.method_colour(m) for m in methods]
-    fig, axes = plt.subplots(2, 3, figsize=(10.5, 0.62 * len(methods) + 1.6), sharey=True)
+    fig, axes = plt.subplots(2, 3, figsize=(9, 0.62 * len(methods) + 1.6), sharey=True)
     for column, domain in enumerate(DOMAINS):
         top, low = axes[0, column], axes[1, column]
         heights = [paper.get((m, domain), np.nan) for m in methods]
@@ -224,17 +230,17 @@ def extended_figure(beyond: Mapping, metrics: Mapping):
 def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping]):
     """A case: the ten candidate images and, for each method, the share of likelihood it gives every candidate."""
     names = dialogue.candidates_st
-    fig, axes = plt.subplots(len(answers) + 1, len(names), figsize=(10.5, 2.2 + 0.85 * len(answers)),
+    fig, axes = plt.subplots(len(answers) + 1, len(names), figsize=(8.8, 2.2 + 0.75 * len(answers)),
                              height_ratios=[2.3, *[0.7] * len(answers)], gridspec_kw={"hspace": 0.75})
     for axis in axes[0]:
         axis.set_anchor("S")  # tall and wide pictures stand on one line, their titles below it
-    gallery(run, names, [run.titles[a].replace(" ", "\n") for a in names], dialogue.gt_items, axes[0])
+    gallery(run, names, [_short(run.titles[a], 11) for a in names], dialogue.gt_items, axes[0])
     for row, (method, answer) in enumerate(answers.items(), start=1):
         for column, (axis, weight) in enumerate(zip(axes[row], answer["probabilities"], strict=True)):
             chosen = answer["recommended"] == names[column]
             axis.bar([0], [weight], color=style.method_colour(method) if chosen else style.PALE)
             axis.set(ylim=(0, 1.3), xlim=(-0.6, 0.6), xticks=[], yticks=[], facecolor="none")
-            axis.text(0, weight + 0.05, f"{weight:.2f}", ha="center", fontsize=6.5)
+            axis.text(0, weight + 0.05, f"{weight:.2f}", ha="center", fontsize=7.5)
         label = method.removeprefix("LaViC ") + ("" if answer["recommended"] in names else "\n(invalid)")
-        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7.5)
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     return fig
