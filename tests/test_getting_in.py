@@ -157,3 +157,15 @@ def test_the_first_cell_clones_and_installs_where_nothing_is_installed(bare, tmp
 def test_the_first_cell_does_nothing_where_lavic_utils_can_be_imported(bare):
     done = bare(colab.CELL + "\nprint(os.listdir('.'))", PYTHONPATH=str(ROOT), PATH="")
     assert done.returncode == 0 and "'env'" in done.stdout and "lavic-companion" not in done.stdout, done.stdout + done.stderr
+
+
+def test_sections_that_a_plan_names_are_there():
+    """A row of a plan that quotes a section ends in: `NN, "Section" to "Section"`."""
+    rows = [re.search(r'\| (\d\d), (".*") \|$', line) for line in (ROOT / "docs" / "teaching.md").read_text().splitlines()]
+    named = [(row[1], title) for row in rows if row for title in re.findall(r'"([^"]+)"', row[2])]
+    assert len(named) > 5
+    for number, title in named:
+        book = next((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
+        headings = [line.lstrip("# ") for cell in json.loads(book.read_text(encoding="utf-8"))["cells"]
+                    if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines() if line.startswith("#")]
+        assert title in headings, f"teaching.md names {title!r}, which notebook {number} does not have"
