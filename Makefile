@@ -1,4 +1,4 @@
-# make reproduce: install (first time) and run all notebooks. make test: everything CI checks.
+# make reproduce: install (first time) and run all notebooks. CI runs make test and make test-browser.
 PYTHON ?= python3
 PROFILE ?= mini
 SEEDS ?= 1

@@ -261,3 +261,30 @@ def test_data_names_the_folder_of_the_published_files(tmp_path, tiny_profile, re
     assert main(arguments) == 1  # negative control: without the option the cell fails
     monkeypatch.setenv("LAVIC_DATA", "elsewhere")  # so that it is as before after the test
     assert main([*arguments, "--data", str(real)]) == 0
+
+
+def test_solutions_run_on_the_mini_world_and_are_only_read_elsewhere(tmp_path, results):
+    path, partial = save(tmp_path / "nb" / "00_a.ipynb", "kept = 1", "cost = 'hours'\nassert False"), tmp_path / "partial.ipynb"
+    nb = nbformat.read(path, 4)
+    nb.cells[-1].metadata["tags"] = [nbs.SOLUTION, "hide-cell"]
+    path.write_text(nbformat.writes(nb), encoding="utf-8")
+    job = reproduce.plan(load_profile("mini"), "mini", [42], path.parent)[0]
+    assert reproduce._source(job, "mini", partial) == path and not partial.exists()
+    cells = nbformat.read(reproduce._source(job, "t4", partial), 4).cells
+    assert cells[-1].source == "# cost = 'hours'\n# assert False" and cells[-2].source == "kept = 1"
+    assert len(cells) == len(nb.cells)  # so that a failing cell is still named by its number
+
+
+@pytest.mark.parametrize(("text", "missing"), [("<Figure size 640x480 with 1 Axes>", True), ("", True), ("Ten hats.", False)])
+def test_a_picture_without_alternative_text_is_a_problem(text, missing):
+    shown = nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo=", "text/plain": text})
+    assert any("alternative text" in line for line in nbs._output_problems(shown)) == missing
+
+
+def test_other_versions_of_the_libraries_make_a_notebook_run_again(tmp_path, tiny_profile, results, monkeypatch):
+    save(tmp_path / "nb" / "00_a.ipynb", "1")
+    key = lambda: reproduce.plan(load_profile(str(tiny_profile)), "x", [5], tmp_path / "nb")[0].key  # noqa: E731
+    before = key()
+    assert key() == before
+    monkeypatch.setattr(reproduce, "versions", lambda: {"pillow": "0.1"})
+    assert key() != before
