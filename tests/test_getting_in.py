@@ -17,9 +17,9 @@ import pytest
 import typer
 import yaml
 
-from lavic_utils import colab
+from lavic_utils import colab, memory
 from lavic_utils.__main__ import app
-from lavic_utils.config import PACKAGE, ROOT
+from lavic_utils.config import PACKAGE, ROOT, load_profile
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), PACKAGE / "mini_model" / "README.md",
                 *(ROOT / "notebooks").glob("*.ipynb")])
@@ -169,3 +169,10 @@ def test_sections_that_a_plan_names_are_there():
         headings = [line.lstrip("# ") for cell in json.loads(book.read_text(encoding="utf-8"))["cells"]
                     if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines() if line.startswith("#")]
         assert title in headings, f"teaching.md names {title!r}, which notebook {number} does not have"
+
+
+@pytest.mark.parametrize("name", ["paper", "t4"])
+def test_the_memory_that_the_researchers_page_copies_is_what_plan_says(name):
+    peak = max(parts["total"] for parts in memory.memories(load_profile(name)).values())
+    rows = [line for line in (ROOT / "docs" / "researcher.md").read_text().splitlines() if line.startswith(f"| `{name}`")]
+    assert len(rows) == 2 and all(f"| {peak:.1f} GiB + 1" in row for row in rows)
