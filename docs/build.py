@@ -25,24 +25,35 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "docs" / "site"
 BUILT = ROOT / "docs" / "_build"  # source/: what is staged; html/: the site
-MOVED = {"README.md": "index.md", "results/claims.md": "docs/claims.md"}  # what has another place in the site
+MOVED = {
+    "README.md": "index.md",
+    "results/claims.md": "docs/claims.md",
+}  # what has another place in the site
 # Code (left alone), or a Markdown link or image: `[text](target)`, `![text](target)`.
-CODE_OR_LINK = re.compile(r"```.*?```|(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)|`[^`\n]*`", re.S)
+CODE_OR_LINK = re.compile(
+    r"```.*?```|(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)|`[^`\n]*`", re.S
+)
 
-ESCAPES = str.maketrans({c: f"\\{c}" for c in "[]*_`$<>\\"})  # so that an alternative text stays text within Markdown
+ESCAPES = str.maketrans(
+    {c: f"\\{c}" for c in "[]*_`$<>\\"}
+)  # so that an alternative text stays text within Markdown
 
 
 class Problems(list[str]):
     """Everything that would make the site wrong, collected, so that one build names all of it."""
 
 
-def site_target(target: str, page: str, root: Path, pages_of_site: set[str], problems: Problems) -> str | None:
+def site_target(
+    target: str, page: str, root: Path, pages_of_site: set[str], problems: Problems
+) -> str | None:
     """What a link of `page` (path from the root) becomes: a target, or None where it leads out of the site and only its
     text stays. A target that is not in the repository is a problem."""
     if re.match(r"[a-z]+:", target):
         return target
     path, _, anchor = target.partition("#")
-    if (path or page).endswith(".ipynb"):  # Jupyter's anchors (`#What-is-a-tile?`) as the site writes them (`#what-is-a-tile`)
+    if (path or page).endswith(
+        ".ipynb"
+    ):  # Jupyter's anchors (`#What-is-a-tile?`) as the site writes them (`#what-is-a-tile`)
         anchor = re.sub(r"[^\w-]", "", unquote(anchor).lower())
     if not path:
         return f"#{anchor}"
@@ -51,10 +62,14 @@ def site_target(target: str, page: str, root: Path, pages_of_site: set[str], pro
         problems.append(f"{page}: link to {target}, which does not exist")
         return None
     module = re.fullmatch(r"lavic_utils/(\w+)\.py", place)
-    place = f"docs/api/lavic_utils/lavic_utils.{module[1]}.md" if module else MOVED.get(place, place)
+    place = (
+        f"docs/api/lavic_utils/lavic_utils.{module[1]}.md" if module else MOVED.get(place, place)
+    )
     if place not in pages_of_site and not place.endswith(".png"):
         return None
-    return relpath(place, PurePosixPath(MOVED.get(page, page)).parent) + (f"#{anchor}" if anchor else "")
+    return relpath(place, PurePosixPath(MOVED.get(page, page)).parent) + (
+        f"#{anchor}" if anchor else ""
+    )
 
 
 def rewrite(text: str, page: str, root: Path, pages_of_site: set[str], problems: Problems) -> str:
@@ -72,7 +87,9 @@ def rewrite(text: str, page: str, root: Path, pages_of_site: set[str], problems:
     return CODE_OR_LINK.sub(one, text)
 
 
-def stage_output(output: dict[str, Any], where: str, keep: Callable[[str], str], problems: Problems) -> dict[str, Any] | None:
+def stage_output(
+    output: dict[str, Any], where: str, keep: Callable[[str], str], problems: Problems
+) -> dict[str, Any] | None:
     """A notebook output for the site: a picture becomes Markdown with its alternative text (the output's own text, as
     `figures.Kept` gives it); a live widget, which nothing would drive here, is left out."""
     data = output.get("data", {})
@@ -85,10 +102,16 @@ def stage_output(output: dict[str, Any], where: str, keep: Callable[[str], str],
         problems.append(f"{where}: a picture has no alternative text (figures.keep(..., alt=...))")
         alt = ""
     name = keep("".join(data["image/png"]))
-    return {"output_type": "display_data", "metadata": {}, "data": {"text/markdown": f"![{alt.translate(ESCAPES)}]({name})"}}
+    return {
+        "output_type": "display_data",
+        "metadata": {},
+        "data": {"text/markdown": f"![{alt.translate(ESCAPES)}]({name})"},
+    }
 
 
-def stage_notebook(path: Path, page: str, out: Path, root: Path, pages_of_site: set[str], problems: Problems) -> None:
+def stage_notebook(
+    path: Path, page: str, out: Path, root: Path, pages_of_site: set[str], problems: Problems
+) -> None:
     """Write the notebook for the site: links rewritten, pictures beside it, a target above each code cell."""
     book = json.loads(path.read_text(encoding="utf-8"))
     book["metadata"].pop("widgets", None)
@@ -102,17 +125,28 @@ def stage_notebook(path: Path, page: str, out: Path, root: Path, pages_of_site: 
 
     for number, cell in enumerate(book["cells"]):
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and "lavic_utils/colab.py" in source:
+        if cell["cell_type"] == "code" and "lavic_utils/repro/colab.py" in source:
             continue  # the first cell, which does nothing but on Colab
         if cell["cell_type"] == "markdown":
             cell["source"] = rewrite(source, page, root, pages_of_site, problems)
         elif cell["cell_type"] == "code":
             if "solution" in cell["metadata"].get("tags", []):
-                cell["metadata"]["mystnb"] = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
-            staged = [stage_output(o, f"{page}, cell {number}", keep, problems) for o in cell["outputs"]]
+                cell["metadata"]["mystnb"] = {
+                    "code_prompt_show": "Show the solution",
+                    "code_prompt_hide": "Hide the solution",
+                }
+            staged = [
+                stage_output(o, f"{page}, cell {number}", keep, problems) for o in cell["outputs"]
+            ]
             cell["outputs"] = [o for o in staged if o is not None]
-            cells.append({"cell_type": "markdown", "id": f"to-{number}", "metadata": {},
-                          "source": f'<div id="{pages.cell_target(number)}"></div>'})
+            cells.append(
+                {
+                    "cell_type": "markdown",
+                    "id": f"to-{number}",
+                    "metadata": {},
+                    "source": f'<div id="{pages.cell_target(number)}"></div>',
+                }
+            )
         cells.append(cell)
     book["cells"] = cells
     out.write_text(json.dumps(book), encoding="utf-8")
@@ -129,11 +163,17 @@ def table_of_contents(root: Path, problems: Problems) -> tuple[dict[str, Any], s
             name = chapter["file"]
             file = next((f for f in (f"{name}.md", f"{name}.ipynb") if (root / f).is_file()), None)
             if name not in made and file is None:
-                problems.append(f"{name}: in docs/site/_toc.yml, but there is no such .md or .ipynb file")
+                problems.append(
+                    f"{name}: in docs/site/_toc.yml, but there is no such .md or .ipynb file"
+                )
                 continue
             found.add(f"{name}.md" if name in made else str(file))
             if name == "docs/api":
-                modules = {m: f"docs/api/lavic_utils/lavic_utils.{m}" for group in pages.modules(root).values() for m in group}
+                modules = {
+                    m: f"docs/api/lavic_utils/lavic_utils.{m}"
+                    for group in pages.modules(root).values()
+                    for m in group
+                }
                 chapter["sections"] = [{"file": file, "title": m} for m, file in modules.items()]
                 found |= {f"{file}.md" for file in modules.values()}
             chapters.append(chapter)
@@ -149,15 +189,25 @@ def stage(root: Path, out: Path) -> Problems:
     shutil.copytree(SITE, out, ignore=shutil.ignore_patterns("__pycache__"))
     toc, site = table_of_contents(root, problems)
     (out / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
-    figures = {p.relative_to(root).as_posix(): p for f in ("figures", "results/bench") for p in sorted((root / f).rglob("*.png"))}
+    figures = {
+        p.relative_to(root).as_posix(): p
+        for f in ("figures", "results/bench")
+        for p in sorted((root / f).rglob("*.png"))
+    }
     for name, path in figures.items():
-        for base in (out, out / "_extra"):  # beside the pages for Sphinx, and at its place in the site for the gallery
+        for base in (
+            out,
+            out / "_extra",
+        ):  # beside the pages for Sphinx, and at its place in the site for the gallery
             (base / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, base / name)
     made: Mapping[str, Callable[[], str]] = {
         "docs/gallery.md": lambda: pages.gallery(root, figures, problems),
-        "docs/claims.md": lambda: pages.claims(json.loads((root / "results" / "claims.json").read_text(encoding="utf-8"))),
-        "docs/api.md": lambda: pages.api(root)}
+        "docs/claims.md": lambda: pages.claims(
+            json.loads((root / "results" / "claims.json").read_text(encoding="utf-8"))
+        ),
+        "docs/api.md": lambda: pages.api(root),
+    }
     for page in sorted(site):
         target = out / page
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,20 +225,28 @@ def stage(root: Path, out: Path) -> Problems:
 def main() -> int:
     """Exit code 0: built; 1: Sphinx failed; 2: something is missing, one line each."""
     parser = argparse.ArgumentParser(description="Build the static site of the companion.")
-    parser.add_argument("--draft", action="store_true", help="build although alternative texts or pages are missing")
+    parser.add_argument(
+        "--draft", action="store_true", help="build although alternative texts or pages are missing"
+    )
     chosen = parser.parse_args()
     problems = stage(ROOT, BUILT / "source")
     for problem in problems:
         print(f"{'missing' if chosen.draft else 'error'}: {problem}", file=sys.stderr)
     if problems and not chosen.draft:
-        print(f"the site is not built: {len(problems)} things to mend (--draft builds all the same)", file=sys.stderr)
+        print(
+            f"the site is not built: {len(problems)} things to mend (--draft builds all the same)",
+            file=sys.stderr,
+        )
         return 2
     shutil.rmtree(BUILT / "html", ignore_errors=True)
     strict = [] if chosen.draft else ["--warningiserror", "--keep-going"]
     program = Path(sys.executable).with_name("jupyter-book")
     command = [program, "build", BUILT / "source", "--path-output", BUILT.parent, "-q", *strict]
     code = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
-    for unused in [*(BUILT / "html" / "_static").rglob("*.map"), *(BUILT / "html" / "_static").glob("*macros.html")]:
+    for unused in [
+        *(BUILT / "html" / "_static").rglob("*.map"),
+        *(BUILT / "html" / "_static").glob("*macros.html"),
+    ]:
         unused.unlink()  # the theme's own tools, no part of the site
     return 1 if code else 0
 

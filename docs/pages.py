@@ -14,16 +14,54 @@ from PIL import Image
 
 # The modules in the order data flows through them; what is not named here comes last.
 FLOW = {
-    "The world and the data": ("config", "rows", "data", "acquire", "crawl", "inspection", "wording", "draw", "world"),
+    "The world and the data": (
+        "config",
+        "rows",
+        "data",
+        "acquire",
+        "crawl",
+        "inspection",
+        "wording",
+        "draw",
+        "world",
+    ),
     "Retrieval: the candidates": ("encoders", "retrieval"),
     "Seeing: images to vectors": ("vision", "store", "minimodel"),
     "Learning: stage 1 and stage 2": ("prompts", "training", "distillation", "recommendation"),
-    "Answering: the methods": ("inputs", "runs", "methods", "hub", "openmodels", "endpoint", "proprietary"),
-    "Judging: scores, tables, figures": ("evaluation", "ranking", "answers", "report", "lessons", "style", "figures"),
+    "Answering: the methods": (
+        "inputs",
+        "runs",
+        "methods",
+        "hub",
+        "openmodels",
+        "endpoint",
+        "proprietary",
+    ),
+    "Judging: scores, tables, figures": (
+        "evaluation",
+        "ranking",
+        "answers",
+        "report",
+        "lessons",
+        "style",
+        "figures",
+    ),
     "The audit of the paper": ("audit", "claims"),
     "Trying it": ("panel", "cards", "demo", "uploads", "widget"),
-    "Running and checking": ("doctor", "machine", "colab", "plan", "memory", "provenance", "progress", "reproduce",
-                             "notebooks", "readme", "packaging", "commands"),
+    "Running and checking": (
+        "doctor",
+        "machine",
+        "colab",
+        "plan",
+        "memory",
+        "provenance",
+        "progress",
+        "reproduce",
+        "notebooks",
+        "readme",
+        "packaging",
+        "commands",
+    ),
     "Measuring speed": ("direct", "bench", "bench_model", "bench_gpu", "growth"),
     "Making the mini model": ("pretraining", "pretraining_images", "pretraining_main"),
 }
@@ -39,12 +77,22 @@ def modules(root: Path) -> dict[str, list[str]]:
 
 def api(root: Path) -> str:
     """The page that leads to each module's own: its name and the first sentence of its docstring."""
-    parts = ["# API by module", "", "From the docstrings, in the order data flows. The code is short: each module is one stage, "
-             "and a notebook shows each stage at work.", ""]
+    parts = [
+        "# API by module",
+        "",
+        "From the docstrings, in the order data flows. The code is short: each module is one stage, "
+        "and a notebook shows each stage at work.",
+        "",
+    ]
     for group, names in modules(root).items():
         parts += [f"## {group}", ""]
         for name in names:
-            text = ast.get_docstring(ast.parse((root / "lavic_utils" / f"{name}.py").read_text(encoding="utf-8"))) or ""
+            text = (
+                ast.get_docstring(
+                    ast.parse((root / "lavic_utils" / f"{name}.py").read_text(encoding="utf-8"))
+                )
+                or ""
+            )
             first = " ".join(text.split("\n\n")[0].split())
             parts.append(f"- [`{name}`](api/lavic_utils/lavic_utils.{name}.md): {first}")
         parts.append("")
@@ -62,7 +110,9 @@ def kept(source: str) -> set[str]:
         calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     except SyntaxError:  # a cell with a magic command
         return set()
-    keeps = [call for call in calls if getattr(call.func, "attr", getattr(call.func, "id", "")) == "keep"]
+    keeps = [
+        call for call in calls if getattr(call.func, "attr", getattr(call.func, "id", "")) == "keep"
+    ]
     return {arg.value for call in keeps for arg in call.args if isinstance(arg, ast.Constant)}
 
 
@@ -98,20 +148,31 @@ def _entry(name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
     """One figure of the gallery: heading, picture, caption and where it comes from."""
     seeds = known.get("seeds") or [known.get("seed")]
     versions = ", ".join(f"{k} {v}" for k, v in known.get("versions", {}).items() if v)
-    rows = {"Tier": f'<span class="tier">{escape(str(known.get("tier", "unknown")))}</span>', "Cell": origin,
-            "Data": f"profile {known.get('profile')}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, "
-                    f"data <code>{known.get('data_hash')}</code>",
-            "Code": f"<code>{known.get('code_hash')}</code>; {escape(versions)}", "Made": str(known.get("time", ""))[:10]}
+    rows = {
+        "Tier": f'<span class="tier">{escape(str(known.get("tier", "unknown")))}</span>',
+        "Cell": origin,
+        "Data": f"profile {known.get('profile')}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, "
+        f"data <code>{known.get('data_hash')}</code>",
+        "Code": f"<code>{known.get('code_hash')}</code>; {escape(versions)}",
+        "Made": str(known.get("time", ""))[:10],
+    }
     facts = "".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in rows.items())
     title = re.sub(r"^(figures|results/bench)/|\.png$", "", name).replace("_", " ")
-    return (f'### {title}\n\n<figure class="kept"><a href="../{name}"><img src="../{name}" alt="{escape(alt, quote=True)}" '
-            f'loading="lazy"></a><figcaption>{escape(alt)}<dl>{facts}</dl></figcaption></figure>\n')
+    return (
+        f'### {title}\n\n<figure class="kept"><a href="../{name}"><img src="../{name}" alt="{escape(alt, quote=True)}" '
+        f'loading="lazy"></a><figcaption>{escape(alt)}<dl>{facts}</dl></figcaption></figure>\n'
+    )
 
 
 def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str:
     """Every figure with its tier, the cell that makes it, the data and code it came from, and its alternative text."""
-    books = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((root / "notebooks").glob("*.ipynb"))}
-    titles = {n: "".join(b["cells"][0]["source"]).splitlines()[0].lstrip("# ") for n, b in books.items()} | {"": "Speed"}
+    books = {
+        p.stem: json.loads(p.read_text(encoding="utf-8"))
+        for p in sorted((root / "notebooks").glob("*.ipynb"))
+    }
+    titles = {
+        n: "".join(b["cells"][0]["source"]).splitlines()[0].lstrip("# ") for n, b in books.items()
+    } | {"": "Speed"}
     groups: dict[str, list[str]] = {n: [] for n in titles}
     for name, path in figures.items():
         known, notebook = about(path), ""
@@ -125,26 +186,47 @@ def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str
             below = f", below “{escape(section.replace('`', ''))}”" if section else ""
             origin = f'<a href="../notebooks/{notebook}.html#{cell_target(number)}">notebook {notebook[:2]}{below}</a>'
         if not alt:
-            problems.append(f"{name}: no alternative text stored ({notebook or 'make bench'}: alt=...)")
+            problems.append(
+                f"{name}: no alternative text stored ({notebook or 'make bench'}: alt=...)"
+            )
         groups[notebook].append(_entry(name, known, alt, origin))
-    parts = ["# Figure gallery", "", "Each figure with the evidence tier that its numbers have, the notebook cell that draws it, "
-             "and the data and code it came from, as stored in the file itself. A click opens the file.", ""]
+    parts = [
+        "# Figure gallery",
+        "",
+        "Each figure with the evidence tier that its numbers have, the notebook cell that draws it, "
+        "and the data and code it came from, as stored in the file itself. A click opens the file.",
+        "",
+    ]
     for key, made in groups.items():
         parts += [f"## {titles[key]}", "", *made] if made else []
     return "\n".join(parts)
 
 
-def table(label: str, heads: Sequence[str], rows: Iterable[Sequence[str | tuple[str, str]]], filters: Sequence[str] = ()) -> str:
+def table(
+    label: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str | tuple[str, str]]],
+    filters: Sequence[str] = (),
+) -> str:
     """An HTML table that book.js makes sortable and, by the columns in `filters`, filterable. A cell is HTML, or (HTML, the
     key it sorts by)."""
+
     def cell(value: str | tuple[str, str]) -> str:
         shown, key = value if isinstance(value, tuple) else (value, None)
-        return f"<td>{shown}</td>" if key is None else f'<td data-key="{escape(key, quote=True)}">{shown}</td>'
+        return (
+            f"<td>{shown}</td>"
+            if key is None
+            else f'<td data-key="{escape(key, quote=True)}">{shown}</td>'
+        )
 
-    head = "".join(f'<th scope="col"{" data-filter" if h in filters else ""}>{escape(h)}</th>' for h in heads)
+    head = "".join(
+        f'<th scope="col"{" data-filter" if h in filters else ""}>{escape(h)}</th>' for h in heads
+    )
     body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
-    return (f'<div class="ledger" role="region" aria-label="{escape(label, quote=True)}" tabindex="0"><table class="sortable">'
-            f"<caption>{escape(label)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n")
+    return (
+        f'<div class="ledger" role="region" aria-label="{escape(label, quote=True)}" tabindex="0"><table class="sortable">'
+        f"<caption>{escape(label)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n"
+    )
 
 
 def number(value: float | None, digits: int = 4) -> tuple[str, str]:
@@ -153,31 +235,79 @@ def number(value: float | None, digits: int = 4) -> tuple[str, str]:
 
 
 def _claim(row: Mapping[str, Any]) -> list[str | tuple[str, str]]:
-    counts = "<br>".join(f"{k}/{escape(name)}" for name, k in (row["counts"] or {}).items()) or escape(row["reading"] or "–")
-    ours = "<br>".join(f'<span class="tier">{escape(o["tier"])}</span> {o["value"]:.4f} [{o["low"]:.3f}, {o["high"]:.3f}], '
-                       f'n {o["n"]}' for o in row["ours"])
+    counts = "<br>".join(
+        f"{k}/{escape(name)}" for name, k in (row["counts"] or {}).items()
+    ) or escape(row["reading"] or "–")
+    ours = "<br>".join(
+        f'<span class="tier">{escape(o["tier"])}</span> {o["value"]:.4f} [{o["low"]:.3f}, {o["high"]:.3f}], '
+        f"n {o['n']}"
+        for o in row["ours"]
+    )
     interval = "–" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-    return [escape(row["method"]), row["domain"], {"hr@1": "HR@1", "vr": "VR"}[row["metric"]], number(row["published"]),
-            (interval, "" if row["low"] is None else str(row["low"])), counts, number(row["ceiling"]),
-            (ours or "–", str(row["ours"][0]["value"]) if row["ours"] else ""), escape(row["status"]), escape(row["reason"])]
+    return [
+        escape(row["method"]),
+        row["domain"],
+        {"hr@1": "HR@1", "vr": "VR"}[row["metric"]],
+        number(row["published"]),
+        (interval, "" if row["low"] is None else str(row["low"])),
+        counts,
+        number(row["ceiling"]),
+        (ours or "–", str(row["ours"][0]["value"]) if row["ours"] else ""),
+        escape(row["status"]),
+        escape(row["reason"]),
+    ]
 
 
 def _difference(row: Mapping[str, Any]) -> list[str | tuple[str, str]]:
     least, greatest = row["p paired, least"], row["p paired, greatest"]
-    return [escape(row["against"]), row["domain"], number(row["difference"]), (f"{row['low']:+.3f} to {row['high']:+.3f}",
-            str(row["low"])), (f"{least:.2g}", str(least)), (f"{greatest:.2g}", str(greatest)), escape(row["verdict"])]
+    return [
+        escape(row["against"]),
+        row["domain"],
+        number(row["difference"]),
+        (f"{row['low']:+.3f} to {row['high']:+.3f}", str(row["low"])),
+        (f"{least:.2g}", str(least)),
+        (f"{greatest:.2g}", str(greatest)),
+        escape(row["verdict"]),
+    ]
 
 
 def claims(found: Mapping[str, Any]) -> str:
     """The claims ledger: results/claims.json as sortable, filterable tables."""
-    sizes = "\n".join(f"- {d}: {s['conversations']} conversations, {s['pairs']} ground-truth items, {s['distinct']} distinct"
-                      for d, s in found["splits"].items())
-    cells = table("Every published cell", ("method", "domain", "metric", "published", "95 % by test size", "counts that print it",
-                                           "ceiling", "ours", "status", "reason"), map(_claim, found["rows"]),
-                  ("method", "domain", "metric", "status"))
-    pairs = table("LaViC's lead over each method, judged by test size alone",
-                  ("against", "domain", "difference", "95 %", "p, least paired", "p, greatest paired", "verdict"),
-                  map(_difference, found["comparisons"]), ("against", "domain", "verdict"))
+    sizes = "\n".join(
+        f"- {d}: {s['conversations']} conversations, {s['pairs']} ground-truth items, {s['distinct']} distinct"
+        for d, s in found["splits"].items()
+    )
+    cells = table(
+        "Every published cell",
+        (
+            "method",
+            "domain",
+            "metric",
+            "published",
+            "95 % by test size",
+            "counts that print it",
+            "ceiling",
+            "ours",
+            "status",
+            "reason",
+        ),
+        map(_claim, found["rows"]),
+        ("method", "domain", "metric", "status"),
+    )
+    pairs = table(
+        "LaViC's lead over each method, judged by test size alone",
+        (
+            "against",
+            "domain",
+            "difference",
+            "95 %",
+            "p, least paired",
+            "p, greatest paired",
+            "verdict",
+        ),
+        map(_difference, found["comparisons"]),
+        ("against", "domain", "verdict"),
+    )
     return f"""# Claims ledger
 
 Every figure of the paper's tables, and what stands for or against it. A click on a column's name sorts by it; the fields above

@@ -7,17 +7,23 @@ from typing import Annotated
 
 import typer
 
-data = typer.Typer(help="The published data: fetch, crawl the images, verify, stats.", no_args_is_help=True)
+data = typer.Typer(
+    help="The published data: fetch, crawl the images, verify, stats.", no_args_is_help=True
+)
 bench = typer.Typer(help="Speed on this machine beside the direct way, as JSON.")
-DataOption = Annotated[Path | None, typer.Option("--data", help="Default: LAVIC_DATA, else data/reddit-amazon.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Default: LAVIC_DATA, else data/reddit-amazon.")
+]
 
 
 @data.command("fetch")
 def fetch_files(
-    to: Annotated[Path | None, typer.Option(help="Default: LAVIC_DATA, else data/reddit-amazon.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Default: LAVIC_DATA, else data/reddit-amazon.")
+    ] = None,
 ) -> None:
     """Download the authors' files and verify each; goes on where it was broken off."""
-    from .acquire import data_dir, fetch
+    from lavic_utils.remote.download import data_dir, fetch
 
     folder = data_dir(to)
     print(fetch(folder))
@@ -27,13 +33,19 @@ def fetch_files(
 @data.command("crawl")
 def crawl_images(
     folder: DataOption = None,
-    first_only: Annotated[bool, typer.Option("--first-only", help="Of train_images only ASIN_0.jpg.")] = False,
-    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Images asked for at once.")] = 32,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again for what failed for good.")] = False,
+    first_only: Annotated[
+        bool, typer.Option("--first-only", help="Of train_images only ASIN_0.jpg.")
+    ] = False,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=256, help="Images asked for at once.")
+    ] = 32,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Ask again for what failed for good.")
+    ] = False,
 ) -> None:
     """Download the product images; goes on where it was broken off. Exit 1: some were not reached, run it again."""
-    from .acquire import data_dir
-    from .crawl import Settings, crawl, summary
+    from lavic_utils.remote.crawl import Settings, crawl, summary
+    from lavic_utils.remote.download import data_dir
 
     counts = crawl(data_dir(folder), first_only, retry_failed, Settings(concurrency=concurrency))
     print(summary(counts))
@@ -43,7 +55,7 @@ def crawl_images(
 @data.command("verify")
 def verify_files(folder: DataOption = None) -> None:
     """Say what is there, missing or corrupt and what that touches. Exit 1: a wrong file or a corrupt image."""
-    from .acquire import data_dir, verify
+    from lavic_utils.remote.download import data_dir, verify
 
     lines, right = verify(data_dir(folder))
     print("\n".join(lines))
@@ -53,7 +65,10 @@ def verify_files(folder: DataOption = None) -> None:
 @data.command("stats")
 def stats(
     folder: DataOption = None,
-    lenient: Annotated[bool, typer.Option("--lenient", help="Set bad rows aside and report them; else they stop it.")] = False,
+    lenient: Annotated[
+        bool,
+        typer.Option("--lenient", help="Set bad rows aside and report them; else they stop it."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
     """Table 1 of the paper beside the files here, and counts, lengths and recall of each."""
@@ -61,24 +76,34 @@ def stats(
 
     import pandas as pd
 
-    from .acquire import data_dir
-    from .evaluation import real_data_summary
-    from .inspection import table_1
-    from .rows import set_aside_report
+    from lavic_utils.audit.inspection import table_1
+    from lavic_utils.evaluation import real_data_summary
+    from lavic_utils.remote.download import data_dir
+    from lavic_utils.rows import set_aside_report
 
     root, bad = data_dir(folder), [] if lenient else None
     splits = real_data_summary(root, bad)
     table = table_1(root, None if bad is None else [])  # the same rows again: reported once
     if as_json:
         found = {"table_1": json.loads(table.to_json(orient="records")), "splits": splits}
-        print(json.dumps(found if bad is None else {**found, "set_aside": set_aside_report(bad)}, indent=1))
+        print(
+            json.dumps(
+                found if bad is None else {**found, "set_aside": set_aside_report(bad)}, indent=1
+            )
+        )
         return
     print(table.set_index("domain").T.astype(object).fillna("no catalogue").to_string(), end="\n\n")
     print(pd.DataFrame(splits).to_string(index=False, float_format="{:.4g}".format))
     if bad is not None:
         report = set_aside_report(bad)
-        lines = [f"{one['rows']:6} {one['file']}: {one['kind']}, field {one['field']}" for one in report["counts"]]
-        lines += [f"{one['file']}, line {one['line']}: field {one['field']}: {one['problem']}" for one in bad]
+        lines = [
+            f"{one['rows']:6} {one['file']}: {one['kind']}, field {one['field']}"
+            for one in report["counts"]
+        ]
+        lines += [
+            f"{one['file']}, line {one['line']}: field {one['field']}: {one['problem']}"
+            for one in bad
+        ]
         print(f"\nset aside: {report['rows']} rows", *lines, sep="\n")
 
 
@@ -87,7 +112,7 @@ def bench_crawl() -> None:
     """Images a second, one at a time and many at once, from a local server with 100 ms latency. Exit 1: under ten times."""
     import json
 
-    from .bench import crawl_speed
+    from lavic_utils.bench.speed import crawl_speed
 
     found = crawl_speed()
     print(json.dumps(found, indent=1))
@@ -96,11 +121,16 @@ def bench_crawl() -> None:
 
 @bench.command("gpu")
 def bench_card(
-    profile: Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")] = "paper",
-    tiny: Annotated[bool, typer.Option("--tiny", help="The mini model, here: does it work? Written to bench-quick.")] = False,
+    profile: Annotated[
+        str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")
+    ] = "paper",
+    tiny: Annotated[
+        bool,
+        typer.Option("--tiny", help="The mini model, here: does it work? Written to bench-quick."),
+    ] = False,
 ) -> None:
     """Seconds and peak memory on this card of a profile's true model with random weights."""
-    from .bench_gpu import bench_gpu
+    from lavic_utils.bench.card import bench_gpu
 
     print(bench_gpu(profile, tiny))
 
@@ -108,13 +138,17 @@ def bench_card(
 @bench.callback(invoke_without_command=True)
 def bench_all(
     context: typer.Context,
-    quick: Annotated[bool, typer.Option("--quick", help="Few and small: does it work? Written to bench-quick.")] = False,
-    only: Annotated[str | None, typer.Option(help="This part alone, printed and written nowhere.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few and small: does it work? Written to bench-quick.")
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="This part alone, printed and written nowhere.")
+    ] = None,
 ) -> None:
     """Measure both stages, evaluation, download, store and growth; writes results/bench/MACHINE.json and a figure."""
     import json
 
-    from .bench import bench as measure
+    from lavic_utils.bench.speed import bench as measure
 
     if context.invoked_subcommand is None:
         found = measure(quick, only)
@@ -122,16 +156,25 @@ def bench_all(
 
 
 def demo(
-    profile: Annotated[str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")] = "mini",
-    folder: Annotated[Path | None, typer.Option("--data", help="Your own catalogue and dialogues, in the data's layout.")] = None,
+    profile: Annotated[
+        str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")
+    ] = "mini",
+    folder: Annotated[
+        Path | None,
+        typer.Option("--data", help="Your own catalogue and dialogues, in the data's layout."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0: whoever reaches this machine may use the page.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0: whoever reaches this machine may use the page.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
 ) -> None:
     """Serve a page to try the trained models: requests, pictures, likelihoods. Trains what is missing, and says so."""
-    from .config import UserError
-    from .demo import serve
+    from lavic_utils.config import UserError
+    from lavic_utils.demo.page import serve
 
     if folder and not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder; give one in the layout of the published data")
+        raise UserError(
+            f"--data {folder}: no such folder; give one in the layout of the published data"
+        )
     serve(profile, seed, folder, host, port)

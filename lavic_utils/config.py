@@ -84,17 +84,23 @@ class Distillation(Stage):
 
     teacher_batch_size: int = Field(48, ge=1)  # images described at once
     eval_batch_size: int = Field(64, ge=1)
-    descriptions: Literal["write", "published"] = "write"  # by the base model now, or as they stand in the data
+    descriptions: Literal["write", "published"] = (
+        "write"  # by the base model now, or as they stand in the data
+    )
     images_per_item: int | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
-    keep_pixels: bool = False  # hold all pixel tensors in memory instead of decoding images every epoch
+    keep_pixels: bool = (
+        False  # hold all pixel tensors in memory instead of decoding images every epoch
+    )
 
 
 class Recommendation(Stage):
     """Stage 2 (method: recommendation fine-tuning) and inference."""
 
     eval_batch_size: int = Field(ge=1)
-    save_steps: int | None = None  # a checkpoint every so many steps; None: a killed run starts this adapter again
+    save_steps: int | None = (
+        None  # a checkpoint every so many steps; None: a killed run starts this adapter again
+    )
 
 
 class Profile(Section):
@@ -103,7 +109,9 @@ class Profile(Section):
     model: str  # a folder inside the package, a path, or a hub id
     revision: str | None = None  # a commit of the hub's repository
     download_gb: float = Field(0, ge=0)
-    models: dict[str, str] = {}  # method -> your own folder with its checkpoint, instead of the hub's
+    models: dict[
+        str, str
+    ] = {}  # method -> your own folder with its checkpoint, instead of the hub's
     quantize_4bit: bool = False
     dtype: Literal["float32", "half"] = "float32"  # half: what `vision.half` says of the card
     seed: int = 42
@@ -124,11 +132,15 @@ def load_profile(name: str = "mini") -> Profile:
     path = Path(name) if name.endswith((".yaml", ".yml")) else PACKAGE / "profiles" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (PACKAGE / "profiles").glob("*.yaml")))
-        raise UserError(f"profile {name!r} not found at {path}; use one of {known}, or a path to a .yaml file")
+        raise UserError(
+            f"profile {name!r} not found at {path}; use one of {known}, or a path to a .yaml file"
+        )
     try:
         return Profile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the file") from None
+        raise UserError(
+            f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the file"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "(top level)"
@@ -143,7 +155,11 @@ def results_dir(profile: Profile) -> Path:
 def figures_dir(profile: Profile) -> Path:
     """Where figures go: `results/<profile>/figures/`, or the committed `figures/` while `notebooks execute` says so by
     LAVIC_COMMIT, so that a run of your own changes none of the committed pictures."""
-    return ROOT / "figures" if os.environ.get("LAVIC_COMMIT") == "1" else results_dir(profile) / "figures"
+    return (
+        ROOT / "figures"
+        if os.environ.get("LAVIC_COMMIT") == "1"
+        else results_dir(profile) / "figures"
+    )
 
 
 def real_data_dir() -> Path | None:

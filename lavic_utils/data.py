@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
-from .config import DOMAINS, UserError
-from .rows import GET_DATA, Row, check_row, load_json, read_bytes, read_rows
+from lavic_utils.config import DOMAINS, UserError
+from lavic_utils.rows import GET_DATA, Row, check_row, load_json, read_bytes, read_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -37,7 +37,9 @@ def _closed(text: str) -> str:
 
 def _ten(ids: tuple[str, ...]) -> tuple[str, ...]:
     if len(ids) != 10 or len(set(ids)) != 10:
-        raise ValueError(f"10 different candidates are expected, found {len(set(ids))} different in {len(ids)}")
+        raise ValueError(
+            f"10 different candidates are expected, found {len(set(ids))} different in {len(ids)}"
+        )
     return ids
 
 
@@ -48,13 +50,20 @@ def _texts(value: Any) -> Any:
 def _links(images: Any) -> Any:
     if not isinstance(images or [], list) or not all(isinstance(one, dict) for one in images or ()):
         raise ValueError("a list of objects with the link `large` is expected")
-    return tuple(next((one[key] for key in ("large", "hi_res", "thumb") if one.get(key)), "") for one in images or ())
+    return tuple(
+        next((one[key] for key in ("large", "hi_res", "thumb") if one.get(key)), "")
+        for one in images or ()
+    )
 
 
-Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]{1,32}$")]  # also keeps ids usable as file names
+Id = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9]{1,32}$")
+]  # also keeps ids usable as file names
 Ids = tuple[Id, ...]
 Filled = Annotated[str, StringConstraints(pattern=r"\S")]
-ImageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]{1,32}_[0-9]{1,6}\.jpg$")]  # ASIN_k.jpg
+ImageName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9]{1,32}_[0-9]{1,6}\.jpg$")
+]  # ASIN_k.jpg
 Ten = Annotated[Ids, AfterValidator(_ten)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # a text, a list of texts or null
 
@@ -88,8 +97,9 @@ class Item(Row):
     description: Texts = ()
     images: Annotated[tuple[str, ...], BeforeValidator(_links)] = ()
     # image file name -> what LLaVA wrote about its looks
-    descriptions: Annotated[dict[str, str], BeforeValidator(lambda value: {} if value is None else value)] = Field(
-        default={}, alias="image_descriptions_llava_cleaned")
+    descriptions: Annotated[
+        dict[str, str], BeforeValidator(lambda value: {} if value is None else value)
+    ] = Field(default={}, alias="image_descriptions_llava_cleaned")
 
 
 class ValidImage(Row):
@@ -98,7 +108,9 @@ class ValidImage(Row):
     title: str
     image_name: ImageName
     link: str = Field(alias="image")
-    description: str = Field(alias="image_description_llava_cleaned")  # "" where no teacher has written yet
+    description: str = Field(
+        alias="image_description_llava_cleaned"
+    )  # "" where no teacher has written yet
     asin = property(lambda self: self.image_name.split("_")[0])
     k = property(lambda self: int(self.image_name[:-4].split("_")[1]))
 
@@ -106,14 +118,19 @@ class ValidImage(Row):
 def dialogue_file(root: Path | str, domain: str, split: str) -> Path:
     """Path of one dialogue file; UserError for a domain or split that does not exist."""
     if domain not in DOMAINS or split not in SPLITS:
-        raise UserError(f"no dialogues {domain}/{split}; use one of {', '.join(DOMAINS)} and of {', '.join(SPLITS)}")
+        raise UserError(
+            f"no dialogues {domain}/{split}; use one of {', '.join(DOMAINS)} and of {', '.join(SPLITS)}"
+        )
     return Path(root) / DOMAINS[domain] / f"{split}.jsonl"
 
 
-def read_dialogues(root: Path | str, domain: str, split: str,
-                   set_aside: list[dict[str, Any]] | None = None) -> list[Dialogue]:
+def read_dialogues(
+    root: Path | str, domain: str, split: str, set_aside: list[dict[str, Any]] | None = None
+) -> list[Dialogue]:
     """All dialogues of one split in file order. A list `set_aside` takes the bad rows; without it RowError."""
-    return read_rows(dialogue_file(root, domain, split), Dialogue, set_aside, domain=domain, split=split)
+    return read_rows(
+        dialogue_file(root, domain, split), Dialogue, set_aside, domain=domain, split=split
+    )
 
 
 def read_catalogue(root: Path | str) -> dict[str, Item]:
@@ -122,7 +139,10 @@ def read_catalogue(root: Path | str) -> dict[str, Item]:
     rows = load_json(read_bytes(path), str(path), Item)
     if not isinstance(rows, dict) or not rows:
         raise UserError(f"{path}: an object of items by id is expected; {GET_DATA}")
-    return {asin: check_row(Item, row, f"{path}, item {asin!a}", asin=asin) for asin, row in rows.items()}
+    return {
+        asin: check_row(Item, row, f"{path}, item {asin!a}", asin=asin)
+        for asin, row in rows.items()
+    }
 
 
 def read_stage1_valid(root: Path | str) -> list[ValidImage]:
@@ -135,9 +155,19 @@ def stage1_rows(items: Iterable[Item]) -> list[ValidImage]:
     rows = []
     for item in items:
         links = {f"{item.asin}_{k}.jpg": link for k, link in enumerate(item.images)}
-        rows += [check_row(ValidImage, {"title": item.title, "image_name": name, "image": links.get(name, ""),
-                                        "image_description_llava_cleaned": text}, f"item {item.asin}, {name!a}")
-                 for name, text in item.descriptions.items()]
+        rows += [
+            check_row(
+                ValidImage,
+                {
+                    "title": item.title,
+                    "image_name": name,
+                    "image": links.get(name, ""),
+                    "image_description_llava_cleaned": text,
+                },
+                f"item {item.asin}, {name!a}",
+            )
+            for name, text in item.descriptions.items()
+        ]
     return rows
 
 
@@ -164,9 +194,18 @@ def image_report(root: Path | str, names: Iterable[str]) -> dict[str, Any]:
     """Decode every image named, once: counts `present`, `missing`, `corrupt`, and `missing_names`, `corrupt_names`."""
     every = list(dict.fromkeys(names))
     missing = [name for name in every if not _image_path(root, name).is_file()]
-    corrupt = [name for name in sorted(set(every) - set(missing)) if open_image(_image_path(root, name)) is None]
-    return {"present": len(every) - len(missing) - len(corrupt), "missing": len(missing), "corrupt": len(corrupt),
-            "missing_names": missing, "corrupt_names": corrupt}
+    corrupt = [
+        name
+        for name in sorted(set(every) - set(missing))
+        if open_image(_image_path(root, name)) is None
+    ]
+    return {
+        "present": len(every) - len(missing) - len(corrupt),
+        "missing": len(missing),
+        "corrupt": len(corrupt),
+        "missing_names": missing,
+        "corrupt_names": corrupt,
+    }
 
 
 def _dataset(columns: dict[str, list[Any]], lists: Iterable[str] = ()) -> datasets.Dataset:
@@ -175,14 +214,21 @@ def _dataset(columns: dict[str, list[Any]], lists: Iterable[str] = ()) -> datase
     from datasets import Image as ImageFeature
 
     text = Value("string")
-    kinds = dict.fromkeys(lists, List(text)) | {"line": Value("int64"), "image": ImageFeature(mode="RGB")}
-    return Dataset.from_dict(columns, features=Features({name: kinds.get(name, text) for name in columns}))
+    kinds = dict.fromkeys(lists, List(text)) | {
+        "line": Value("int64"),
+        "image": ImageFeature(mode="RGB"),
+    }
+    return Dataset.from_dict(
+        columns, features=Features({name: kinds.get(name, text) for name in columns})
+    )
 
 
 def dialogue_dataset(dialogues: Sequence[Dialogue]) -> datasets.Dataset:
     """One row a dialogue, with the fields of `Dialogue` as columns."""
-    return _dataset({name: [getattr(d, name) for d in dialogues] for name in Dialogue.model_fields},
-                    ("context_items", "gt_items", "candidates_st", "candidates_gpt_large"))
+    return _dataset(
+        {name: [getattr(d, name) for d in dialogues] for name in Dialogue.model_fields},
+        ("context_items", "gt_items", "candidates_st", "candidates_gpt_large"),
+    )
 
 
 def item_dataset(root: Path | str, items: Iterable[Item]) -> datasets.Dataset:
@@ -194,16 +240,28 @@ def item_dataset(root: Path | str, items: Iterable[Item]) -> datasets.Dataset:
     bad = {*report["missing_names"], *report["corrupt_names"]}
     lists = ("categories", "features", "description")
     columns = {name: [getattr(item, name) for item in items] for name in ("asin", "title", *lists)}
-    return _dataset({**columns, "image": [None if name in bad else str(_image_path(root, name)) for name in names]}, lists)
+    return _dataset(
+        {
+            **columns,
+            "image": [None if name in bad else str(_image_path(root, name)) for name in names],
+        },
+        lists,
+    )
 
 
-def image_dataset(root: Path | str, rows: Sequence[ValidImage], check: bool = True) -> datasets.Dataset:
+def image_dataset(
+    root: Path | str, rows: Sequence[ValidImage], check: bool = True
+) -> datasets.Dataset:
     """Columns asin, title, image (RGB, decoded when read), description. `check` leaves out, logged, unreadable ones."""
     report = image_report(root, [row.image_name for row in rows] if check else ())
     if bad := {*report["missing_names"], *report["corrupt_names"]}:
-        log.warning("left out: %d missing and %d corrupt images", report["missing"], report["corrupt"])
+        log.warning(
+            "left out: %d missing and %d corrupt images", report["missing"], report["corrupt"]
+        )
     kept = [row for row in rows if row.image_name not in bad]
-    columns = {name: [getattr(row, name) for row in kept] for name in ("asin", "title", "description")}
+    columns = {
+        name: [getattr(row, name) for row in kept] for name in ("asin", "title", "description")
+    }
     return _dataset({**columns, "image": [str(_image_path(root, row.image_name)) for row in kept]})
 
 
@@ -211,9 +269,13 @@ def data_hash(root: Path | str) -> str:
     """12 hex digits of SHA-256 over names and contents of the .json and .jsonl files of a data folder."""
     base = Path(root)
     folders = (base, *(base / name for name in DOMAINS.values()))
-    found = [path for folder in folders for end in ("json", "jsonl") for path in folder.glob(f"*.{end}")]
+    found = [
+        path for folder in folders for end in ("json", "jsonl") for path in folder.glob(f"*.{end}")
+    ]
     files = {path.relative_to(base).as_posix(): path for path in found}
     if not files:
         raise UserError(f"{base}: no .json or .jsonl file; {GET_DATA}")
-    lines = [f"{name}\0{hashlib.sha256(read_bytes(files[name])).hexdigest()}\n" for name in sorted(files)]
+    lines = [
+        f"{name}\0{hashlib.sha256(read_bytes(files[name])).hexdigest()}\n" for name in sorted(files)
+    ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]

@@ -20,17 +20,26 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from lavic_utils import vision
-from lavic_utils import wording as w
 from lavic_utils.config import Profile, UserError
+from lavic_utils.mini import words as w
 from lavic_utils.prompts import describe_prompt, encode
-from lavic_utils.training import StageTrainer, add_adapter, load_adapter, merged, training_arguments, whole
+from lavic_utils.training import (
+    StageTrainer,
+    add_adapter,
+    load_adapter,
+    merged,
+    training_arguments,
+    whole,
+)
 from lavic_utils.training import lora_config as lora_config  # stage 2 takes these two from here
 from lavic_utils.training import trainable_names as trainable_names
 
 IGNORE = -100
 # Anchored: "model." keeps the language model's layers, whose names end alike, out.
-VISION_LINEAR = (r"(base_model\.model\.)?model\.(vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-                 r"|multi_modal_projector\.linear_[12])")
+VISION_LINEAR = (
+    r"(base_model\.model\.)?model\.(vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+    r"|multi_modal_projector\.linear_[12])"
+)
 
 
 @dataclass(frozen=True)
@@ -54,21 +63,33 @@ def mean_row_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     logits (batch, kept, vocabulary) of the last `kept` positions; labels (batch, kept - 1), IGNORE where not scored.
     """
-    token = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE,
-                            reduction="none").view(labels.shape)
+    token = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORE,
+        reduction="none",
+    ).view(labels.shape)
     counts = (labels != IGNORE).sum(1)
     if (counts == 0).any():
         raise ValueError("a row has no target token left; its prompt was cut wrongly")
     return (token.sum(1) / counts).mean()
 
 
-def forward_loss(model, ids: Tensor, labels: Tensor, mask: Tensor, visual: list[Tensor] | Callable[..., list[Tensor]], pad: int):
+def forward_loss(
+    model,
+    ids: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    visual: list[Tensor] | Callable[..., list[Tensor]],
+    pad: int,
+):
     """The real forward of the whole model on placed embeddings, rows padded on either side; logits are kept from the batch's
     first target position on only. `visual`: the items' visual tokens, or what makes them of the model (`cls_tokens`, stage 1).
 
     All that reads a weight happens inside the forward of the outermost wrapper, in a hook: where parameters are sharded (FSDP)
     they are whole only there, and one process, DDP and FSDP share this one path.
     """
+
     def embed(module, args, options: dict):
         tokens = visual(module) if callable(visual) else visual
         return args, {**options, "inputs_embeds": vision.place(module, ids, tokens, pad)}
@@ -103,22 +124,33 @@ def stack_pixels(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
     return torch.cat(padded), torch.cat([size for _, size in parts])
 
 
-def describe(model, processor, profile: Profile, titles: Sequence[str], pictures: Sequence[tuple[Tensor, Tensor]],
-             how=vision.full_tokens) -> list[str]:
+def describe(
+    model,
+    processor,
+    profile: Profile,
+    titles: Sequence[str],
+    pictures: Sequence[tuple[Tensor, Tensor]],
+    how=vision.full_tokens,
+) -> list[str]:
     """Greedy descriptions from full tokens (`how=vision.full_tokens`, the teacher) or [CLS] (`vision.cls_tokens`)."""
     tokenizer, texts = processor.tokenizer, []
     for rows in vision.batched(range(len(titles)), profile.distillation.teacher_batch_size):
         values, sizes = stack_pixels([pictures[i] for i in rows])
         with torch.inference_mode():
             visual = how(model, values.to(model.device, model.dtype), sizes)
-            prompts = [describe_prompt(tokenizer, profile.prompts, titles[i], len(v))
-                       for i, v in zip(rows, visual, strict=True)]
+            prompts = [
+                describe_prompt(tokenizer, profile.prompts, titles[i], len(v))
+                for i, v in zip(rows, visual, strict=True)
+            ]
             ids = pad_left(prompts, tokenizer.pad_token_id).to(model.device)
             mask = pad_left([[1] * len(p) for p in prompts], 0).to(model.device)
             out = model.generate(
-                inputs_embeds=vision.place(model, ids, visual, tokenizer.pad_token_id), attention_mask=mask,
-                max_new_tokens=profile.distillation.max_new_tokens, do_sample=False,
-                pad_token_id=tokenizer.pad_token_id)
+                inputs_embeds=vision.place(model, ids, visual, tokenizer.pad_token_id),
+                attention_mask=mask,
+                max_new_tokens=profile.distillation.max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         texts += [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
     return texts
 
@@ -128,30 +160,47 @@ class StudentCollator:
     `max_length` raises UserError."""
 
     def __init__(self, model, processor, profile: Profile, pictures: Pictures) -> None:
-        self.model, self.tokenizer, self.profile, self.pictures = model, processor.tokenizer, profile, pictures
+        self.model, self.tokenizer, self.profile, self.pictures = (
+            model,
+            processor.tokenizer,
+            profile,
+            pictures,
+        )
 
     def __call__(self, rows: Sequence[Picture]) -> dict[str, Tensor]:
         values, sizes = stack_pixels([self.pictures(row.path) for row in rows])
         ids, labels = [], []
         for row, size in zip(rows, sizes, strict=True):
-            prompt = describe_prompt(self.tokenizer, self.profile.prompts, row.title,
-                                     vision.tile_count(self.model, size))
+            prompt = describe_prompt(
+                self.tokenizer, self.profile.prompts, row.title, vision.tile_count(self.model, size)
+            )
             target = encode(self.tokenizer, " " + row.description) + [self.tokenizer.eos_token_id]
             if (length := len(prompt) + len(target)) > self.profile.distillation.max_length:
-                raise UserError(f"{row.path.name}: title, [CLS] and description take {length} tokens, more than max_length "
-                                f"{self.profile.distillation.max_length} of stage 1; raise it in the profile")
+                raise UserError(
+                    f"{row.path.name}: title, [CLS] and description take {length} tokens, more than max_length "
+                    f"{self.profile.distillation.max_length} of stage 1; raise it in the profile"
+                )
             ids.append(prompt + target)
             labels.append([IGNORE] * len(prompt) + target)
-        return {"input_ids": pad_left(ids, self.tokenizer.pad_token_id), "labels": pad_left(labels, IGNORE),
-                "attention_mask": pad_left([[1] * len(i) for i in ids], 0), "pixel_values": values,
-                "image_sizes": sizes}
+        return {
+            "input_ids": pad_left(ids, self.tokenizer.pad_token_id),
+            "labels": pad_left(labels, IGNORE),
+            "attention_mask": pad_left([[1] * len(i) for i in ids], 0),
+            "pixel_values": values,
+            "image_sizes": sizes,
+        }
 
 
 class StudentTrainer(StageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, **_):
-        loss, _ = forward_loss(model, inputs["input_ids"], inputs["labels"], inputs["attention_mask"],
-                               lambda inside: vision.cls_tokens(inside, inputs["pixel_values"], inputs["image_sizes"]),
-                               self.processing_class.pad_token_id)
+        loss, _ = forward_loss(
+            model,
+            inputs["input_ids"],
+            inputs["labels"],
+            inputs["attention_mask"],
+            lambda inside: vision.cls_tokens(inside, inputs["pixel_values"], inputs["image_sizes"]),
+            self.processing_class.pad_token_id,
+        )
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -159,8 +208,16 @@ class StudentTrainer(StageTrainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
 
-def train_student(profile: Profile, model, processor, train: Sequence[Picture], valid: Sequence[Picture],
-                  folder: Path, seed: int, on_epoch=None) -> list[dict]:
+def train_student(
+    profile: Profile,
+    model,
+    processor,
+    train: Sequence[Picture],
+    valid: Sequence[Picture],
+    folder: Path,
+    seed: int,
+    on_epoch=None,
+) -> list[dict]:
     """Train the student and leave the best epoch's adapter in `folder/adapter`. Returns one record an epoch.
 
     `on_epoch(model) -> dict` adds measurements (attribute accuracy, say) to each epoch's record. A killed run
@@ -171,11 +228,25 @@ def train_student(profile: Profile, model, processor, train: Sequence[Picture], 
     student = add_adapter(model, stage.lora, VISION_LINEAR)
     pictures = Pictures(processor, stage.keep_pixels)
     trainer = StudentTrainer(
-        model=student, processing_class=processor.tokenizer, train_dataset=list(train), eval_dataset=list(valid),
+        model=student,
+        processing_class=processor.tokenizer,
+        train_dataset=list(train),
+        eval_dataset=list(valid),
         data_collator=StudentCollator(model, processor, profile, pictures),
-        args=training_arguments(folder / "checkpoints", stage, seed, eval_strategy="epoch", save_strategy="epoch",
-                                save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
-                                greater_is_better=False, logging_steps=10, per_device_eval_batch_size=stage.eval_batch_size))
+        args=training_arguments(
+            folder / "checkpoints",
+            stage,
+            seed,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            logging_steps=10,
+            per_device_eval_batch_size=stage.eval_batch_size,
+        ),
+    )
     if on_epoch:
         trainer.add_callback(_EachEpoch(on_epoch, student))
     trainer.fit(folder / "adapter")
@@ -201,8 +272,15 @@ def epoch_history(log: Sequence[dict]) -> list[dict]:
             losses.append(entry["loss"])
         if "eval_loss" in entry:
             more = {k: v for k, v in entry.items() if k.startswith("accuracy")}
-            history.append({"epoch": round(entry["epoch"]), "train_loss": sum(losses) / max(1, len(losses)),
-                            "valid_loss": entry["eval_loss"], "valid_perplexity": math.exp(entry["eval_loss"]), **more})
+            history.append(
+                {
+                    "epoch": round(entry["epoch"]),
+                    "train_loss": sum(losses) / max(1, len(losses)),
+                    "valid_loss": entry["eval_loss"],
+                    "valid_perplexity": math.exp(entry["eval_loss"]),
+                    **more,
+                }
+            )
             losses = []
     return history
 
@@ -218,6 +296,8 @@ def attribute_accuracy(texts: Sequence[str], facts: Sequence[dict]) -> dict[str,
     for name, words in w.ATTRIBUTES.items():
         said = [[t for t in re.findall(r"\w+", text) if t in words] for text in texts]
         found[name] = sum(s[:1] == [f[name]] for s, f in zip(said, facts, strict=True)) / len(facts)
-    found["all"] = sum(all(re.search(rf"\b{f[n]}\b", t) for n in w.ATTRIBUTES)
-                       for t, f in zip(texts, facts, strict=True)) / len(facts)
+    found["all"] = sum(
+        all(re.search(rf"\b{f[n]}\b", t) for n in w.ATTRIBUTES)
+        for t, f in zip(texts, facts, strict=True)
+    ) / len(facts)
     return found

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .config import UserError
-from .hub import HubModel, Unavailable
-from .provenance import key
-from .retrieval import MAX_TOKENS, SBERT_SHA256, sbert_embed
+from lavic_utils.config import UserError
+from lavic_utils.hub import HubModel, Unavailable
+from lavic_utils.provenance import key
+from lavic_utils.retrieval import MAX_TOKENS, SBERT_SHA256, sbert_embed
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -59,25 +59,38 @@ def _place(encoder: Encoder) -> tuple[str, torch.dtype]:
     """Device and precision. The packaged encoder made the mini world's lists: the same numbers everywhere, so the CPU."""
     if encoder.model is None or not torch.cuda.is_available():
         return "cpu", torch.float32
-    return "cuda", torch.float16  # bf16's error in a cosine is nine times this one's, and a plain RoBERTa's lie close together
+    return (
+        "cuda",
+        torch.float16,
+    )  # bf16's error in a cosine is nine times this one's, and a plain RoBERTa's lie close together
 
 
 def _folder_hash(folder: Path) -> str:
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name} in it; a checkpoint is config.json, {WEIGHTS} and its tokenizer's files")
+            raise UserError(
+                f"{folder}: no {name} in it; a checkpoint is config.json, {WEIGHTS} and its tokenizer's files"
+            )
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors")):
+    for path in sorted(
+        p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors")
+    ):
         with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+            digest.update(
+                f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode()
+            )
     return digest.hexdigest()
 
 
 def _identity(encoder: Encoder, folder: Path | None) -> str:
     """Key of all that makes a vector besides the text."""
     hub = f"{encoder.model.id}@{encoder.model.revision}" if encoder.model else SBERT_SHA256
-    return key(weights=_folder_hash(folder) if folder else hub, pooling=encoder.pooling, max_tokens=encoder.max_tokens,
-               dtype=str(_place(encoder)[1]))
+    return key(
+        weights=_folder_hash(folder) if folder else hub,
+        pooling=encoder.pooling,
+        max_tokens=encoder.max_tokens,
+        dtype=str(_place(encoder)[1]),
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -91,34 +104,65 @@ def _load(encoder: Encoder, folder: Path | None, identity: str) -> SentenceTrans
     source, revision = (str(folder), None) if folder else encoder.model.source()
     device, dtype = _place(encoder)
     common = {"revision": revision, "trust_remote_code": False}
-    pooler = {"modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}},
-              "module_output_name": "sentence_embedding"} if encoder.pooling == "pooler" else {}
+    pooler = (
+        {
+            "modality_config": {
+                "text": {"method": "forward", "method_output_name": "pooler_output"}
+            },
+            "module_output_name": "sentence_embedding",
+        }
+        if encoder.pooling == "pooler"
+        else {}
+    )
     try:
         with safe_open(cached_file(source, WEIGHTS, revision=revision), "np") as weights:
             names = list(weights.keys())
-        tokens = Transformer(source, model_kwargs={**common, "dtype": dtype},
-                             processor_kwargs=common, config_kwargs=common, **pooler)
+        tokens = Transformer(
+            source,
+            model_kwargs={**common, "dtype": dtype},
+            processor_kwargs=common,
+            config_kwargs=common,
+            **pooler,
+        )
     except (OSError, ValueError, SafetensorError) as error:
         why = f"cannot be loaded as a sentence encoder: {str(error).splitlines()[0]}"
         if folder:
             raise UserError(f"{folder}: {why}") from None
-        raise Unavailable(f"{source} ({encoder.model.gigabytes:g} GB) {why}; try: {encoder.model.command}") from None
-    if pooler and not any("pooler.dense" in name for name in names):  # would be drawn at random, differently in each run
-        raise UserError(f"{source}: {WEIGHTS} has no pooler, which this encoder's vectors come from; is it another model?")
+        raise Unavailable(
+            f"{source} ({encoder.model.gigabytes:g} GB) {why}; try: {encoder.model.command}"
+        ) from None
+    if pooler and not any(
+        "pooler.dense" in name for name in names
+    ):  # would be drawn at random, differently in each run
+        raise UserError(
+            f"{source}: {WEIGHTS} has no pooler, which this encoder's vectors come from; is it another model?"
+        )
     config = tokens.auto_model.config
-    first = config.pad_token_id + 1 if config.model_type == "roberta" else 0  # RoBERTa counts positions from there
-    tokens.max_seq_length = min(encoder.max_tokens, tokens.max_seq_length, config.max_position_embeddings - first)
-    modules = [tokens] if pooler else [tokens, Pooling(tokens.get_embedding_dimension(), encoder.pooling)]
+    first = (
+        config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    )  # RoBERTa counts positions from there
+    tokens.max_seq_length = min(
+        encoder.max_tokens, tokens.max_seq_length, config.max_position_embeddings - first
+    )
+    modules = (
+        [tokens] if pooler else [tokens, Pooling(tokens.get_embedding_dimension(), encoder.pooling)]
+    )
     return SentenceTransformer(modules=modules, device=device)
 
 
 def _encode(encoder: Encoder, folder: Path | None, identity: str, texts: list[str]) -> np.ndarray:
     if encoder.model is None and folder is None:
         return sbert_embed(texts)
-    found = _load(encoder, folder, identity).encode(texts, batch_size=BATCH, show_progress_bar=False)
-    vectors = np.asarray(found, dtype=np.float32)  # lengths in full precision, whatever the model's was
+    found = _load(encoder, folder, identity).encode(
+        texts, batch_size=BATCH, show_progress_bar=False
+    )
+    vectors = np.asarray(
+        found, dtype=np.float32
+    )  # lengths in full precision, whatever the model's was
     if not np.isfinite(vectors).all():
-        raise UserError(f"{folder or encoder.model.id}: the encoder's vectors are not all finite; wrong weights?")
+        raise UserError(
+            f"{folder or encoder.model.id}: the encoder's vectors are not all finite; wrong weights?"
+        )
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -138,14 +182,21 @@ def _read(path: Path) -> dict[bytes, np.ndarray]:
 
 
 def _write(path: Path, known: dict[bytes, np.ndarray]) -> None:
-    keys, vectors = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32), np.stack(list(known.values()))
+    keys, vectors = (
+        np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32),
+        np.stack(list(known.values())),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file({"keys": keys, "vectors": vectors}, part, metadata={"sha256": _checksum(keys, vectors)})
+    save_file(
+        {"keys": keys, "vectors": vectors}, part, metadata={"sha256": _checksum(keys, vectors)}
+    )
     os.replace(part, path)
 
 
-def embed(texts: Sequence[str], name: str, folder: str | Path | None = None, cache: Path | None = None) -> np.ndarray:
+def embed(
+    texts: Sequence[str], name: str, folder: str | Path | None = None, cache: Path | None = None
+) -> np.ndarray:
     """Embeddings of the encoder `name`, L2-normalised: float32 array (texts, dimension). Equal texts are encoded once.
 
     `folder`: a local checkpoint instead of the hub's or the package's. `cache`: a folder with one file for each encoder and
@@ -159,8 +210,10 @@ def embed(texts: Sequence[str], name: str, folder: str | Path | None = None, cac
     keys = [hashlib.sha256(text.encode()).digest() for text in texts]
     new = {k: text for k, text in zip(keys, texts, strict=True) if k not in known}
     step = CHUNK if path else max(1, len(new))
-    for part in (list(new)[i:i + step] for i in range(0, len(new), step)):
+    for part in (list(new)[i : i + step] for i in range(0, len(new), step)):
         known |= zip(part, _encode(encoder, folder, identity, [new[k] for k in part]), strict=True)
         if path:
             _write(path, known)
-    return np.stack([known[k] for k in keys]) if keys else _encode(encoder, folder, identity, [""])[:0]
+    return (
+        np.stack([known[k] for k in keys]) if keys else _encode(encoder, folder, identity, [""])[:0]
+    )

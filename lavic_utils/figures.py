@@ -34,7 +34,14 @@ class Kept:
         return {"image/png": b64encode(self.png).decode(), "text/plain": self.alt}
 
 
-def keep(fig, name: str, run: Run, tier: str | None = None, seeds: Sequence[int] | None = None, alt: str = "") -> Kept:
+def keep(
+    fig,
+    name: str,
+    run: Run,
+    tier: str | None = None,
+    seeds: Sequence[int] | None = None,
+    alt: str = "",
+) -> Kept:
     """Save a figure as figures/<name>.png with its tier, provenance (`seeds`: where it shows more than this run's) and
     alternative text (one sentence that says what is seen), and return it for display."""
     about = run.stamp() | ({"seeds": seeds} if seeds else {}) | {"alt": alt}
@@ -50,7 +57,13 @@ def _short(title: str, width: int) -> str:
     return "\n".join(textwrap.wrap(title, width)[:3])
 
 
-def gallery(run: Run, asins: Sequence[str], labels: Sequence[str] = (), highlight: Sequence[str] = (), axes=None):
+def gallery(
+    run: Run,
+    asins: Sequence[str],
+    labels: Sequence[str] = (),
+    highlight: Sequence[str] = (),
+    axes=None,
+):
     """Item images in a row, the highlighted ones framed."""
     if axes is None:
         fig, axes = plt.subplots(1, len(asins), figsize=(1.15 * len(asins), 1.6))
@@ -58,7 +71,9 @@ def gallery(run: Run, asins: Sequence[str], labels: Sequence[str] = (), highligh
         image = data.open_image(data.image_file(run.root, asin))
         axis.set(xticks=[], yticks=[])
         if image is None:
-            axis.text(0.5, 0.5, "no image", ha="center", va="center", transform=axis.transAxes, fontsize=7)
+            axis.text(
+                0.5, 0.5, "no image", ha="center", va="center", transform=axis.transAxes, fontsize=7
+            )
         else:
             axis.imshow(image)
         for spine in axis.spines.values():
@@ -71,11 +86,15 @@ def gallery(run: Run, asins: Sequence[str], labels: Sequence[str] = (), highligh
 def task_figure(run: Run, dialogue: data.Dialogue):
     """The task: a dialogue, ten candidates with id, title and picture; the ground truth framed."""
     names = dialogue.candidates_st
-    fig, axes = plt.subplots(2, 6, figsize=(8.6, 4.4), width_ratios=[2.3, 1, 1, 1, 1, 1], gridspec_kw={"hspace": 0.5})
+    fig, axes = plt.subplots(
+        2, 6, figsize=(8.6, 4.4), width_ratios=[2.3, 1, 1, 1, 1, 1], gridspec_kw={"hspace": 0.5}
+    )
     cells = [axes[r, c] for r in range(2) for c in range(1, 6)]
     for axis in cells:
         axis.set_anchor("S")  # pictures of all shapes stand on one line
-    gallery(run, names, [f"{_short(run.titles[a], 16)}\n{a}" for a in names], dialogue.gt_items, cells)
+    gallery(
+        run, names, [f"{_short(run.titles[a], 16)}\n{a}" for a in names], dialogue.gt_items, cells
+    )
     for axis in axes[:, 0]:
         axis.axis("off")
     text = "\n".join(textwrap.fill(f"{who}: {said}", 32) for who, said in dialogue.turns)
@@ -87,15 +106,28 @@ def token_budget(run: Run, tokens_full: int, tokens_cls: int):
     """Visual tokens of ten candidates against the context window: the paper's model (published) and this profile's."""
     facts, window = published()["token_facts"], run.profile.recommendation.max_length
     fig, axes = plt.subplots(1, 2, figsize=(8, 2))
-    cases = [("paper (published)", 10 * facts["tokens_per_image"], 10 * facts["cls_tokens_per_image"],
-              facts["context_window_llava_v1.6"]), (f"{run.profile.name} model (measured)", 10 * tokens_full,
-                                                  10 * tokens_cls, window)]
+    cases = [
+        (
+            "paper (published)",
+            10 * facts["tokens_per_image"],
+            10 * facts["cls_tokens_per_image"],
+            facts["context_window_llava_v1.6"],
+        ),
+        (f"{run.profile.name} model (measured)", 10 * tokens_full, 10 * tokens_cls, window),
+    ]
     for axis, (name, full, cls, limit) in zip(axes, cases, strict=True):
-        axis.barh(["[CLS] tokens", "entire tokens"], [cls, full], color=[style.VERMILLION, style.PURPLE])
+        axis.barh(
+            ["[CLS] tokens", "entire tokens"], [cls, full], color=[style.VERMILLION, style.PURPLE]
+        )
         for y, value in enumerate((cls, full)):
             axis.text(value, y, f" {value:,}", va="center")
         axis.axvline(limit, color="k", ls="--", lw=1)
-        axis.set(title=name, xlabel=f"tokens for 10 candidates (window {limit:,}, dashed)", xscale="log", xlim=(10, full * 4))
+        axis.set(
+            title=name,
+            xlabel=f"tokens for 10 candidates (window {limit:,}, dashed)",
+            xscale="log",
+            xlim=(10, full * 4),
+        )
     fig.tight_layout()
     return fig
 
@@ -106,19 +138,44 @@ def framework_figure(shapes: Mapping[str, str]):
     axis.set(xlim=(0, 10), ylim=(-0.4, 4))
     axis.axis("off")
     train, frozen = "#f6d6d9", "#e6e9ed"
-    boxes = [(0.1, 2.4, "image tiles", "#fff6df", "tiles"), (2.0, 2.4, "vision tower", train, "tower"),
-             (3.9, 2.4, "[CLS] of each tile", "#fff6df", "cls"), (5.8, 2.4, "projector", train, "projector"),
-             (7.9, 2.4, "language model\n(frozen): description", frozen, "describe"),
-             (0.1, 0.5, "dialogue, titles, ids", "#fff6df", "prompt"), (3.9, 0.5, "stored [CLS] tokens\nof ten candidates",
-             "#fff6df", "stored"), (7.9, 0.5, "language model\n(LoRA): one id", train, "recommend")]
+    boxes = [
+        (0.1, 2.4, "image tiles", "#fff6df", "tiles"),
+        (2.0, 2.4, "vision tower", train, "tower"),
+        (3.9, 2.4, "[CLS] of each tile", "#fff6df", "cls"),
+        (5.8, 2.4, "projector", train, "projector"),
+        (7.9, 2.4, "language model\n(frozen): description", frozen, "describe"),
+        (0.1, 0.5, "dialogue, titles, ids", "#fff6df", "prompt"),
+        (3.9, 0.5, "stored [CLS] tokens\nof ten candidates", "#fff6df", "stored"),
+        (7.9, 0.5, "language model\n(LoRA): one id", train, "recommend"),
+    ]
     for x, y, name, colour, label in boxes:
         axis.add_patch(plt.Rectangle((x, y), 1.75, 1.0, facecolor=colour, edgecolor="0.4"))
         axis.text(x + 0.87, y + 0.62, name, ha="center", va="center", fontsize=8)
-        axis.text(x + 0.87, y + 0.16, shapes.get(label, ""), ha="center", va="center", fontsize=6.5, color="0.3")
-    for x0, y0, x1, y1 in [(1.85, 2.9, 2, 2.9), (3.75, 2.9, 3.9, 2.9), (5.65, 2.9, 5.8, 2.9), (7.55, 2.9, 7.9, 2.9),
-                           (6.6, 2.4, 5.2, 1.5), (5.65, 1.0, 7.9, 1.0)]:
-        axis.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "0.4"}, zorder=0)
-    below = {"arrowstyle": "->", "color": "0.4", "connectionstyle": "arc3,rad=0.12"}  # past the stored tokens, not through them
+        axis.text(
+            x + 0.87,
+            y + 0.16,
+            shapes.get(label, ""),
+            ha="center",
+            va="center",
+            fontsize=6.5,
+            color="0.3",
+        )
+    for x0, y0, x1, y1 in [
+        (1.85, 2.9, 2, 2.9),
+        (3.75, 2.9, 3.9, 2.9),
+        (5.65, 2.9, 5.8, 2.9),
+        (7.55, 2.9, 7.9, 2.9),
+        (6.6, 2.4, 5.2, 1.5),
+        (5.65, 1.0, 7.9, 1.0),
+    ]:
+        axis.annotate(
+            "", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "0.4"}, zorder=0
+        )
+    below = {
+        "arrowstyle": "->",
+        "color": "0.4",
+        "connectionstyle": "arc3,rad=0.12",
+    }  # past the stored tokens, not through them
     axis.annotate("", (8.4, 0.5), (1.3, 0.5), arrowprops=below, zorder=0)
     axis.text(0.1, 3.6, "Stage 1: visual knowledge self-distillation", weight="bold")
     axis.text(0.1, 1.7, "Stage 2: recommendation fine-tuning", weight="bold")
@@ -130,9 +187,11 @@ def curves(history: Sequence[Mapping]):
     """Stage 1 by epoch: losses, validation perplexity and, where known, attribute accuracies."""
     frame = pd.DataFrame(history).set_index("epoch")
     seen = [c for c in frame if c.startswith("accuracy_")]
-    parts = [("cross-entropy", {"train_loss": "training", "valid_loss": "validation"}),
-             ("validation perplexity", {"valid_perplexity": ""}),
-             ("attribute accuracy", {c: c.removeprefix("accuracy_") for c in seen})][:3 if seen else 2]
+    parts = [
+        ("cross-entropy", {"train_loss": "training", "valid_loss": "validation"}),
+        ("validation perplexity", {"valid_perplexity": ""}),
+        ("attribute accuracy", {c: c.removeprefix("accuracy_") for c in seen}),
+    ][: 3 if seen else 2]
     fig, axes = plt.subplots(1, len(parts), figsize=(9.6, 2.6))
     for axis, (label, columns) in zip(axes, parts, strict=True):
         for colour, column in zip(style.SHADES, columns, strict=False):
@@ -141,7 +200,9 @@ def curves(history: Sequence[Mapping]):
         if label.startswith("attribute"):
             axis.set_ylim(0, 1.02)
         colours = dict(zip(columns.values(), style.SHADES, strict=False))
-        style.end_labels(axis, colours, {n: frame[c].iloc[-1] for c, n in columns.items()}, frame.index[-1])
+        style.end_labels(
+            axis, colours, {n: frame[c].iloc[-1] for c, n in columns.items()}, frame.index[-1]
+        )
     fig.tight_layout(w_pad=2.5)
     return fig
 
@@ -149,13 +210,20 @@ def curves(history: Sequence[Mapping]):
 def loss_figure(logs: Mapping[str, Mapping[str, Sequence[Mapping]]], smooth: float = 3):
     """Stage 2 training loss (exponentially smoothed over `smooth` records) against the share of the epoch: {panel: {line: log}},
     a panel a domain and a line a method; lines of the panels' own names are domains."""
-    fig, axes = plt.subplots(1, len(logs), figsize=(2.8 * len(logs) + 0.8, 2.4), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(logs), figsize=(2.8 * len(logs) + 0.8, 2.4), sharey=True, squeeze=False
+    )
     for axis, (panel, lines) in zip(axes[0], logs.items(), strict=True):
         last, colours = {}, {}
         for name, log in lines.items():
             frame = pd.DataFrame(log)
-            loss, colours[name] = frame.loss.ewm(smooth).mean(), style.DOMAINS.get(name) or style.method_colour(name)
-            axis.plot(frame.step / frame.step.max(), frame.loss, color=colours[name], alpha=0.25, lw=0.8)
+            loss, colours[name] = (
+                frame.loss.ewm(smooth).mean(),
+                style.DOMAINS.get(name) or style.method_colour(name),
+            )
+            axis.plot(
+                frame.step / frame.step.max(), frame.loss, color=colours[name], alpha=0.25, lw=0.8
+            )
             axis.plot(frame.step / frame.step.max(), loss, color=colours[name])
             last[name] = loss.iloc[-1]
         axis.set(title=panel, xlabel="share of the epoch")
@@ -178,15 +246,28 @@ def bars(metrics: Mapping, methods: Sequence[str], tier: str):
         heights = [paper.get((m, domain), np.nan) for m in methods]
         top.barh(methods, heights, color=colours, alpha=0.55, hatch="///", edgecolor="white", lw=0)
         for y, (method, value) in enumerate(zip(methods, heights, strict=True)):
-            top.text(0 if np.isnan(value) else value, y, " not reported" if np.isnan(value) else f" {value:.3f}",
-                     va="center", fontsize=7)
+            top.text(
+                0 if np.isnan(value) else value,
+                y,
+                " not reported" if np.isnan(value) else f" {value:.3f}",
+                va="center",
+                fontsize=7,
+            )
             if (method, domain) in ours.index:
                 row = ours.loc[(method, domain)]
                 mean = row["mean"]
-                low.barh(method, mean, color=colours[y], alpha=0.85,
-                         xerr=[[mean - row["low"]], [row["high"] - mean]], ecolor="0.25")
+                low.barh(
+                    method,
+                    mean,
+                    color=colours[y],
+                    alpha=0.85,
+                    xerr=[[mean - row["low"]], [row["high"] - mean]],
+                    ecolor="0.25",
+                )
                 low.text(row["high"], y, f" {mean:.3f}", va="center", fontsize=7)
-                seeds = raw.query("method == @method and domain == @domain")["hit_ratio_conversations"]
+                seeds = raw.query("method == @method and domain == @domain")[
+                    "hit_ratio_conversations"
+                ]
                 low.plot(seeds, [y] * len(seeds), "k.", ms=3)
         top.set(title=domain, xlim=(0, 1.25 * np.nanmax(heights)))
         low.set(xlabel="HR@1 over conversations", xlim=(0, 1))
@@ -200,7 +281,9 @@ def bars(metrics: Mapping, methods: Sequence[str], tier: str):
 def extended_figure(beyond: Mapping, metrics: Mapping):
     """Beyond the paper: HR@1 by the number of training examples, and with one [CLS] an image beside one a tile; means over
     seeds (dots: each seed) with 95 % intervals over dialogues."""
-    frame = pd.DataFrame(beyond["rows"] + [row for row in metrics["rows"] if row["method"] == "LaViC"])
+    frame = pd.DataFrame(
+        beyond["rows"] + [row for row in metrics["rows"] if row["method"] == "LaViC"]
+    )
     means = summary_by_seed(frame.to_dict("records")).set_index(["method", "domain"])
     fig, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
     ends = {}
@@ -208,20 +291,48 @@ def extended_figure(beyond: Mapping, metrics: Mapping):
         part = frame[(frame["domain"] == domain) & (frame["method"] != "LaViC, one [CLS]")]
         sizes = part.groupby("method")["examples"].mean().sort_values()
         line = means.loc[[(m, domain) for m in sizes.index]]
-        axes[0].errorbar(sizes, line["mean"], [line["mean"] - line["low"], line["high"] - line["mean"]],
-                         color=style.DOMAINS[domain], marker="o", ms=4, capsize=2)
-        axes[0].plot(part["examples"], part["hit_ratio_conversations"], ".", color=style.DOMAINS[domain], ms=3)
+        axes[0].errorbar(
+            sizes,
+            line["mean"],
+            [line["mean"] - line["low"], line["high"] - line["mean"]],
+            color=style.DOMAINS[domain],
+            marker="o",
+            ms=4,
+            capsize=2,
+        )
+        axes[0].plot(
+            part["examples"],
+            part["hit_ratio_conversations"],
+            ".",
+            color=style.DOMAINS[domain],
+            ms=3,
+        )
         ends[domain] = line["mean"].iloc[-1]
-    axes[0].set(xlabel="training examples", ylabel="HR@1 over conversations", xscale="log", ylim=(0, 1))
+    axes[0].set(
+        xlabel="training examples", ylabel="HR@1 over conversations", xscale="log", ylim=(0, 1)
+    )
     axes[0].set_xticks(shown := [50, 100, 200, 500], shown)
     axes[0].minorticks_off()
     style.end_labels(axes[0], style.DOMAINS, ends, frame["examples"].max())
     for shift, method, alpha in ((-0.2, "LaViC, one [CLS]", 0.5), (0.2, "LaViC", 0.9)):
         line, x = means.loc[[(method, d) for d in DOMAINS]], np.arange(len(DOMAINS)) + shift
-        axes[1].bar(x, line["mean"], 0.38, yerr=[line["mean"] - line["low"], line["high"] - line["mean"]], ecolor="0.25",
-                    color=style.method_colour(method), alpha=alpha)
+        axes[1].bar(
+            x,
+            line["mean"],
+            0.38,
+            yerr=[line["mean"] - line["low"], line["high"] - line["mean"]],
+            ecolor="0.25",
+            color=style.method_colour(method),
+            alpha=alpha,
+        )
         for at in x:
-            axes[1].text(at, 0.02, "one [CLS]\nan image" if "one" in method else "one a\ntile", ha="center", fontsize=7)
+            axes[1].text(
+                at,
+                0.02,
+                "one [CLS]\nan image" if "one" in method else "one a\ntile",
+                ha="center",
+                fontsize=7,
+            )
     axes[1].set_xticks(range(len(DOMAINS)), list(DOMAINS))
     fig.tight_layout(w_pad=3)
     return fig
@@ -230,17 +341,26 @@ def extended_figure(beyond: Mapping, metrics: Mapping):
 def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping]):
     """A case: the ten candidate images and, for each method, the share of likelihood it gives every candidate."""
     names = dialogue.candidates_st
-    fig, axes = plt.subplots(len(answers) + 1, len(names), figsize=(8.8, 2.2 + 0.75 * len(answers)),
-                             height_ratios=[2.3, *[0.7] * len(answers)], gridspec_kw={"hspace": 0.75})
+    fig, axes = plt.subplots(
+        len(answers) + 1,
+        len(names),
+        figsize=(8.8, 2.2 + 0.75 * len(answers)),
+        height_ratios=[2.3, *[0.7] * len(answers)],
+        gridspec_kw={"hspace": 0.75},
+    )
     for axis in axes[0]:
         axis.set_anchor("S")  # tall and wide pictures stand on one line, their titles below it
     gallery(run, names, [_short(run.titles[a], 11) for a in names], dialogue.gt_items, axes[0])
     for row, (method, answer) in enumerate(answers.items(), start=1):
-        for column, (axis, weight) in enumerate(zip(axes[row], answer["probabilities"], strict=True)):
+        for column, (axis, weight) in enumerate(
+            zip(axes[row], answer["probabilities"], strict=True)
+        ):
             chosen = answer["recommended"] == names[column]
             axis.bar([0], [weight], color=style.method_colour(method) if chosen else style.PALE)
             axis.set(ylim=(0, 1.3), xlim=(-0.6, 0.6), xticks=[], yticks=[], facecolor="none")
             axis.text(0, weight + 0.05, f"{weight:.2f}", ha="center", fontsize=7.5)
-        label = method.removeprefix("LaViC ") + ("" if answer["recommended"] in names else "\n(invalid)")
+        label = method.removeprefix("LaViC ") + (
+            "" if answer["recommended"] in names else "\n(invalid)"
+        )
         axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     return fig

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import PACKAGE, UserError
+from lavic_utils.config import PACKAGE, UserError
 
 
 class Unavailable(UserError):
@@ -22,7 +22,9 @@ class HubModel:
     id: str
     revision: str | None
     gigabytes: float
-    safetensors: bool = True  # the weights are there in this format; its other formats are not needed then
+    safetensors: bool = (
+        True  # the weights are there in this format; its other formats are not needed then
+    )
 
     def __str__(self) -> str:
         return f"{self.id} ({self.gigabytes:g} GB)"
@@ -30,25 +32,36 @@ class HubModel:
     @property
     def command(self) -> str:
         other = ["*.h5", "*.msgpack", "*.onnx", *(["*.bin"] if self.safetensors else [])]
-        return " ".join([f"hf download {self.id}", *([f"--revision {self.revision}"] if self.revision else []),
-                         *(f"--exclude '{pattern}'" for pattern in other)])
+        return " ".join(
+            [
+                f"hf download {self.id}",
+                *([f"--revision {self.revision}"] if self.revision else []),
+                *(f"--exclude '{pattern}'" for pattern in other),
+            ]
+        )
 
     def source(self, folder: str | None = None) -> tuple[str, str | None]:
         """(path or id, revision) for `from_pretrained`: the folder given, the local cache, or the hub where it answers.
         Raises Unavailable otherwise, UserError for a folder that holds no checkpoint."""
         if folder:
             if not (Path(folder) / "config.json").is_file():
-                raise UserError(f"{folder}: no config.json in it, so no checkpoint of {self.id}; correct the profile's `models`")
+                raise UserError(
+                    f"{folder}: no config.json in it, so no checkpoint of {self.id}; correct the profile's `models`"
+                )
             return folder, None
         if self.cached() or _hub_answers():
             return self.id, self.revision
-        raise Unavailable(f"needs {self}, which is not in the local cache, and the hub does not "
-                          f"answer; with a network: {self.command}")
+        raise Unavailable(
+            f"needs {self}, which is not in the local cache, and the hub does not "
+            f"answer; with a network: {self.command}"
+        )
 
     def cached(self) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
-        return isinstance(try_to_load_from_cache(self.id, "config.json", revision=self.revision), str)
+        return isinstance(
+            try_to_load_from_cache(self.id, "config.json", revision=self.revision), str
+        )
 
 
 def fingerprint(folder: str | None) -> list[tuple[str, int, int]]:
@@ -57,7 +70,9 @@ def fingerprint(folder: str | None) -> list[tuple[str, int, int]]:
     path = Path(folder or "")
     if not folder or not path.is_dir() or path.resolve().is_relative_to(PACKAGE):
         return []
-    return sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir() if f.is_file())
+    return sorted(
+        (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir() if f.is_file()
+    )
 
 
 @functools.cache

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from lavic_utils import data, endpoint, methods, plan, vision
+from lavic_utils import data, methods, vision
+from lavic_utils.bench import plan
 from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
 from lavic_utils.provenance import world_dir
+from lavic_utils.remote import chat_api as endpoint
 from lavic_utils.retrieval import candidate_lists
 
 
@@ -25,19 +27,29 @@ class Inputs:
     every dialogue's candidates. The results of either go to a folder of their own. `api`: how a proprietary model is asked.
     """
 
-    def __init__(self, profile: str | Profile = "mini", seed: int | None = None, data_folder: Path | None = None,
-                 api: endpoint.Settings | None = None, lists: str | None = None) -> None:
+    def __init__(
+        self,
+        profile: str | Profile = "mini",
+        seed: int | None = None,
+        data_folder: Path | None = None,
+        api: endpoint.Settings | None = None,
+        lists: str | None = None,
+    ) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
         self.seed = self.profile.seed if seed is None else seed
         self.given, self.api = data_folder, api or endpoint.Settings(max_usd=0.0)
         self.lists = methods.find(lists) if lists else None
         if self.lists and self.lists.chooses:
-            raise UserError(f"{self.lists.name} ranks no catalogue, so it makes no candidate lists; use a retrieval method")
+            raise UserError(
+                f"{self.lists.name} ranks no catalogue, so it makes no candidate lists; use a retrieval method"
+            )
         self._read: dict[tuple[str, str], list[data.Dialogue]] = {}
         self._listed: dict[tuple[str, str], list[data.Dialogue]] = {}
         place = results_dir(self.profile) / (f"data-{self.data_hash}" if data_folder else "")
         self.folder = place / (f"lists-{methods.slug(lists)}" if lists else "") / f"seed{self.seed}"
-        self.rank, self.processes = (int(os.environ.get(name, value)) for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        self.rank, self.processes = (
+            int(os.environ.get(name, value)) for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"))
+        )
         if torch.cuda.is_available() and self.processes > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.manual_seed(self.seed)
@@ -48,7 +60,7 @@ class Inputs:
         if self.given:
             return self.given
         if self.profile.world:
-            from lavic_utils.world import make_world
+            from lavic_utils.mini.world import make_world
 
             place = world_dir(self.profile)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +68,9 @@ class Inputs:
                 return make_world(place, self.profile.world)
         found = real_data_dir()
         if found is None:
-            raise UserError(f"profile {self.profile.name} needs the published data: set LAVIC_DATA to its folder")
+            raise UserError(
+                f"profile {self.profile.name} needs the published data: set LAVIC_DATA to its folder"
+            )
         return found
 
     @cached_property
@@ -71,7 +85,11 @@ class Inputs:
     def facts(self) -> dict:
         """What the mini world knows of its items and dialogues (empty for real data)."""
         path = self.root / "mini_facts.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"items": {}, "dialogues": {}}
+        return (
+            json.loads(path.read_text(encoding="utf-8"))
+            if path.is_file()
+            else {"items": {}, "dialogues": {}}
+        )
 
     def as_read(self, domain: str, split: str) -> list[data.Dialogue]:
         """A split's dialogues as they stand in the file."""
@@ -89,33 +107,51 @@ class Inputs:
     def _with_lists(self, domain: str, split: str) -> list[data.Dialogue]:
         rows, (asins, _) = self.as_read(domain, split), self.domain_catalogue(domain)
         found = candidate_lists(self.lists.order(self, domain, rows), asins, seed=self.seed)
-        return [d.model_copy(update={self.profile.candidates: tuple(ten)}) for d, ten in zip(rows, found, strict=True)]
+        return [
+            d.model_copy(update={self.profile.candidates: tuple(ten)})
+            for d, ten in zip(rows, found, strict=True)
+        ]
 
     def _present(self, domains: Sequence[str], splits: Sequence[str]) -> list[tuple[str, str]]:
-        return [(d, s) for d in domains for s in splits if data.dialogue_file(self.root, d, s).is_file()]
+        return [
+            (d, s) for d in domains for s in splits if data.dialogue_file(self.root, d, s).is_file()
+        ]
 
     @cached_property
     def items(self) -> dict[str, list[str]]:
         """Ids that occur in the lists or truths of any domain's dialogues, by split (sorted)."""
-        return {split: self._ids(d for key in self._present(tuple(DOMAINS), (split,)) for d in self.dialogues(*key))
-                for split in data.SPLITS}
+        return {
+            split: self._ids(
+                d for key in self._present(tuple(DOMAINS), (split,)) for d in self.dialogues(*key)
+            )
+            for split in data.SPLITS
+        }
 
     def _ids(self, rows: Iterable[data.Dialogue]) -> list[str]:
-        return sorted({a for d in rows for a in (*getattr(d, self.profile.candidates), *d.gt_items)})
+        return sorted(
+            {a for d in rows for a in (*getattr(d, self.profile.candidates), *d.gt_items)}
+        )
 
     def domain_catalogue(self, domain: str) -> tuple[list[str], list[str]]:
         """(ids, titles) of a domain's items: those that any of its dialogues lists or has as its truth."""
-        asins = self._ids(d for key in self._present((domain,), data.SPLITS) for d in self.as_read(*key))
+        asins = self._ids(
+            d for key in self._present((domain,), data.SPLITS) for d in self.as_read(*key)
+        )
         if missing := [asin for asin in asins if asin not in self.titles]:
-            raise UserError(f"{self.root}: {len(missing)} items of the {domain} dialogues are not in item2meta_train.json, "
-                            f"e.g. {missing[0]}; {data.GET_DATA}")
+            raise UserError(
+                f"{self.root}: {len(missing)} items of the {domain} dialogues are not in item2meta_train.json, "
+                f"e.g. {missing[0]}; {data.GET_DATA}"
+            )
         return asins, [self.titles[asin] for asin in asins]
 
     def need_training_data(self) -> None:
         """UserError where a file is missing that training reads (cheap: nothing is read)."""
         if self.profile.world and not self.given:
             return
-        for path in [self.root / "item2meta_train.json", *(data.dialogue_file(self.root, d, "train") for d in DOMAINS)]:
+        for path in [
+            self.root / "item2meta_train.json",
+            *(data.dialogue_file(self.root, d, "train") for d in DOMAINS),
+        ]:
             if not path.is_file():
                 raise UserError(f"{path}: not there; {data.GET_DATA}")
 
@@ -136,5 +172,7 @@ class Inputs:
 def shuffled_list(dialogue: data.Dialogue, which: str, order: int) -> data.Dialogue:
     """The dialogue with its candidates in the order of shuffle number `order`; the same in every process."""
     names = list(getattr(dialogue, which))
-    random.Random(f"order-{order}/{dialogue.domain}/{dialogue.split}/{dialogue.line}").shuffle(names)
+    random.Random(f"order-{order}/{dialogue.domain}/{dialogue.split}/{dialogue.line}").shuffle(
+        names
+    )
     return dialogue.model_copy(update={which: tuple(names)})

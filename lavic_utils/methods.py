@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import Tensor
 
-from lavic_utils import endpoint, openmodels, prompts, proprietary, recommendation, retrieval, vision
+from lavic_utils import openmodels, prompts, recommendation, retrieval, vision
 from lavic_utils.config import UserError, results_dir
 from lavic_utils.data import Dialogue, image_file
 from lavic_utils.encoders import ENCODERS
 from lavic_utils.evaluation import parse_answer
 from lavic_utils.hub import HubModel, fingerprint
 from lavic_utils.recommendation import Answer
+from lavic_utils.remote import chat_api as endpoint
+from lavic_utils.remote import proprietary
 
 if TYPE_CHECKING:
     from lavic_utils.runs import Run
@@ -51,8 +53,15 @@ class Method:
     def prepare(self, run: Run, domain: str, split: str) -> None:
         """Train or encode what `answer` reads, so that the time of answering is the time of answering."""
 
-    def answer(self, run: Run, domain: str, split: str, dialogues: Sequence[Dialogue], control: Control | None = None,
-               scored: bool = True) -> list[Answer]:
+    def answer(
+        self,
+        run: Run,
+        domain: str,
+        split: str,
+        dialogues: Sequence[Dialogue],
+        control: Control | None = None,
+        scored: bool = True,
+    ) -> list[Answer]:
         """One Answer a dialogue. `control` changes the visual tokens (a negative control); `scored` asks for the likelihood
         of every candidate too, where the method can tell."""
         raise NotImplementedError
@@ -79,13 +88,20 @@ class Retrieval(Method):
     def order(self, run: Run, domain: str, dialogues: Sequence[Dialogue]) -> np.ndarray:
         """Indices of the domain's catalogue, best first: int array (dialogues, items)."""
         queries = [" ".join(text for _, text in d.turns) for d in dialogues]
-        return retrieval.rank(self.name, queries, run.domain_catalogue(domain)[1], folder=run.profile.models.get(self.name),
-                              cache=results_dir(run.profile) / "embeddings")
+        return retrieval.rank(
+            self.name,
+            queries,
+            run.domain_catalogue(domain)[1],
+            folder=run.profile.models.get(self.name),
+            cache=results_dir(run.profile) / "embeddings",
+        )
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
         asins, _ = run.domain_catalogue(domain)
         order = self.order(run, domain, dialogues)
-        return [Answer("", asins[int(row[0])], tuple(asins[int(i)] for i in row[:10])) for row in order]
+        return [
+            Answer("", asins[int(row[0])], tuple(asins[int(i)] for i in row[:10])) for row in order
+        ]
 
 
 class Base(Method):
@@ -101,7 +117,9 @@ class Base(Method):
         model, visual, window = run.model(), None, None
         if self.inputs == BOTH:
             visual, window = run.visual("full", (split,)), vision.context_window(model)
-        return recommendation.answer(model, run.prompter(visual, window), dialogues, run.profile.candidates, scored)
+        return recommendation.answer(
+            model, run.prompter(visual, window), dialogues, run.profile.candidates, scored
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,11 @@ class Open(Method):
         profile, visual, window = openmodels.with_chat(run.profile, self.chat), None, None
         model, processor = openmodels.load(profile, *self.hub.source(profile.models.get(self.name)))
         if self.inputs == BOTH:
-            paths = {a: image_file(run.root, a) for d in dialogues for a in getattr(d, profile.candidates)}
+            paths = {
+                a: image_file(run.root, a)
+                for d in dialogues
+                for a in getattr(d, profile.candidates)
+            }
             visual = vision.lazy_full_tokens(model, processor, paths)
             window = vision.context_window(model)
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -137,8 +159,10 @@ class Proprietary(Method):
 
     def needs(self, run):
         model = proprietary.MODELS[self.name]
-        return (f"{model.served} (at OpenAI until {model.until}) or another at an OpenAI-compatible service: key in "
-                f"{endpoint.KEY}, or --base-url and --served")
+        return (
+            f"{model.served} (at OpenAI until {model.until}) or another at an OpenAI-compatible service: key in "
+            f"{endpoint.KEY}, or --base-url and --served"
+        )
 
     def reason(self, run):
         return _reason(lambda: endpoint.Endpoint(proprietary.MODELS[self.name], run.api))
@@ -147,11 +171,23 @@ class Proprietary(Method):
         return str(run.api)
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
-        replies = proprietary.ask_all(Requests(run, dialogues, self.inputs == BOTH), proprietary.MODELS[self.name], run.api,
-                                      results_dir(run.profile) / "api_answers.sqlite")
-        return [Answer(r.text or "", parse_answer(r.text or ""), getattr(d, run.profile.candidates),
-                       prompt_tokens=r.input_tokens, new_tokens=r.output_tokens, usd=0.0 if r.cached else r.usd)
-                for d, r in zip(dialogues, replies, strict=True)]
+        replies = proprietary.ask_all(
+            Requests(run, dialogues, self.inputs == BOTH),
+            proprietary.MODELS[self.name],
+            run.api,
+            results_dir(run.profile) / "api_answers.sqlite",
+        )
+        return [
+            Answer(
+                r.text or "",
+                parse_answer(r.text or ""),
+                getattr(d, run.profile.candidates),
+                prompt_tokens=r.input_tokens,
+                new_tokens=r.output_tokens,
+                usd=0.0 if r.cached else r.usd,
+            )
+            for d, r in zip(dialogues, replies, strict=True)
+        ]
 
 
 class Requests(Sequence):
@@ -165,8 +201,12 @@ class Requests(Sequence):
 
     def __getitem__(self, i: int) -> list[dict]:
         names = getattr(self.dialogues[i], self.run.profile.candidates)
-        text = prompts.recommend_message(self.run.profile.prompts, self.dialogues[i].turns, names, self.run.titles)
-        return proprietary.build_messages(text, [(a, image_file(self.run.root, a)) for a in names] if self.images else [])
+        text = prompts.recommend_message(
+            self.run.profile.prompts, self.dialogues[i].turns, names, self.run.titles
+        )
+        return proprietary.build_messages(
+            text, [(a, image_file(self.run.root, a)) for a in names] if self.images else []
+        )
 
 
 @dataclass(frozen=True)
@@ -187,7 +227,9 @@ class Trained(Method):
     def visual(self, run: Run, split: str) -> Mapping[str, Tensor] | None:
         """Visual tokens of a split's items, as its prompts carry them."""
         tokens = run.visual(self.tokens, (split,))
-        return tokens if self.tiles is None else {asin: t[:self.tiles] for asin, t in tokens.items()}
+        return (
+            tokens if self.tiles is None else {asin: t[: self.tiles] for asin, t in tokens.items()}
+        )
 
     def prepare(self, run, domain, split):
         run.tune(self.name, domain)
@@ -196,7 +238,9 @@ class Trained(Method):
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
         visual = self.visual(run, split)
         prompter = run.prompter(control(visual) if control else visual)
-        return recommendation.answer(run.tuned(self.name, domain), prompter, dialogues, run.profile.candidates, scored)
+        return recommendation.answer(
+            run.tuned(self.name, domain), prompter, dialogues, run.profile.candidates, scored
+        )
 
 
 def _reason(find: Callable[[], object]) -> str | None:
@@ -207,11 +251,16 @@ def _reason(find: Callable[[], object]) -> str | None:
     return None
 
 
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-          "polite answers to the user's questions. USER: {message} ASSISTANT:")  # the form Vicuna v1.5 was trained with
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "polite answers to the user's questions. USER: {message} ASSISTANT:"
+)  # the form Vicuna v1.5 was trained with
 LLAVA = "USER: {message} ASSISTANT:"  # llava-1.5's own template
-VICUNA_7B = HubModel("lmsys/vicuna-7b-v1.5", "3321f76e3f527bd14065daf69dad9344000a201d", 13.5, safetensors=False)
+VICUNA_7B = HubModel(
+    "lmsys/vicuna-7b-v1.5", "3321f76e3f527bd14065daf69dad9344000a201d", 13.5, safetensors=False
+)
 LLAVA_15 = HubModel("llava-hf/llava-1.5-7b-hf", "b234b804b114d9e37bb655e11cbbb5f5e971b7a9", 14.1)
+
 
 def _registry(*methods: Method) -> dict[str, Method]:
     return {method.name: method for method in methods}
@@ -224,7 +273,10 @@ METHODS = _registry(
     Base("LLaVA-v1.6 (title)"),
     Open("LLaVA-v1.5 (title+image)", BOTH, hub=LLAVA_15, chat=LLAVA),
     Base("LLaVA-v1.6 (title+image)", BOTH),
-    *(Proprietary(name, BOTH if "image" in name else TITLE, "proprietary") for name in proprietary.MODELS),
+    *(
+        Proprietary(name, BOTH if "image" in name else TITLE, "proprietary")
+        for name in proprietary.MODELS
+    ),
     Trained("Entire tokens (5x577)", BOTH, "ablation", "full", examples=0.15),
     Trained("LaViC w/o images", TITLE, "ablation", None),
     Trained("LaViC w/o self-distillation", BOTH, "ablation", "base"),
@@ -233,7 +285,10 @@ METHODS = _registry(
 # Beyond the paper (notebook 05, `reproduce --extended`): what one [CLS] an image, and fewer dialogues, would give.
 EXTENDED = _registry(
     Trained("LaViC, one [CLS]", BOTH, "extended", tiles=1),
-    *(Trained(f"LaViC, {share:.0%} of the examples", BOTH, "extended", examples=share) for share in (0.1, 0.25, 0.5)),
+    *(
+        Trained(f"LaViC, {share:.0%} of the examples", BOTH, "extended", examples=share)
+        for share in (0.1, 0.25, 0.5)
+    ),
 )
 
 
@@ -253,5 +308,14 @@ def find(name: str) -> Method:
 def listing(run: Run) -> list[dict]:
     """The registry as rows: name, family, inputs, needs, runnable, reason (None where runnable)."""
     rows = [(method, method.reason(run)) for method in METHODS.values()]
-    return [{"name": m.name, "family": m.family, "inputs": m.inputs, "needs": m.needs(run), "runnable": why is None,
-             "reason": why} for m, why in rows]
+    return [
+        {
+            "name": m.name,
+            "family": m.family,
+            "inputs": m.inputs,
+            "needs": m.needs(run),
+            "runnable": why is None,
+            "reason": why,
+        }
+        for m, why in rows
+    ]

@@ -5,7 +5,13 @@ A language model (Vicuna) reads titles; a LLaVA reads titles, or titles and its 
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlavaProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlavaProcessor,
+)
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from lavic_utils import vision
@@ -26,6 +32,11 @@ def load(profile: Profile, source: str, revision: str | None):
     if not hasattr(config, "vision_config"):
         return vision.load(AutoModelForCausalLM, profile, source, revision), tokenizer
     images = LlavaImageProcessorPil.from_pretrained(source, revision=revision)
-    processor = LlavaProcessor(images, tokenizer, patch_size=config.vision_config.patch_size, num_additional_image_tokens=1,
-                               vision_feature_select_strategy=config.vision_feature_select_strategy)
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+    )
     return vision.load(AutoModelForImageTextToText, profile, source, revision), processor

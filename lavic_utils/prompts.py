@@ -31,21 +31,40 @@ def encode(tokenizer, text: str, start: bool = False) -> list[int]:
 
 
 def dialogue_text(prompts: Prompts, turns: Turns) -> str:
-    return "".join((prompts.seeker if role == "seeker" else prompts.helper).format(text=text) for role, text in turns)
+    return "".join(
+        (prompts.seeker if role == "seeker" else prompts.helper).format(text=text)
+        for role, text in turns
+    )
 
 
-def recommend_message(prompts: Prompts, turns: Turns, candidates: Sequence[str], titles: Mapping[str, str],
-                      shown: Sequence[str] = (), image: str = "") -> str:
+def recommend_message(
+    prompts: Prompts,
+    turns: Turns,
+    candidates: Sequence[str],
+    titles: Mapping[str, str],
+    shown: Sequence[str] = (),
+    image: str = "",
+) -> str:
     """What a model is asked in stage 2, without its chat form: the dialogue, then title, `image` (for the items `shown`)
     and id of each candidate, and the request to answer with one id."""
-    lines = "".join(prompts.candidate.format(title=titles[a], id=a, image=image) if a in shown
-                    else prompts.candidate_without_image.format(title=titles[a], id=a) for a in candidates)
+    lines = "".join(
+        prompts.candidate.format(title=titles[a], id=a, image=image)
+        if a in shown
+        else prompts.candidate_without_image.format(title=titles[a], id=a)
+        for a in candidates
+    )
     return prompts.recommend.format(dialogue=dialogue_text(prompts, turns), candidates=lines)
 
 
-def describe_prompt(tokenizer, prompts: Prompts, title: str, tokens: int, image: str = "<image>") -> list[int]:
+def describe_prompt(
+    tokenizer, prompts: Prompts, title: str, tokens: int, image: str = "<image>"
+) -> list[int]:
     """Stage 1: the title and an image of `tokens` visual tokens; the description follows."""
-    return encode(tokenizer, prompts.chat.format(message=prompts.describe.format(title=title, image=image * tokens)), start=True)
+    return encode(
+        tokenizer,
+        prompts.chat.format(message=prompts.describe.format(title=title, image=image * tokens)),
+        start=True,
+    )
 
 
 def shortened(turns: Turns, step: int) -> Turns:
@@ -65,13 +84,25 @@ def shortened(turns: Turns, step: int) -> Turns:
 def _steps(turns: Turns) -> int:
     """How many cuts `shortened` may make: KEEP_WORDS words stay."""
     comments = sum(role != "seeker" for role, _ in turns[:-1])
-    words = sum(len(text.split()) for i, (role, text) in enumerate(turns) if role == "seeker" or i == len(turns) - 1)
+    words = sum(
+        len(text.split())
+        for i, (role, text) in enumerate(turns)
+        if role == "seeker" or i == len(turns) - 1
+    )
     return comments + max(0, words - KEEP_WORDS)
 
 
-def recommend_prompt(tokenizer, prompts: Prompts, turns: Turns, candidates: Sequence[str], titles: Mapping[str, str],
-                     tokens: Mapping[str, int] | None, max_length: int, image: str = "<image>",
-                     overflow: Literal["shorten", "refuse"] = "shorten") -> Encoded:
+def recommend_prompt(
+    tokenizer,
+    prompts: Prompts,
+    turns: Turns,
+    candidates: Sequence[str],
+    titles: Mapping[str, str],
+    tokens: Mapping[str, int] | None,
+    max_length: int,
+    image: str = "<image>",
+    overflow: Literal["shorten", "refuse"] = "shorten",
+) -> Encoded:
     """Stage 2: the dialogue, then each candidate's title, visual tokens (`tokens[asin]` of them) and id.
 
     Too long for `max_length`: the dialogue is `shortened`, no more than it must be, down to its last KEEP_WORDS words; if
@@ -86,7 +117,9 @@ def recommend_prompt(tokenizer, prompts: Prompts, turns: Turns, candidates: Sequ
         return len(ids(step)) + sum(tokens[a] - 1 for a in shown) if tokens else len(ids(step))
 
     def ids(step: int) -> list[int]:
-        message = recommend_message(prompts, shortened(turns, step), candidates, titles, shown, image)
+        message = recommend_message(
+            prompts, shortened(turns, step), candidates, titles, shown, image
+        )
         return encode(tokenizer, prompts.chat.format(message=message), start=True)
 
     most, every = _steps(turns), len(shown)
@@ -95,10 +128,15 @@ def recommend_prompt(tokenizer, prompts: Prompts, turns: Turns, candidates: Sequ
             return Encoded([], (), refused=length(0))
         shown.pop()
     if least > max_length:
-        raise UserError(f"a prompt needs {least} tokens for its candidates' titles and ids and the last {KEEP_WORDS} words of "
-                        f"the dialogue, more than max_length {max_length}; raise max_length in the profile")
+        raise UserError(
+            f"a prompt needs {least} tokens for its candidates' titles and ids and the last {KEEP_WORDS} words of "
+            f"the dialogue, more than max_length {max_length}; raise max_length in the profile"
+        )
     step = bisect_left(range(most), True, key=lambda step: length(step) <= max_length)
     counts = iter([tokens[a] for a in shown] if tokens else ())
     filled = [token for t in ids(step) for token in ([t] * next(counts) if t == slot else [t])]
-    talk = [len(encode(tokenizer, dialogue_text(prompts, some))) for some in (turns, shortened(turns, step))]
+    talk = [
+        len(encode(tokenizer, dialogue_text(prompts, some)))
+        for some in (turns, shortened(turns, step))
+    ]
     return Encoded(filled, tuple(shown), talk[0] - talk[1] if step else 0, every - len(shown))

@@ -13,17 +13,46 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .config import PACKAGE, ROOT, Profile, UserError, real_data_dir
+from lavic_utils.config import PACKAGE, ROOT, Profile, UserError, real_data_dir
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "sentence-transformers", "numpy", "pillow")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "sentence-transformers",
+    "numpy",
+    "pillow",
+)
 ROW_FIELDS = (
     "method", "domain", "seed", "conversations", "pairs", "hits", "valid",
     "hit_ratio_pairs", "hit_ratio_conversations", "validity_ratio", "ci95",
 )  # fmt: skip
 # Modules whose code can change a number; the command line, the driver and the drawing of tables and figures cannot.
-NUMBERS = ("config", "wording", "draw", "world", "rows", "data", "retrieval", "encoders", "prompts", "vision", "store",
-           "training", "distillation", "recommendation", "openmodels", "endpoint", "proprietary", "methods",
-           "inputs", "runs", "evaluation")
+NUMBERS = (
+    "config",
+    "mini/words",
+    "mini/drawing",
+    "mini/world",
+    "rows",
+    "data",
+    "retrieval",
+    "encoders",
+    "prompts",
+    "vision",
+    "store",
+    "training",
+    "distillation",
+    "recommendation",
+    "openmodels",
+    "remote/chat_api",
+    "remote/proprietary",
+    "methods",
+    "inputs",
+    "runs",
+    "evaluation",
+)
 TEXT = {".py", ".yaml", ".yml", ".json", ".jsonl", ".md", ".txt"}
 
 
@@ -46,7 +75,9 @@ def code_hash(package: Path = PACKAGE, only: Sequence[str] | None = None) -> str
     """12 hex over the package: *.py (or only these modules), profiles/*.yaml and mini_model/* (weights by content);
     line ends normalised."""
     code = package.rglob("*.py") if only is None else [package / f"{name}.py" for name in only]
-    weights = (p for p in package.glob("mini_model/*") if p.name not in ("README.md", "abilities.json"))
+    weights = (
+        p for p in package.glob("mini_model/*") if p.name not in ("README.md", "abilities.json")
+    )
     files = [*code, *([] if only else package.glob("profiles/*.yaml")), *weights]
     digest = hashlib.sha256()
     for path in sorted(set(files), key=lambda p: p.relative_to(package).as_posix()):
@@ -54,7 +85,9 @@ def code_hash(package: Path = PACKAGE, only: Sequence[str] | None = None) -> str
             content = path.read_bytes()
             if path.suffix in TEXT:
                 content = content.replace(b"\r\n", b"\n")
-            digest.update(f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content)
+            digest.update(
+                f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content
+            )
     return digest.hexdigest()[:12]
 
 
@@ -63,7 +96,12 @@ def tree_hash(folder: Path | None) -> str:
     if folder is None or not folder.is_dir():
         return "unset" if folder is None else "absent"
     files = sorted(p for p in folder.rglob("*.json*") if p.is_file())
-    return key(files=[(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    return key(
+        files=[
+            (p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
+            for p in files
+        ]
+    )
 
 
 def world_dir(profile: Profile) -> Path:
@@ -76,7 +114,7 @@ def profile_data_hash(profile: Profile) -> str:
     root = world_dir(profile) if profile.world is not None else real_data_dir()
     if root is None or not root.is_dir():
         return "none"
-    from .data import data_hash
+    from lavic_utils.data import data_hash
 
     return data_hash(root)
 
@@ -84,7 +122,9 @@ def profile_data_hash(profile: Profile) -> str:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -143,7 +183,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, obj: Any) -> None:
     """Atomic, deterministic JSON. NaN or infinity raise ValueError."""
-    write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+    write_text(
+        path, json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
+    )
 
 
 def footer(provenance: Mapping[str, Any]) -> str:
@@ -165,7 +207,9 @@ def save_figure(fig: Any, path: Path, tier: str, provenance: Mapping[str, Any]) 
     kind = path.suffix.lstrip(".") or "png"
     about = {"Title": path.stem, "Description": line} if kind == "png" else {"Title": line}
     if kind == "png":
-        about["Comment"] = json.dumps({**provenance, "tier": tier}, default=_plain, ensure_ascii=True)
+        about["Comment"] = json.dumps(
+            {**provenance, "tier": tier}, default=_plain, ensure_ascii=True
+        )
     with _temporary(path) as temp:
         fig.savefig(temp, format=kind, metadata=about, bbox_inches="tight", dpi=150)
 
@@ -181,7 +225,9 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a metrics file ({what}); delete it and run again") from None
 
 
-def upsert_metrics(path: Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]) -> dict[str, Any]:
+def upsert_metrics(
+    path: Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
     """Put rows into metrics.json, one for each (method, domain, seed); returns what was written.
 
     Rows of other keys stay only where the file's numbers_hash and data_hash are the new ones, so one file never mixes
@@ -193,7 +239,9 @@ def upsert_metrics(path: Path, rows: Iterable[Mapping[str, Any]], provenance: Ma
         if missing:
             raise ValueError(f"metrics row of {row.get('method')!r}: missing {', '.join(missing)}")
     old = _read_metrics(path)
-    same = all(old["provenance"].get(name) == provenance[name] for name in ("numbers_hash", "data_hash"))
+    same = all(
+        old["provenance"].get(name) == provenance[name] for name in ("numbers_hash", "data_hash")
+    )
     merged = {_row_key(row): row for row in [*(old["rows"] if same else []), *new]}
     ordered = [merged[row_key] for row_key in sorted(merged)]
     seeds = sorted({row["seed"] for row in ordered if row["seed"] is not None})

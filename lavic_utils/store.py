@@ -31,7 +31,9 @@ from lavic_utils.provenance import code_hash, key, versions, write_json
 
 log = logging.getLogger(__name__)
 GROUP, SHARD = 64, 256  # images encoded at once, and in a file: what a kill can lose
-Encode = Callable[[Sequence[Path]], list[Tensor | None]]  # image files -> tokens of each, None where it cannot be decoded
+Encode = Callable[
+    [Sequence[Path]], list[Tensor | None]
+]  # image files -> tokens of each, None where it cannot be decoded
 Shards = dict[str, dict[str, int]]  # file name -> image's sha256 -> its tokens
 
 
@@ -51,11 +53,19 @@ def content(folder: Path | str) -> list[tuple[str, str]]:
     return _content(tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
 
 
-def key_of(model: str, revision: str | None, adapter: Path | None, processor, dtype: torch.dtype, kind: str) -> str:
+def key_of(
+    model: str, revision: str | None, adapter: Path | None, processor, dtype: torch.dtype, kind: str
+) -> str:
     """Name of the store's folder: `model` is a hub id or a checkpoint's folder, `adapter` a peft folder."""
-    return key(model=content(model) or [model, revision], adapter=content(adapter) if adapter else None, dtype=str(dtype),
-               processor=json.loads(processor.image_processor.to_json_string()), kind=kind,
-               code=code_hash(only=("store", "vision")), versions=versions(("torch", "transformers", "peft", "pillow")))
+    return key(
+        model=content(model) or [model, revision],
+        adapter=content(adapter) if adapter else None,
+        dtype=str(dtype),
+        processor=json.loads(processor.image_processor.to_json_string()),
+        kind=kind,
+        code=code_hash(only=("store", "vision")),
+        versions=versions(("torch", "transformers", "peft", "pillow")),
+    )
 
 
 class Store(Mapping[str, Tensor]):
@@ -64,13 +74,23 @@ class Store(Mapping[str, Tensor]):
     since there is no image file or it cannot be decoded."""
 
     def __init__(self, folder: Path, shards: Shards, items: Mapping[str, str | None]) -> None:
-        where = {image: (file, count) for file, counts in shards.items() for image, count in counts.items()}
+        where = {
+            image: (file, count)
+            for file, counts in shards.items()
+            for image, count in counts.items()
+        }
         self._at = {item: (where[image][0], image) for item, image in items.items() if image}
         self.missing = [item for item, image in items.items() if not image]
         self.corrupt = [item for item, image in items.items() if image and not where[image][1]]
-        self.sizes = {item: where[image][1] for item, (_, image) in self._at.items() if where[image][1]}
-        self.counted = {"items": len(items), "encoded": len(self.sizes), "missing": len(self.missing),
-                        "corrupt": len(self.corrupt)}
+        self.sizes = {
+            item: where[image][1] for item, (_, image) in self._at.items() if where[image][1]
+        }
+        self.counted = {
+            "items": len(items),
+            "encoded": len(self.sizes),
+            "missing": len(self.missing),
+            "corrupt": len(self.corrupt),
+        }
         self._file = functools.cache(lambda name: safe_open(folder / name, "pt"))
 
     def __getitem__(self, item: str) -> Tensor:
@@ -89,7 +109,11 @@ class Store(Mapping[str, Tensor]):
 def open_store(folder: Path, paths: Mapping[str, Path], encoder: Callable[[], Encode]) -> Store:
     """The visual tokens of items (id -> image file); what the store lacks is encoded first (see `fill`)."""
     items = {item: sha256(path) if path.is_file() else None for item, path in paths.items()}
-    found = Store(folder, fill(folder, {image: paths[item] for item, image in items.items() if image}, encoder), items)
+    found = Store(
+        folder,
+        fill(folder, {image: paths[item] for item, image in items.items() if image}, encoder),
+        items,
+    )
     log.info("images: %s", found.counted)
     return found
 
@@ -105,15 +129,21 @@ def fill(folder: Path, files: Mapping[str, Path], encoder: Callable[[], Encode])
         return shards
     state = PartialState(cpu=not torch.cuda.is_available())
     state.wait_for_everyone()  # everyone has seen what is lacking before anyone changes it
-    parts = [lacking[i:i + SHARD] for i in range(0, len(lacking), SHARD)]
-    mine = [part for part in parts[state.process_index::state.num_processes] if _finished(folder, part) is None]
+    parts = [lacking[i : i + SHARD] for i in range(0, len(lacking), SHARD)]
+    mine = [
+        part
+        for part in parts[state.process_index :: state.num_processes]
+        if _finished(folder, part) is None
+    ]
     encode = encoder() if mine else None
     for part in mine:
         _write(folder, part, [files[image] for image in part], encode)
     state.wait_for_everyone()
     shards |= {file.name: _counts(file) for part in parts if (file := _finished(folder, part))}
     if parts and state.is_main_process:
-        others = {file: counts for file, counts in _index(folder).items() if (folder / file).is_file()}
+        others = {
+            file: counts for file, counts in _index(folder).items() if (folder / file).is_file()
+        }
         write_json(folder / "index.json", {"shards": others | shards})
     state.wait_for_everyone()
     return shards
@@ -131,8 +161,14 @@ def _index(folder: Path) -> Shards:
 
 def _verified(folder: Path, wanted) -> Shards:
     """Shards of the index that hold a wanted image, checked against their files; a damaged one is said and removed."""
-    found = {file: counts for file, counts in _index(folder).items() if not wanted.isdisjoint(counts)}
-    for file in [file for file, counts in found.items() if not (_whole(folder / file) and _counts(folder / file) == counts)]:
+    found = {
+        file: counts for file, counts in _index(folder).items() if not wanted.isdisjoint(counts)
+    }
+    for file in [
+        file
+        for file, counts in found.items()
+        if not (_whole(folder / file) and _counts(folder / file) == counts)
+    ]:
         log.warning("%s: damaged or not what the index says; made again", folder / file)
         del found[file]
         (folder / file).unlink(missing_ok=True)
@@ -154,13 +190,21 @@ def _counts(path: Path) -> dict[str, int] | None:
 
 def _finished(folder: Path, part: Sequence[str]) -> Path | None:
     """A whole shard of exactly these images."""
-    return next((p for p in sorted(folder.glob(f"{key(images=part)}-*.safetensors")) if _whole(p)), None)
+    return next(
+        (p for p in sorted(folder.glob(f"{key(images=part)}-*.safetensors")) if _whole(p)), None
+    )
 
 
 def _write(folder: Path, part: Sequence[str], files: Sequence[Path], encode: Encode) -> None:
-    tokens = [one for i in range(0, len(files), GROUP) for one in encode(files[i:i + GROUP])]
+    tokens = [one for i in range(0, len(files), GROUP) for one in encode(files[i : i + GROUP])]
     folder.mkdir(parents=True, exist_ok=True)
     name = key(images=part)
     temp = folder / f".{name}.{os.getpid()}.tmp"
-    save_file({image: torch.zeros(0) if one is None else one for image, one in zip(part, tokens, strict=True)}, temp)
+    save_file(
+        {
+            image: torch.zeros(0) if one is None else one
+            for image, one in zip(part, tokens, strict=True)
+        },
+        temp,
+    )
     os.replace(temp, folder / f"{name}-{sha256(temp)[:16]}.safetensors")

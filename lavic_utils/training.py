@@ -24,8 +24,13 @@ from lavic_utils.config import Lora, UserError
 
 
 def lora_config(lora: Lora, target: str) -> LoraConfig:
-    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target,
-                      task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=target,
+        task_type="CAUSAL_LM",
+    )
 
 
 def trainable_names(model) -> list[str]:
@@ -35,7 +40,9 @@ def trainable_names(model) -> list[str]:
 def add_adapter(model, lora: Lora, target: str):
     """The model with a fresh adapter on every linear layer that `target` names, ready to train: adapters in float32,
     but in the weights' own dtype under FSDP, which wants one. Raises RuntimeError where anything else would be trained."""
-    tuned = get_peft_model(model, lora_config(lora, target), autocast_adapter_dtype=not vision.sharded())
+    tuned = get_peft_model(
+        model, lora_config(lora, target), autocast_adapter_dtype=not vision.sharded()
+    )
     check_trainable(tuned, target)
     kernel = vision.attention(model.dtype)
     if kernel != "sdpa":
@@ -45,21 +52,33 @@ def add_adapter(model, lora: Lora, target: str):
 
 def check_trainable(tuned, target: str) -> None:
     """Exactly A and B of every layer that `target` names are trained; RuntimeError with examples otherwise."""
-    layers = [name for name, layer in tuned.named_modules() if isinstance(layer, LoraLayer) and re.fullmatch(target, name)]
+    layers = [
+        name
+        for name, layer in tuned.named_modules()
+        if isinstance(layer, LoraLayer) and re.fullmatch(target, name)
+    ]
     expected = {f"{name}.lora_{side}.default.weight" for name in layers for side in "AB"}
     wrong = sorted(expected ^ set(trainable_names(tuned)))
     if wrong or not expected:
-        raise RuntimeError(f"trained and intended parameters differ in {len(wrong)} of {len(expected)} names: {wrong[:3]}")
+        raise RuntimeError(
+            f"trained and intended parameters differ in {len(wrong)} of {len(expected)} names: {wrong[:3]}"
+        )
 
 
 def save_adapter(tuned, folder: Path, first: bool = True) -> None:
     """A standard peft folder. Raises UserError where some B is still zero: that layer was never trained. Where parameters are
     sharded, every process must call this (each tensor is gathered whole); the `first` alone writes."""
-    tensors = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in tuned.named_parameters() if p.requires_grad}
+    tensors = {
+        name: p.full_tensor() if isinstance(p, DTensor) else p
+        for name, p in tuned.named_parameters()
+        if p.requires_grad
+    }
     zero = [name for name, p in tensors.items() if "lora_B" in name and not p.any()]
     if zero:
-        raise UserError(f"{folder}: {len(zero)} LoRA B are zero after training (first: {zero[0]}), so nothing was learnt there; "
-                        "raise the learning rate or the number of examples")
+        raise UserError(
+            f"{folder}: {len(zero)} LoRA B are zero after training (first: {zero[0]}), so nothing was learnt there; "
+            "raise the learning rate or the number of examples"
+        )
     if first:
         tuned.save_pretrained(folder, state_dict=tensors)
 
@@ -91,12 +110,16 @@ def load_adapter(model, folder: Path):
         with safe_open(file, "pt") as stored:
             found = set(stored.keys())
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not an adapter of this model ({' '.join(str(error).split())[:120]}); {again}") from None
+        raise UserError(
+            f"{folder}: not an adapter of this model ({' '.join(str(error).split())[:120]}); {again}"
+        ) from None
     wanted = set(get_peft_model_state_dict(tuned))
     if found != wanted:
         first = sorted(found ^ wanted)[0]
-        raise UserError(f"{file}: {len(wanted - found)} adapter weights are missing and {len(found - wanted)} are unexpected "
-                        f"(first: {first}); {again}")
+        raise UserError(
+            f"{file}: {len(wanted - found)} adapter weights are missing and {len(found - wanted)} are unexpected "
+            f"(first: {first}); {again}"
+        )
     return tuned.eval().requires_grad_(False)
 
 
@@ -114,16 +137,39 @@ def training_arguments(folder: Path, stage, seed: int, **more) -> TrainingArgume
     """
     cuda = torch.cuda.is_available()
     bf16 = cuda and vision.half() == torch.bfloat16
-    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}
-                     } if stage.gradient_checkpointing else {}
+    checkpointing = (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        if stage.gradient_checkpointing
+        else {}
+    )
     return TrainingArguments(
-        output_dir=str(folder), learning_rate=stage.learning_rate, weight_decay=stage.weight_decay,
-        per_device_train_batch_size=stage.batch_size, gradient_accumulation_steps=stage.gradient_accumulation,
-        num_train_epochs=stage.epochs, max_grad_norm=1.0, seed=seed, data_seed=seed, bf16=bf16, fp16=cuda and not bf16,
-        optim="adamw_torch_fused", logging_nan_inf_filter=False, use_cpu=not cuda, ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False, remove_unused_columns=False, report_to=[], disable_tqdm=True, logging_strategy="steps",
-        lr_scheduler_type=stage.schedule, warmup_steps=stage.warmup_steps, label_names=["labels"],
-        dataloader_pin_memory=cuda, **checkpointing, **more)
+        output_dir=str(folder),
+        learning_rate=stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        per_device_train_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.gradient_accumulation,
+        num_train_epochs=stage.epochs,
+        max_grad_norm=1.0,
+        seed=seed,
+        data_seed=seed,
+        bf16=bf16,
+        fp16=cuda and not bf16,
+        optim="adamw_torch_fused",
+        logging_nan_inf_filter=False,
+        use_cpu=not cuda,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="steps",
+        lr_scheduler_type=stage.schedule,
+        warmup_steps=stage.warmup_steps,
+        label_names=["labels"],
+        dataloader_pin_memory=cuda,
+        **checkpointing,
+        **more,
+    )
 
 
 class StageTrainer(Trainer):
@@ -156,7 +202,9 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         self.state.stateful_callbacks[Resumed.__name__] = {
-            "loss": self.accelerator.gather(self._tr_loss).mean().item(), "since": self._globalstep_last_logged}
+            "loss": self.accelerator.gather(self._tr_loss).mean().item(),
+            "since": self._globalstep_last_logged,
+        }
         super()._save_checkpoint(model, trial)
 
 
@@ -181,7 +229,9 @@ class Resumed(TrainerCallback):
             self.trainer._tr_loss += kept["loss"]
             self.trainer._globalstep_last_logged = kept["since"]
         if state.best_global_step:
-            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+            state.best_model_checkpoint = str(
+                Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            )
 
 
 class Reseeded(TrainerCallback):
@@ -202,11 +252,15 @@ class Finite(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         self.skipped += bool(self.accelerator.optimizer_step_was_skipped)
         if self.skipped > 20 + state.global_step // 10:
-            raise UserError(f"training stopped at step {state.global_step}: {self.skipped} steps were skipped because float16 "
-                            "gradients overflow; lower the learning rate, or use a card that computes in bfloat16")
+            raise UserError(
+                f"training stopped at step {state.global_step}: {self.skipped} steps were skipped because float16 "
+                "gradients overflow; lower the learning rate, or use a card that computes in bfloat16"
+            )
 
     def on_log(self, args, state, control, logs, **_):
         for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0)):
-                raise UserError(f"training stopped at step {state.global_step}: {name} is {logs[name]}; "
-                                "lower the learning rate, or use dtype float32 or a card that computes in bfloat16")
+                raise UserError(
+                    f"training stopped at step {state.global_step}: {name} is {logs[name]}; "
+                    "lower the learning rate, or use dtype float32 or a card that computes in bfloat16"
+                )

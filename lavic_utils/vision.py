@@ -16,8 +16,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import is_flash_attn_2_available, logging
 
@@ -26,7 +33,11 @@ from lavic_utils.data import open_image
 from lavic_utils.hub import HubModel
 
 logging.disable_progress_bar()  # loading bars would stand in every notebook's output
-UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")  # in v5 this list replaces the default
+UNQUANTISED = (
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "lm_head",
+)  # in v5 this list replaces the default
 
 
 def device() -> torch.device:
@@ -51,14 +62,20 @@ def sharded() -> bool:
 def attention(dtype: torch.dtype) -> str:
     """Kernel for training: FlashAttention 2 where it is installed and the card and dtype allow it, else torch's own.
     Inference stays with torch's: `recommendation.Read` masks candidates from each other, which the other cannot."""
-    able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and dtype != torch.float32
+    able = (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability()[0] >= 8
+        and dtype != torch.float32
+    )
     return "flash_attention_2" if able and is_flash_attn_2_available() else "sdpa"
 
 
 def source(profile: Profile) -> tuple[str, str | None]:
     """(folder or hub id, revision) of the profile's model; UserError in one line where it cannot be had."""
     path = profile.model_path
-    return HubModel(profile.model, profile.revision, profile.download_gb).source(path if Path(path).is_dir() else None)
+    return HubModel(profile.model, profile.revision, profile.download_gb).source(
+        path if Path(path).is_dir() else None
+    )
 
 
 def load_processor(profile: Profile) -> LlavaNextProcessor:
@@ -68,8 +85,13 @@ def load_processor(profile: Profile) -> LlavaNextProcessor:
     tokenizer = AutoTokenizer.from_pretrained(path, **where)
     image_processor = LlavaNextImageProcessorPil.from_pretrained(path, **where)
     patch = AutoConfig.from_pretrained(path, **where).vision_config.patch_size
-    return LlavaNextProcessor(image_processor=image_processor, tokenizer=tokenizer, num_additional_image_tokens=1,
-                              vision_feature_select_strategy="default", patch_size=patch)
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        patch_size=patch,
+    )
 
 
 def load_model(profile: Profile) -> LlavaNextForConditionalGeneration:
@@ -81,16 +103,20 @@ def load_model(profile: Profile) -> LlavaNextForConditionalGeneration:
 
 def load(kind, profile: Profile, path: str, revision: str | None):
     """A checkpoint (folder or hub id) as the profile wants it (dtype, 4 bits), in eval mode and without gradients."""
-    options: dict = {"dtype": dtype(profile), "attn_implementation": "sdpa",
-                     "revision": revision}
+    options: dict = {"dtype": dtype(profile), "attn_implementation": "sdpa", "revision": revision}
     if profile.quantize_4bit:
-        options |= {"device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}, "quantization_config": _four_bits(profile)}
+        options |= {
+            "device_map": {"": int(os.environ.get("LOCAL_RANK", 0))},
+            "quantization_config": _four_bits(profile),
+        }
     try:
         model = kind.from_pretrained(path, **options)
     except OSError as error:
         line = str(error).split("\n")[0]
-        raise UserError(f"model {path!r} cannot be loaded ({line}); download it whole, or name a local folder in the "
-                        f"profile {profile.name}") from None
+        raise UserError(
+            f"model {path!r} cannot be loaded ({line}); download it whole, or name a local folder in the "
+            f"profile {profile.name}"
+        ) from None
     model = model if profile.quantize_4bit else model.to(device())
     return model.eval().requires_grad_(False)
 
@@ -106,14 +132,22 @@ def _four_bits(profile: Profile):
     from transformers.utils import is_bitsandbytes_available
 
     if sharded():
-        raise UserError(f"profile {profile.name} holds its weights in 4 bits, which FSDP does not spread over cards: launch with "
-                        "ddp.yaml, or use another profile")
+        raise UserError(
+            f"profile {profile.name} holds its weights in 4 bits, which FSDP does not spread over cards: launch with "
+            "ddp.yaml, or use another profile"
+        )
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
         lacking = "bitsandbytes is not installed" if torch.cuda.is_available() else "none is here"
-        raise UserError(f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and bitsandbytes "
-                        f"({lacking}): pip install 'lavic-companion[gpu]', or use another profile")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=half(),
-                              llm_int8_skip_modules=list(UNQUANTISED))
+        raise UserError(
+            f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and bitsandbytes "
+            f"({lacking}): pip install 'lavic-companion[gpu]', or use another profile"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=half(),
+        llm_int8_skip_modules=list(UNQUANTISED),
+    )
 
 
 def pixels(processor: LlavaNextProcessor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -127,7 +161,9 @@ def tile_count(model, size: Sequence[int] | Tensor) -> int:
     the whole image once, and the crops of that grid among the checkpoint's pinpoints which shows most of it with least waste;
     for LLaVA-v1.6 1 + 2 (wide or tall, or small), 1 + 3 (very), or 1 + 4: 3 to 5 tiles. All of the project asks here."""
     size = torch.as_tensor(size).tolist()
-    return image_size_to_num_patches(size, model.config.image_grid_pinpoints, model.config.vision_config.image_size)
+    return image_size_to_num_patches(
+        size, model.config.image_grid_pinpoints, model.config.vision_config.image_size
+    )
 
 
 def real_tiles(model, pixel_values: Tensor, sizes: Tensor) -> tuple[Tensor, list[int]]:
@@ -138,8 +174,12 @@ def real_tiles(model, pixel_values: Tensor, sizes: Tensor) -> tuple[Tensor, list
 
 def full_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
     """What LLaVA-NeXT itself feeds its language model: per image (tokens, hidden size)."""
-    parts = inner(model).get_image_features(pixel_values=pixel_values, image_sizes=sizes, vision_feature_layer=-2,
-                                            vision_feature_select_strategy="default")
+    parts = inner(model).get_image_features(
+        pixel_values=pixel_values,
+        image_sizes=sizes,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
     return list(parts.pooler_output)
 
 
@@ -163,11 +203,15 @@ def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int) -> Tensor:
     """
     image_token = getattr(model.config, "image_token_id", None)
     slots = ids == (-1 if image_token is None else image_token)
-    filled, counts = torch.unique_consecutive(F.pad(slots, (0, 1)), return_counts=True)  # a gap ends every row
+    filled, counts = torch.unique_consecutive(
+        F.pad(slots, (0, 1)), return_counts=True
+    )  # a gap ends every row
     runs, rows = counts[filled].tolist(), [len(v) for v in visual]
     if runs != rows:
-        raise ValueError(f"{sum(runs)} image placeholders in the prompts for {sum(rows)} visual tokens; "
-                         f"by item {runs} for {rows}")
+        raise ValueError(
+            f"{sum(runs)} image placeholders in the prompts for {sum(rows)} visual tokens; "
+            f"by item {runs} for {rows}"
+        )
     embeds = model.get_input_embeddings()(ids.masked_fill(slots, pad))
     if rows:
         stacked = torch.cat(list(visual)).to(embeds.device, embeds.dtype)
@@ -176,7 +220,7 @@ def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int) -> Tensor:
 
 
 def batched(items: Sequence, size: int) -> Iterable[Sequence]:
-    return (items[i:i + size] for i in range(0, len(items), size))
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 @torch.inference_mode()
@@ -189,12 +233,20 @@ def encode(model, names: Sequence, pixel_values: Tensor, sizes: Tensor, how=cls_
     return {name: t.float().cpu().clone() for name, t in zip(names, tokens, strict=True)}
 
 
-def file_encoder(model, processor, how=cls_tokens) -> Callable[[Sequence[Path]], list[Tensor | None]]:
+def file_encoder(
+    model, processor, how=cls_tokens
+) -> Callable[[Sequence[Path]], list[Tensor | None]]:
     """Image files -> visual tokens of each, None for one that cannot be decoded."""
+
     def encode_files(files: Sequence[Path]) -> list[Tensor | None]:
         images = {path: image for path in files if (image := open_image(path)) is not None}
-        found = encode(model, list(images), *pixels(processor, list(images.values())), how) if images else {}
+        found = (
+            encode(model, list(images), *pixels(processor, list(images.values())), how)
+            if images
+            else {}
+        )
         return [found.get(path) for path in files]
+
     return encode_files
 
 
@@ -202,7 +254,12 @@ class Lazy(Mapping[str, Tensor]):
     """Visual tokens encoded when they are asked for, of images too many and too large to keep (a 7B model's full tokens take
     47 MB an item). `size_of(asin)` says how many there will be without encoding; the last few items are kept."""
 
-    def __init__(self, names: Sequence[str], encode_one: Callable[[str], Tensor], size_of: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        encode_one: Callable[[str], Tensor],
+        size_of: Callable[[str], int],
+    ) -> None:
         self.sizes = {name: size_of(name) for name in names}
         self._get = functools.lru_cache(maxsize=32)(encode_one)
 
@@ -218,17 +275,23 @@ class Lazy(Mapping[str, Tensor]):
 
 def lazy_full_tokens(model, processor, paths: Mapping[str, Path]) -> Lazy:
     """Full tokens of each readable image (item id -> file), by the model's own forward; LLaVA-NeXT or LLaVA 1.5."""
-    images = {name: image.size for name, path in paths.items() if (image := open_image(path)) is not None}
+    images = {
+        name: image.size for name, path in paths.items() if (image := open_image(path)) is not None
+    }
 
     @torch.inference_mode()
     def encode_one(name: str) -> Tensor:
-        batch = processor.image_processor(open_image(paths[name]), return_tensors="pt").to(model.device)
+        batch = processor.image_processor(open_image(paths[name]), return_tensors="pt").to(
+            model.device
+        )
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
         return inner(model).get_image_features(**batch).pooler_output[0].float().cpu()
 
     def size_of(name: str) -> int:
         width, height = images[name]
-        return processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens[0]
+        return processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens[
+            0
+        ]
 
     return Lazy(list(images), encode_one, size_of)
 

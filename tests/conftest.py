@@ -40,7 +40,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def processor():
     """The mini model's own processor."""
-    from lavic_utils import minimodel
+    from lavic_utils.mini import model as minimodel
 
     return minimodel.build_processor()
 
@@ -48,6 +48,6 @@ def processor():
 @pytest.fixture
 def model(processor):
     """A model of the mini architecture with random weights."""
-    from lavic_utils import minimodel
+    from lavic_utils.mini import model as minimodel
 
     return minimodel.build_model(processor, seed=1).eval().requires_grad_(False)

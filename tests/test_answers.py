@@ -13,22 +13,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from lavic_utils import answers as an
 from lavic_utils import evaluation as ev
 from lavic_utils.__main__ import main
+from lavic_utils.audit import answer_files as an
 from lavic_utils.config import DOMAINS, UserError, replications_dir
 
 replicated = pytest.mark.skipif(
     replications_dir() is None,
-    reason="set LAVIC_REPLICATIONS to the folder LaViC/data of the repository Lottotpk/graphRAG_multimodal")
+    reason="set LAVIC_REPLICATIONS to the folder LaViC/data of the repository Lottotpk/graphRAG_multimodal",
+)
 TEN = [f"B0TEST{i:04d}" for i in range(10)]
 OTHER = "B0ELSE0001"
 quick = settings(database=None, derandomize=True, deadline=None, max_examples=60)
 
 
-def row(recommended: str | None, gt: list[str], context: str = "c", **more: object) -> dict[str, object]:
+def row(
+    recommended: str | None, gt: list[str], context: str = "c", **more: object
+) -> dict[str, object]:
     said = recommended if recommended is not None else "I do not know"
-    return {"context": context, "gt_items": gt, "candidates_st": TEN, "recommended_st": recommended, "response_st": said, **more}
+    return {
+        "context": context,
+        "gt_items": gt,
+        "candidates_st": TEN,
+        "recommended_st": recommended,
+        "response_st": said,
+        **more,
+    }
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -37,26 +47,48 @@ def write(path: Path, *rows: object) -> Path:
 
 
 # One repeated truth that is hit, one of two truths hit, a valid miss, an invented id, no id, a truth not in the list.
-KNOWN = [row(TEN[0], [TEN[0], TEN[0]], "1"), row(TEN[1], [TEN[1], OTHER], "2"), row(TEN[2], [TEN[3]], "3"),
-         row("B0WRONG001", [TEN[4]], "4"), row(None, [TEN[5]], "5"), row(TEN[6], [OTHER], "6\u2028\u0085x")]
+KNOWN = [
+    row(TEN[0], [TEN[0], TEN[0]], "1"),
+    row(TEN[1], [TEN[1], OTHER], "2"),
+    row(TEN[2], [TEN[3]], "3"),
+    row("B0WRONG001", [TEN[4]], "4"),
+    row(None, [TEN[5]], "5"),
+    row(TEN[6], [OTHER], "6\u2028\u0085x"),
+]
 OUTSIDE = row(OTHER, [OTHER], "7")  # right, and no candidate
 
 
 def test_known_figures(tmp_path: Path) -> None:
     found = an.evaluate(an.read_answers(write(tmp_path / "a.jsonl", *KNOWN)))
-    expected = {"rows": 6, "pairs": 8, "hits": 3, "valid": 4, "unparsed": 1, "hit_ratio_pairs": 3 / 8,
-                "hit_ratio_conversations": 2 / 6, "hit_ratio_mean": 1.5 / 6, "validity_ratio": 4 / 6, "ceiling_pairs": 6 / 8,
-                "ceiling_conversations": 5 / 6, "of_ceiling": 2 / 5}
+    expected = {
+        "rows": 6,
+        "pairs": 8,
+        "hits": 3,
+        "valid": 4,
+        "unparsed": 1,
+        "hit_ratio_pairs": 3 / 8,
+        "hit_ratio_conversations": 2 / 6,
+        "hit_ratio_mean": 1.5 / 6,
+        "validity_ratio": 4 / 6,
+        "ceiling_pairs": 6 / 8,
+        "ceiling_conversations": 5 / 6,
+        "of_ceiling": 2 / 5,
+    }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert all(low <= found[name] <= high for name, (low, high) in found["ci95"].items())
     outside = an.evaluate(an.read_answers(write(tmp_path / "b.jsonl", *KNOWN, OUTSIDE)))
-    assert (found["hits_outside"], outside["hits_outside"], outside["hits"], outside["valid"]) == (0, 1, 4, 4)
+    assert (found["hits_outside"], outside["hits_outside"], outside["hits"], outside["valid"]) == (
+        0,
+        1,
+        4,
+        4,
+    )
     twice = an.evaluate(an.read_answers(write(tmp_path / "c.jsonl", *KNOWN, KNOWN[0])))
     assert (found["repeated"], twice["repeated"], twice["rows"], twice["hits"]) == (0, 1, 7, 5)
     # negative controls: the repeated truth makes a difference, and so does every row that is left out
     assert ev.score([r["recommended_st"] for r in KNOWN], [r["gt_items"] for r in KNOWN]).hits == 2
     rows = an.read_answers(tmp_path / "a.jsonl")
-    assert all(an.evaluate(rows[:i] + rows[i + 1:])["hit_ratio_pairs"] != 3 / 8 for i in range(6))
+    assert all(an.evaluate(rows[:i] + rows[i + 1 :])["hit_ratio_pairs"] != 3 / 8 for i in range(6))
 
 
 def test_intervals_hold_the_truth_and_never_pretend_certainty() -> None:
@@ -79,12 +111,25 @@ def test_intervals_hold_the_truth_and_never_pretend_certainty() -> None:
 
 
 @quick
-@given(st.lists(st.tuples(st.sampled_from([*TEN, OTHER, None]), st.lists(st.sampled_from([*TEN, OTHER]), min_size=1, max_size=4)),
-                min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*TEN, OTHER, None]),
+            st.lists(st.sampled_from([*TEN, OTHER]), min_size=1, max_size=4),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
 def test_what_must_hold_of_any_answers(made: list[tuple[str | None, list[str]]]) -> None:
-    rows = [an.Answer(str(i), tuple(gt), tuple(TEN), answer, None) for i, (answer, gt) in enumerate(made)]
+    rows = [
+        an.Answer(str(i), tuple(gt), tuple(TEN), answer, None)
+        for i, (answer, gt) in enumerate(made)
+    ]
     found = an.evaluate(rows)
-    plain = ev.score([r.recommended for r in rows], [r.gt_items for r in rows], [r.candidates for r in rows])
+    plain = ev.score(
+        [r.recommended for r in rows], [r.gt_items for r in rows], [r.candidates for r in rows]
+    )
     assert (found["rows"], found["valid"]) == (plain.conversations, plain.valid)
     assert found["hit_ratio_conversations"] == pytest.approx(plain.hit_ratio_conversations)
     if not any(len(set(r.gt_items)) < len(r.gt_items) for r in rows):
@@ -95,25 +140,44 @@ def test_what_must_hold_of_any_answers(made: list[tuple[str | None, list[str]]])
     assert an.compare(rows, rows)["difference"] == 0
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    (TEN[0], TEN[0]), (TEN[0].lower(), TEN[0]), (f"ASIN:{TEN[3]}", TEN[3]), (f"{TEN[3]}W0 and more", TEN[3]),
-    (f"[{TEN[2]}](a)", TEN[2]), ("xyz-7", "xyz-7"), (f"X{TEN[0]}", None), ("", None), ("a BREATHABLE hat", None),
-    (f"B0WRONG001, or {TEN[1]}", "B0WRONG001"),  # an invented id that comes first stays the answer
-    (f"{TEN[1]}, or B0WRONG001", TEN[1]), ("xyz-77", "xyz-77"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (TEN[0], TEN[0]),
+        (TEN[0].lower(), TEN[0]),
+        (f"ASIN:{TEN[3]}", TEN[3]),
+        (f"{TEN[3]}W0 and more", TEN[3]),
+        (f"[{TEN[2]}](a)", TEN[2]),
+        ("xyz-7", "xyz-7"),
+        (f"X{TEN[0]}", None),
+        ("", None),
+        ("a BREATHABLE hat", None),
+        (
+            f"B0WRONG001, or {TEN[1]}",
+            "B0WRONG001",
+        ),  # an invented id that comes first stays the answer
+        (f"{TEN[1]}, or B0WRONG001", TEN[1]),
+        ("xyz-77", "xyz-77"),
+    ],
+)
 def test_parse_known(text: str, expected: str | None) -> None:
     assert an.parse_known(text, [*TEN, "xyz-7", "xyz-77"]) == expected
 
 
 def test_the_generous_reading_differs_where_it_should() -> None:
     text = f"B0WRONG001, or {TEN[1]}"
-    assert an.parse_any_candidate(text, TEN) == TEN[1] and an.parse_any_candidate("B0WRONG001", TEN) is None
+    assert (
+        an.parse_any_candidate(text, TEN) == TEN[1]
+        and an.parse_any_candidate("B0WRONG001", TEN) is None
+    )
     assert ev.parse_answer(TEN[0].lower()) is None  # what parse_known adds
 
 
 @quick
 @given(st.text(max_size=30), st.sampled_from(TEN), st.text(max_size=30))
-def test_parsers_give_a_candidate_or_something_in_the_text(before: str, one: str, after: str) -> None:
+def test_parsers_give_a_candidate_or_something_in_the_text(
+    before: str, one: str, after: str
+) -> None:
     text = f"{before} {one}{after}"
     found = an.parse_known(text, TEN)
     assert found is not None and found.upper() in text.upper()
@@ -122,16 +186,26 @@ def test_parsers_give_a_candidate_or_something_in_the_text(before: str, one: str
 
 
 def test_reparse_says_what_it_changes(tmp_path: Path) -> None:
-    rows = an.read_answers(write(tmp_path / "a.jsonl", row(None, [TEN[0]], "1", response_st=TEN[0] + "W0"), *KNOWN[1:]))
+    rows = an.read_answers(
+        write(tmp_path / "a.jsonl", row(None, [TEN[0]], "1", response_st=TEN[0] + "W0"), *KNOWN[1:])
+    )
     found = an.parsing(rows, an.reparse(rows))
     assert (found["changed"], found["before"]["hits"], found["after"]["hits"]) == (1, 1, 2)
     assert found["paired"]["only_a"] == 1 and found["paired"]["only_b"] == 0
     assert (found["ran_on"], found["unexpected_form"], found["other"]) == (1, 0, 0)
     assert an.parsing(rows, rows)["changed"] == 0
-    odd = [replace(rows[0], context=said, response=said) for said in (TEN[0].lower(), f"_{TEN[0]}", f"{TEN[0]}, no, {TEN[1]}")]
+    odd = [
+        replace(rows[0], context=said, response=said)
+        for said in (TEN[0].lower(), f"_{TEN[0]}", f"{TEN[0]}, no, {TEN[1]}")
+    ]
     odd.append(replace(odd[0], candidates=("0123456789", *TEN[1:]), response="0123456789"))
     found = an.parsing(odd, an.reparse(odd))
-    assert (found["changed"], found["ran_on"], found["unexpected_form"], found["other"]) == (4, 0, 2, 2)
+    assert (found["changed"], found["ran_on"], found["unexpected_form"], found["other"]) == (
+        4,
+        0,
+        2,
+        2,
+    )
     with pytest.raises(UserError, match="answers, line 2: no raw answer"):
         an.reparse([rows[0], replace(rows[1], response=None)])
 
@@ -139,14 +213,30 @@ def test_reparse_says_what_it_changes(tmp_path: Path) -> None:
 def test_compare_known(tmp_path: Path) -> None:
     """8 conversations that A alone gets right, 2 that B alone does, 10 both, 5 neither, 1 more on either side."""
     kinds = ["a"] * 8 + ["b"] * 2 + ["ab"] * 10 + [""] * 5
-    made = {who: [row(TEN[0] if who in kind else TEN[1], [TEN[0]], str(i)) for i, kind in enumerate(kinds)] for who in "ab"}
+    made = {
+        who: [
+            row(TEN[0] if who in kind else TEN[1], [TEN[0]], str(i)) for i, kind in enumerate(kinds)
+        ]
+        for who in "ab"
+    }
     shuffled = random.Random(1).sample(made["b"], len(kinds))
     a = an.read_answers(write(tmp_path / "a.jsonl", *made["a"], row(TEN[0], [TEN[0]], "only here")))
     b = an.read_answers(write(tmp_path / "b.jsonl", *shuffled, row(TEN[0], [TEN[3]], "1")))
     found = an.compare(a, b)
-    assert {k: found[k] for k in ("matched", "unmatched_a", "unmatched_b", "other_candidates", "only_a", "only_b")} == {
-        "matched": 25, "unmatched_a": 1, "unmatched_b": 1, "other_candidates": 0, "only_a": 8, "only_b": 2}
-    assert found["difference"] == pytest.approx(6 / 25) and found["p_value"] == pytest.approx(binomtest(8, 10).pvalue)
+    assert {
+        k: found[k]
+        for k in ("matched", "unmatched_a", "unmatched_b", "other_candidates", "only_a", "only_b")
+    } == {
+        "matched": 25,
+        "unmatched_a": 1,
+        "unmatched_b": 1,
+        "other_candidates": 0,
+        "only_a": 8,
+        "only_b": 2,
+    }
+    assert found["difference"] == pytest.approx(6 / 25) and found["p_value"] == pytest.approx(
+        binomtest(8, 10).pvalue
+    )
     assert found["ci95"][0] < 6 / 25 < found["ci95"][1]
     back = an.compare(b, a)
     assert back["difference"] == pytest.approx(-6 / 25) and back["p_value"] == found["p_value"]
@@ -167,38 +257,71 @@ def test_equal_rows_are_matched_one_to_one() -> None:
 def test_fields_are_found_or_chosen(tmp_path: Path) -> None:
     two = {**row(TEN[0], [TEN[0]]), "recommended_new": TEN[1], "candidates_new": TEN[1:]}
     path = write(tmp_path / "two.jsonl", two)
-    with pytest.raises(UserError, match="line 1: several fields .*recommended_st, recommended_new; choose one with --answer"):
+    with pytest.raises(
+        UserError,
+        match="line 1: several fields .*recommended_st, recommended_new; choose one with --answer",
+    ):
         an.read_answers(path)
-    first, second = an.read_answers(path, "recommended_st")[0], an.read_answers(path, "recommended_new")[0]
+    first, second = (
+        an.read_answers(path, "recommended_st")[0],
+        an.read_answers(path, "recommended_new")[0],
+    )
     assert (first.recommended, first.candidates, first.response) == (TEN[0], tuple(TEN), TEN[0])
-    assert (second.recommended, second.candidates, second.response) == (TEN[1], tuple(TEN[1:]), None)
+    assert (second.recommended, second.candidates, second.response) == (
+        TEN[1],
+        tuple(TEN[1:]),
+        None,
+    )
     assert an.read_answers(path, "recommended_new", "candidates_st")[0].candidates == tuple(TEN)
-    plain = write(tmp_path / "plain.jsonl", {"context": "c", "gt_items": TEN[:1], "guess": TEN[0], "list": TEN})
+    plain = write(
+        tmp_path / "plain.jsonl",
+        {"context": "c", "gt_items": TEN[:1], "guess": TEN[0], "list": TEN},
+    )
     assert an.read_answers(plain, "guess", "list")[0].hit
-    lone = write(tmp_path / "lone.jsonl", {"context": "c", "gt_items": TEN[:1], "recommended_x": "", "candidates_st": TEN})
-    assert an.read_answers(lone)[0].recommended is None and an.read_answers(lone)[0].candidates == tuple(TEN)
+    lone = write(
+        tmp_path / "lone.jsonl",
+        {"context": "c", "gt_items": TEN[:1], "recommended_x": "", "candidates_st": TEN},
+    )
+    assert an.read_answers(lone)[0].recommended is None and an.read_answers(lone)[
+        0
+    ].candidates == tuple(TEN)
 
 
 GOOD = KNOWN[0]
 BAD = {
-    "not JSON": (b"{", [], "line 1: field (before the first): not valid"), "empty": (b"", [], "empty"),
-    "blank line": (b"\n", [], "line 1"), "not UTF-8": (b'{"context": "\xff"}', [], "not valid UTF-8"),
+    "not JSON": (b"{", [], "line 1: field (before the first): not valid"),
+    "empty": (b"", [], "empty"),
+    "blank line": (b"\n", [], "line 1"),
+    "not UTF-8": (b'{"context": "\xff"}', [], "not valid UTF-8"),
     "an array": (b"[]\n", [], "line 1: field (all): a JSON object"),
-    "no answer field": ({k: v for k, v in GOOD.items() if k != "recommended_st"}, [], "no field recommended_<key>"),
-    "no candidates": ({k: v for k, v in GOOD.items() if k != "candidates_st"}, [], "no field candidates_<key>"),
+    "no answer field": (
+        {k: v for k, v in GOOD.items() if k != "recommended_st"},
+        [],
+        "no field recommended_<key>",
+    ),
+    "no candidates": (
+        {k: v for k, v in GOOD.items() if k != "candidates_st"},
+        [],
+        "no field candidates_<key>",
+    ),
     "unknown field": (GOOD, ["--candidates", "nope"], "line 1: no field nope; there are context, "),
     "a number": ({**GOOD, "recommended_st": 7}, [], "line 1: field recommended_st"),
     "text for a list": ({**GOOD, "candidates_st": TEN[0]}, [], "field candidates_st"),
-    "no ground truth": ({**GOOD, "gt_items": []}, [], "field gt_items"), "no context": ({**GOOD, "context": None}, [], "context"),
+    "no ground truth": ({**GOOD, "gt_items": []}, [], "field gt_items"),
+    "no context": ({**GOOD, "context": None}, [], "context"),
     "no raw answer": ({**GOOD, "response_st": None}, ["--reparse"], "line 1: no raw answer"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_one_line_and_exit_code_2(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files_are_one_line_and_exit_code_2(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content, options, message = BAD[name]
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode() + b"\n")
+    path.write_bytes(
+        content if isinstance(content, bytes) else json.dumps(content).encode() + b"\n"
+    )
     assert main(["evaluate", str(path), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and "bad.jsonl" in error and len(error.strip().splitlines()) == 1
@@ -212,15 +335,24 @@ def test_a_later_bad_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "line 2: field recommended_st" in capsys.readouterr().err
 
 
-def test_the_command_prints_json_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_json_and_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a, b = write(tmp_path / "a.jsonl", *KNOWN), write(tmp_path / "b.jsonl", *KNOWN[:5])
     assert main(["evaluate", str(a), "--against", str(b), "--reparse", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["rows"] == 6 and found["against"]["unmatched_a"] == 1 and found["parsing"]["changed"] == 0
+    assert (
+        found["rows"] == 6
+        and found["against"]["unmatched_a"] == 1
+        and found["parsing"]["changed"] == 0
+    )
     assert main(["evaluate", str(a), "--against", str(b)]) == 0
     out = capsys.readouterr().out
     assert "hit_ratio_pairs" in out and "0.3750" in out and "unmatched_a 1" in out
-    assert main(["evaluate", str(tmp_path / "none.jsonl")]) == 2 and "no such file" in capsys.readouterr().err
+    assert (
+        main(["evaluate", str(tmp_path / "none.jsonl")]) == 2
+        and "no such file" in capsys.readouterr().err
+    )
 
 
 @replicated
@@ -236,11 +368,24 @@ def test_real_answers_as_the_third_party_counts_them(domain: str) -> None:
         assert (found["hits"], found["pairs"]) == (hits, sum(len(r["gt_items"]) for r in raw))
         assert found["valid"] == sum(r["recommended_st"] in r["candidates_st"] for r in raw)
         assert found["unparsed"] == sum(r["recommended_st"] is None for r in raw)
-        mean = sum(r["gt_items"].count(r["recommended_st"]) / len(r["gt_items"]) for r in raw) / len(raw)
+        mean = sum(
+            r["gt_items"].count(r["recommended_st"]) / len(r["gt_items"]) for r in raw
+        ) / len(raw)
         assert found["hit_ratio_mean"] == pytest.approx(mean)
-        pattern = re.compile(r"\bB[A-Z0-9]{9}\b")  # the third party's own reading: the field is what it makes of the answers
-        assert [m.group() if (m := pattern.search(r.response)) else None for r in rows] == [r.recommended for r in rows]
+        pattern = re.compile(
+            r"\bB[A-Z0-9]{9}\b"
+        )  # the third party's own reading: the field is what it makes of the answers
+        assert [m.group() if (m := pattern.search(r.response)) else None for r in rows] == [
+            r.recommended for r in rows
+        ]
         again = an.reparse(rows)
-        assert all(y.recommended == x.recommended for x, y in zip(rows, again, strict=True) if x.recommended in x.candidates)
-        torn = [replace(x, recommended=y.recommended) for x, y in zip(rows, again[1:] + again[:1], strict=True)]
+        assert all(
+            y.recommended == x.recommended
+            for x, y in zip(rows, again, strict=True)
+            if x.recommended in x.candidates
+        )
+        torn = [
+            replace(x, recommended=y.recommended)
+            for x, y in zip(rows, again[1:] + again[:1], strict=True)
+        ]
         assert an.evaluate(torn)["validity_ratio"] < 0.15  # negative control: another row's answer

@@ -13,24 +13,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lavic_utils import answers as an
-from lavic_utils import audit, claims
+from lavic_utils.audit import answer_files as an
+from lavic_utils.audit import claims
+from lavic_utils.audit import published as audit
 from lavic_utils.config import DOMAINS, ROOT, UserError, real_data_dir, replications_dir
 
 real = pytest.mark.skipif(
     real_data_dir() is None,
-    reason="set LAVIC_DATA to a folder with the published Reddit-Amazon files (`python -m lavic_utils data fetch`)")
+    reason="set LAVIC_DATA to a folder with the published Reddit-Amazon files (`python -m lavic_utils data fetch`)",
+)
 both = pytest.mark.skipif(
     real_data_dir() is None or replications_dir() is None,
-    reason="set LAVIC_DATA (repository jeon185/LaViC) and LAVIC_REPLICATIONS (LaViC/data of Lottotpk/graphRAG_multimodal)")
-SMALL = audit.Split(4, 7, 6, 4, 3, ((1,), (2, 1), (1, 1), (1,)))  # 4 conversations; one repeats an item
+    reason="set LAVIC_DATA (repository jeon185/LaViC) and LAVIC_REPLICATIONS (LaViC/data of Lottotpk/graphRAG_multimodal)",
+)
+SMALL = audit.Split(
+    4, 7, 6, 4, 3, ((1,), (2, 1), (1, 1), (1,))
+)  # 4 conversations; one repeats an item
 quick = settings(database=None, derandomize=True, deadline=None, max_examples=80)
 
 
 def test_published_cells_are_those_of_the_file() -> None:
     cells = audit.published_cells()
     assert len(cells) == 19 * 3 * 2 and not cells.duplicated(["method", "domain", "metric"]).any()
-    assert cells["value"].isna().sum() == 5 * 3 + 4  # VR of five retrieval methods; entire tokens in two domains
+    assert (
+        cells["value"].isna().sum() == 5 * 3 + 4
+    )  # VR of five retrieval methods; entire tokens in two domains
 
 
 @quick
@@ -39,39 +46,84 @@ def test_counts_are_exactly_those_that_print_the_value(n: int, data: st.DataObje
     k = data.draw(st.integers(0, n))
     value = float(f"{k / n:.4f}")
     found = audit.counts(value, n)
-    assert k in found and all(abs(Fraction(one, n) - Fraction(str(value))) <= audit.HALF for one in found)
-    assert all(abs(Fraction(one, n) - Fraction(str(value))) > audit.HALF for one in range(n + 1) if one not in found)
+    assert k in found and all(
+        abs(Fraction(one, n) - Fraction(str(value))) <= audit.HALF for one in found
+    )
+    assert all(
+        abs(Fraction(one, n) - Fraction(str(value))) > audit.HALF
+        for one in range(n + 1)
+        if one not in found
+    )
 
 
 def test_a_value_that_no_count_prints() -> None:
-    assert audit.counts(0.0169, 890) == [15] and audit.counts(0.0169, 859) == [] and audit.counts(1.0, 3) == [3]
+    assert (
+        audit.counts(0.0169, 890) == [15]
+        and audit.counts(0.0169, 859) == []
+        and audit.counts(1.0, 3) == [3]
+    )
 
 
 def test_row_sums_are_all_that_answers_can_give() -> None:
     unit, bits = audit.row_sums(SMALL.truths)
-    by_hand = {sum(Fraction(m, sum(times)) if m else Fraction(0) for m, times in zip(named, SMALL.truths, strict=True))
-               for named in itertools.product(*([0, *times] for times in SMALL.truths))}
+    by_hand = {
+        sum(
+            Fraction(m, sum(times)) if m else Fraction(0)
+            for m, times in zip(named, SMALL.truths, strict=True)
+        )
+        for named in itertools.product(*([0, *times] for times in SMALL.truths))
+    }
     assert {Fraction(s, unit) for s in range(bits.bit_length()) if bits >> s & 1} == by_hand
     values = {f"{float(one / 4):.4f}" for one in by_hand}
-    fitting = {f"{i / 10_000:.4f}" for i in range(10_001) if audit.fits(i / 10_000, SMALL, "row mean")}
-    assert values <= fitting and len(fitting) <= 2 * len(values) and not audit.fits(0.05, SMALL, "row mean")
+    fitting = {
+        f"{i / 10_000:.4f}" for i in range(10_001) if audit.fits(i / 10_000, SMALL, "row mean")
+    }
+    assert (
+        values <= fitting
+        and len(fitting) <= 2 * len(values)
+        and not audit.fits(0.05, SMALL, "row mean")
+    )
     assert audit.chance(SMALL, "conversations", 10_000) == pytest.approx(4 / 10_000)
 
 
 def test_readings_name_what_fits() -> None:
-    cells = pd.DataFrame([{"method": "m", "family": "proposed", "domain": "home", "metric": "hr@1", "value": value}
-                          for value in (0.25, 0.2857, 0.3333, 0.05, np.nan)])
+    cells = pd.DataFrame(
+        [
+            {
+                "method": "m",
+                "family": "proposed",
+                "domain": "home",
+                "metric": "hr@1",
+                "value": value,
+            }
+            for value in (0.25, 0.2857, 0.3333, 0.05, np.nan)
+        ]
+    )
     found = audit.readings(cells, {"home": SMALL})
-    assert list(found["reading"]) == ["conversations, row mean", "pairs", "distinct, row mean", "none"]
-    assert list(found["pairs k"]) == ["", "2", "", ""] and (found["to"] - found["from"] < 1.01e-4).all()
+    assert list(found["reading"]) == [
+        "conversations, row mean",
+        "pairs",
+        "distinct, row mean",
+        "none",
+    ]
+    assert (
+        list(found["pairs k"]) == ["", "2", "", ""]
+        and (found["to"] - found["from"] < 1.01e-4).all()
+    )
 
 
 def test_improvements_are_those_printed_and_a_wrong_figure_is_seen() -> None:
     cells = audit.published_cells()
     found = audit.improvements(cells).set_index("domain")
     assert found["agrees"].all()
-    assert dict(found["against"]) == {"beauty": "LLaVA-v1.6 (title)", "fashion": "LLaVA-v1.6 (title)", "home": "SBERT"}
-    wrong = cells.assign(value=cells["value"].where(cells["method"] != "LaViC", cells["value"] + 0.001))
+    assert dict(found["against"]) == {
+        "beauty": "LLaVA-v1.6 (title)",
+        "fashion": "LLaVA-v1.6 (title)",
+        "home": "SBERT",
+    }
+    wrong = cells.assign(
+        value=cells["value"].where(cells["method"] != "LaViC", cells["value"] + 0.001)
+    )
     assert not audit.improvements(wrong)["agrees"].any()
 
 
@@ -79,18 +131,29 @@ def test_improvements_are_those_printed_and_a_wrong_figure_is_seen() -> None:
 @given(st.integers(1, 25), st.data())
 def test_paired_bounds_hold_every_pairing(n: int, data: st.DataObject) -> None:
     a, b = (data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for _ in "ab")
-    only_a, only_b = (sum(x and not y for x, y in zip(p, q, strict=True)) for p, q in ((a, b), (b, a)))
+    only_a, only_b = (
+        sum(x and not y for x, y in zip(p, q, strict=True)) for p, q in ((a, b), (b, a))
+    )
     low, high = audit.paired_bounds(sum(a), sum(b), n)
     assert low - 1e-12 <= an.mcnemar(only_a, only_b) <= high + 1e-12
 
 
 def test_comparisons_tell_clear_from_unclear() -> None:
     def verdicts(other: float) -> str:
-        cells = pd.DataFrame([{"method": m, "family": "proposed", "domain": "home", "metric": "hr@1", "value": v}
-                              for m, v in (("LaViC", 0.3), ("other", other))])
-        return audit.comparisons(cells, {"home": audit.Split(400, 400, 400, 400, 400, ())})["verdict"].item()
+        cells = pd.DataFrame(
+            [
+                {"method": m, "family": "proposed", "domain": "home", "metric": "hr@1", "value": v}
+                for m, v in (("LaViC", 0.3), ("other", other))
+            ]
+        )
+        return audit.comparisons(cells, {"home": audit.Split(400, 400, 400, 400, 400, ())})[
+            "verdict"
+        ].item()
 
-    assert verdicts(0.1) == "beyond chance in every pairing" and verdicts(0.2975) == "within chance in every pairing"
+    assert (
+        verdicts(0.1) == "beyond chance in every pairing"
+        and verdicts(0.2975) == "within chance in every pairing"
+    )
     assert verdicts(0.25) == "depends on unpublished answers"
 
 
@@ -111,16 +174,35 @@ def test_needed_gives_the_power_it_promises() -> None:
 @real
 def test_real_splits() -> None:
     splits = audit.read_splits(real_data_dir())
-    assert {d: (s.conversations, s.pairs, s.distinct, s.best_pairs, s.best_conversations) for d, s in splits.items()} == {
-        "beauty": (772, 890, 859, 190, 179), "fashion": (826, 998, 961, 201, 189), "home": (372, 397, 397, 201, 201)}
+    assert {
+        d: (s.conversations, s.pairs, s.distinct, s.best_pairs, s.best_conversations)
+        for d, s in splits.items()
+    } == {
+        "beauty": (772, 890, 859, 190, 179),
+        "fashion": (826, 998, 961, 201, 189),
+        "home": (372, 397, 397, 201, 201),
+    }
     found = audit.readings(audit.published_cells(), splits)
     retrieval = found[(found["family"] == "retrieval") & (found["metric"] == "hr@1")]
     assert retrieval["pairs"].all() and len(retrieval) == 15
     # negative control: on a split of another size the same fifteen figures are no counts
-    other = {d: audit.Split(s.conversations, s.pairs - 1, s.distinct, s.best_pairs, s.best_conversations, s.truths)
-             for d, s in splits.items()}
-    assert audit.readings(retrieval[["method", "family", "domain", "metric", "value"]], other)["pairs"].sum() < 8
-    evidence = audit.reading_evidence(found, splits).query("methods == 'retrieval'").set_index(["domain", "reading"])["p"]
+    other = {
+        d: audit.Split(
+            s.conversations, s.pairs - 1, s.distinct, s.best_pairs, s.best_conversations, s.truths
+        )
+        for d, s in splits.items()
+    }
+    assert (
+        audit.readings(retrieval[["method", "family", "domain", "metric", "value"]], other)[
+            "pairs"
+        ].sum()
+        < 8
+    )
+    evidence = (
+        audit.reading_evidence(found, splits)
+        .query("methods == 'retrieval'")
+        .set_index(["domain", "reading"])["p"]
+    )
     assert all(evidence[d, "pairs"] < 1e-4 and evidence[d, "conversations"] > 0.9 for d in DOMAINS)
 
 
@@ -143,12 +225,16 @@ def test_wilson_over_conversations_is_no_narrower_than_the_bootstrap_over_items(
         found = an.evaluate(rows)
         low, high = found["ci95"]["hit_ratio_pairs"]
         wide = np.diff(audit.wilson(round(found["hit_ratio_pairs"] * len(rows)), len(rows)))[0]
-        naive = np.diff(audit.wilson(found["hits"] * 4, found["pairs"] * 4))[0]  # negative control: four times the trials
+        naive = np.diff(audit.wilson(found["hits"] * 4, found["pairs"] * 4))[
+            0
+        ]  # negative control: four times the trials
         assert 0.85 < wide / (high - low) < 1.15 and naive / (high - low) < 0.7
 
 
 # ---------------------------------------------------------------- the committed claims
-STALE = "results/claims.json is stale: set LAVIC_DATA and LAVIC_REPLICATIONS and execute notebook 07"
+STALE = (
+    "results/claims.json is stale: set LAVIC_DATA and LAVIC_REPLICATIONS and execute notebook 07"
+)
 
 
 def shown(row: dict) -> tuple:
@@ -158,20 +244,45 @@ def shown(row: dict) -> tuple:
 def test_committed_claims_hold_every_published_cell_and_the_mini_run() -> None:
     found = claims.read_claims()
     cells = audit.published_cells()
-    expected = [(c.method, c.domain, c.metric, None if math.isnan(c.value) else c.value) for c in cells.itertuples()]
+    expected = [
+        (c.method, c.domain, c.metric, None if math.isnan(c.value) else c.value)
+        for c in cells.itertuples()
+    ]
     assert [shown(row) for row in found["rows"]] == expected, STALE
     assert expected != [shown(row) for row in found["rows"][1:]]
     fields = {"method", "domain", "metric", *claims.PAPER, "ours", "tier", "status", "reason"}
-    assert all(set(row) == fields and row["status"] and row["reason"] for row in found["rows"]) and len(found["rows"]) == 114
-    assert all(row[name] is not None for row in found["rows"] if row["published"] is not None for name in claims.PAPER[:-1])
-    assert all(set(one) == {"tier", "value", "n", "low", "high"} for row in found["rows"] for one in row["ours"])
-    mini = claims.mini_figures(json.loads((ROOT / "results/mini/metrics.json").read_text(encoding="utf-8")))
-    committed = {(r["method"], r["domain"], r["metric"]): one for r in found["rows"] for one in r["ours"]
-                 if one["tier"] == "mini run"}
-    assert committed == {key: value for key, value in mini.items() if key in committed} and len(committed) == len(mini), STALE
+    assert (
+        all(set(row) == fields and row["status"] and row["reason"] for row in found["rows"])
+        and len(found["rows"]) == 114
+    )
+    assert all(
+        row[name] is not None
+        for row in found["rows"]
+        if row["published"] is not None
+        for name in claims.PAPER[:-1]
+    )
+    assert all(
+        set(one) == {"tier", "value", "n", "low", "high"}
+        for row in found["rows"]
+        for one in row["ours"]
+    )
+    mini = claims.mini_figures(
+        json.loads((ROOT / "results/mini/metrics.json").read_text(encoding="utf-8"))
+    )
+    committed = {
+        (r["method"], r["domain"], r["metric"]): one
+        for r in found["rows"]
+        for one in r["ours"]
+        if one["tier"] == "mini run"
+    }
+    assert committed == {key: value for key, value in mini.items() if key in committed} and len(
+        committed
+    ) == len(mini), STALE
     assert (ROOT / "results/claims.md").read_text(encoding="utf-8") == claims.markdown(found), STALE
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- claims: begin -->\n")[1]
-    assert readme.split("<!-- claims: end -->")[0] == claims.claims_summary(), "run `python -m lavic_utils readme`"
+    assert readme.split("<!-- claims: end -->")[0] == claims.claims_summary(), (
+        "run `python -m lavic_utils readme`"
+    )
 
 
 @both
@@ -185,14 +296,23 @@ def test_committed_claims_are_what_the_data_give() -> None:
 
 def test_a_mini_result_never_passes_for_the_papers() -> None:
     rows = claims.read_claims()["rows"]
-    only = [row for row in rows if row["ours"] and all(one["tier"] == "mini run" for one in row["ours"])]
+    only = [
+        row for row in rows if row["ours"] and all(one["tier"] == "mini run" for one in row["ours"])
+    ]
     assert only and all(row["status"] in (claims.MINI, claims.ABSENT) for row in only)
-    tiers = [(row["tier"], row["status"]) for row in rows if row["status"].startswith("another setting")]
+    tiers = [
+        (row["tier"], row["status"]) for row in rows if row["status"].startswith("another setting")
+    ]
     assert tiers and all(tier == "replication answers" for tier, _ in tiers)
     one = {"tier": "mini run", "value": 0.1, "n": 9, "low": 0.0, "high": 1.0}
-    assert claims._status(0.1, False, [one])[0] == claims.MINI  # though 0.1 equals the published value
+    assert (
+        claims._status(0.1, False, [one])[0] == claims.MINI
+    )  # though 0.1 equals the published value
     assert "inside" in claims._status(0.1, False, [one | {"tier": "replication answers"}])[0]
-    assert "outside" in claims._status(0.1, False, [one | {"tier": "replication answers", "low": 0.2}])[0]
+    assert (
+        "outside"
+        in claims._status(0.1, False, [one | {"tier": "replication answers", "low": 0.2}])[0]
+    )
 
 
 def test_missing_claims_say_what_to_do(tmp_path) -> None:

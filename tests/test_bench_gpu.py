@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavic_utils import bench, bench_gpu, memory, readme, training
 from lavic_utils import recommendation as rec
+from lavic_utils import training
 from lavic_utils.__main__ import main
-from lavic_utils.bench_model import peak_bytes
+from lavic_utils.bench import card as bench_gpu
+from lavic_utils.bench import memory
+from lavic_utils.bench import speed as bench
+from lavic_utils.bench.stages import peak_bytes
 from lavic_utils.config import load_profile
+from lavic_utils.repro import readme
 
 PAPER, T4 = load_profile("paper"), load_profile("t4")
 SMALL = bench_gpu.small(PAPER)
@@ -29,7 +33,9 @@ def quick(monkeypatch):
 @pytest.fixture
 def true_size(monkeypatch):
     """The 7B model's configuration; its adapters, which take seconds to count, are left out on both sides."""
-    monkeypatch.setattr(memory, "trainables", lambda profile: {"distillation": 0, "recommendation": 0})
+    monkeypatch.setattr(
+        memory, "trainables", lambda profile: {"distillation": 0, "recommendation": 0}
+    )
     return memory.skeleton(PAPER.model_path).config
 
 
@@ -63,13 +69,27 @@ def written(tmp_path_factory) -> Path:
 def test_the_file_says_what_it_is_and_has_every_row(written):
     found = json.loads(written.read_text(encoding="utf-8"))
     about = found["provenance"]
-    assert found["kind"] == about["tier"] == "random weights" and about["tiny"] and written.parent.name == "bench-quick"
+    assert (
+        found["kind"] == about["tier"] == "random weights"
+        and about["tiny"]
+        and written.parent.name == "bench-quick"
+    )
     assert written.name == f"{bench.machine_name(about['machine'])}-t4-gpu.json"
-    assert (found["card"], found["cap_gb"], found["four_bits"]) == (None, None, "not measured: needs a CUDA card")
-    assert {row["stage"] for row in found["steps"]} == {"distillation", "recommendation", "inference"}
+    assert (found["card"], found["cap_gb"], found["four_bits"]) == (
+        None,
+        None,
+        "not measured: needs a CUDA card",
+    )
+    assert {row["stage"] for row in found["steps"]} == {
+        "distillation",
+        "recommendation",
+        "inference",
+    }
     for row in found["steps"]:
         assert row["predicted_gib"] > 0 and len(row["seconds"]["runs"]) == 1
-        assert row["measured_gib"] is row["ratio"] is row["out_of_memory"] is None  # no card, no peak
+        assert (
+            row["measured_gib"] is row["ratio"] is row["out_of_memory"] is None
+        )  # no card, no peak
     assert found["encoding"]["items_a_second"]["median"] > 0
 
 
@@ -79,12 +99,21 @@ def test_the_readme_takes_it_without_taking_it_for_a_bench_file(written, tmp_pat
     folder = tmp_path / "results" / "bench"
     folder.mkdir(parents=True)
     (folder / written.name).write_bytes(written.read_bytes())
-    assert "Random weights: speed and memory only. Profile t4" in readme.speed() and "| stage 2, [CLS], mean" in readme.speed()
+    assert (
+        "Random weights: speed and memory only. Profile t4" in readme.speed()
+        and "| stage 2, [CLS], mean" in readme.speed()
+    )
     found = json.loads(written.read_text(encoding="utf-8"))
-    found["steps"][0] |= {"seconds": None, "out_of_memory": "out of memory at 9 tokens", "longest_that_fits": 7}
+    found["steps"][0] |= {
+        "seconds": None,
+        "out_of_memory": "out of memory at 9 tokens",
+        "longest_that_fits": 7,
+    }
     (folder / written.name).write_text(json.dumps(found), encoding="utf-8")
     assert "| out of memory at 9 tokens; 7 fits | – |" in readme.speed()
-    (folder / written.name).rename(folder / "other.json")  # under another name it would be read as a bench file
+    (folder / written.name).rename(
+        folder / "other.json"
+    )  # under another name it would be read as a bench file
     with pytest.raises(KeyError):
         readme.speed()
 
@@ -93,10 +122,17 @@ def test_without_a_card_it_is_one_clear_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     assert main(["bench", "gpu", "--profile", "t4"]) == 2
     said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and "no CUDA card is here" in said.err and "--tiny" in said.err and not said.out
+    assert (
+        said.err.count("\n") == 1
+        and "no CUDA card is here" in said.err
+        and "--tiny" in said.err
+        and not said.out
+    )
     assert not list(tmp_path.iterdir())
     calls = []
-    monkeypatch.setattr(bench_gpu, "bench_gpu", lambda name, tiny: calls.append((name, tiny)) or Path("x.json"))
+    monkeypatch.setattr(
+        bench_gpu, "bench_gpu", lambda name, tiny: calls.append((name, tiny)) or Path("x.json")
+    )
     assert main(["bench", "gpu", "--profile", "t4", "--tiny"]) == 0 and main(["bench", "gpu"]) == 0
     assert calls == [("t4", True), ("paper", False)]
 
@@ -104,13 +140,19 @@ def test_without_a_card_it_is_one_clear_line(capsys, monkeypatch, tmp_path):
 # ---------------------------------------------------------------- what is measured
 def test_cls_keeps_less_than_entire_tokens_and_checkpointing_less_than_none(tuned):
     peaks = {}
-    for name in ("[CLS], mean prompt", "[CLS], mean prompt, no checkpointing", "entire tokens, mean prompt",
-                 "entire tokens, mean prompt, no checkpointing"):
+    for name in (
+        "[CLS], mean prompt",
+        "[CLS], mean prompt, no checkpointing",
+        "entire tokens, mean prompt",
+        "entire tokens, mean prompt, no checkpointing",
+    ):
         case = named(SMALL, tuned.config, f"stage 2, {name}")
         peaks[name] = peak_bytes(lambda case=case: bench_gpu.train(tuned, SMALL, case, 1))
     short, plain, entire, all_kept = peaks.values()
     assert short < plain and short < entire < all_kept and 2 * plain < all_kept
-    assert not any(p.any() for name, p in tuned.named_parameters() if "lora_B" in name)  # the warm-up's first rate is 0
+    assert not any(
+        p.any() for name, p in tuned.named_parameters() if "lora_B" in name
+    )  # the warm-up's first rate is 0
     bench_gpu.train(tuned, SMALL, named(SMALL, tuned.config, "stage 2, [CLS], mean prompt"), 2)
     moved = [name for name, p in tuned.named_parameters() if "lora_B" in name and p.any()]
     assert moved and all("language_model" in name for name in moved)  # the steps were real ones
@@ -120,23 +162,33 @@ def test_a_batch_is_what_the_stage_reads(model):
     case = named(SMALL, model.config, "stage 1, mean text")
     batch = bench_gpu.prompts(model.config, 2, case)
     assert int((batch["input_ids"] == model.config.image_token_id).sum()) == 2 * case.visual == 10
-    assert ((batch["labels"] != -100).sum(1) == case.target).all() and batch["pixel_values"].shape[:2] == (2, 5)
+    assert ((batch["labels"] != -100).sum(1) == case.target).all() and batch["pixel_values"].shape[
+        :2
+    ] == (2, 5)
     entire = named(SMALL, model.config, "stage 2, entire tokens, mean prompt")
     cut = bench_gpu.prompts(model.config, 1, entire._replace(tokens=100))  # as halving makes it
-    assert len(cut["visual"][0]) == int((cut["input_ids"] == model.config.image_token_id).sum()) == 100 - entire.target - 1
+    assert (
+        len(cut["visual"][0])
+        == int((cut["input_ids"] == model.config.image_token_id).sum())
+        == 100 - entire.target - 1
+    )
 
 
 # ---------------------------------------------------------------- out of memory
 def short_of(limit: int):
     """A trainer on a card with room for prompts of so many tokens."""
+
     def train(tuned, profile, case, steps):
         if case.tokens > limit:
             raise torch.OutOfMemoryError("simulated")
         return [1.0] * steps
+
     return train
 
 
-def test_a_cap_that_is_too_small_is_reported_with_the_longest_prompt_that_fits(monkeypatch, true_size):
+def test_a_cap_that_is_too_small_is_reported_with_the_longest_prompt_that_fits(
+    monkeypatch, true_size
+):
     case = named(PAPER, true_size, "stage 2, entire tokens, mean prompt")
     for limit, reported in ((9_000, True), (10**6, False)):
         monkeypatch.setattr(bench_gpu, "train", short_of(limit))
@@ -144,7 +196,11 @@ def test_a_cap_that_is_too_small_is_reported_with_the_longest_prompt_that_fits(m
         assert (found["out_of_memory"] == f"out of memory at {case.tokens} tokens") is reported
         assert (found["seconds"] is None) is reported
         if reported:
-            assert limit - case.tokens / 2**bench_gpu.HALVINGS - 1 <= found["longest_that_fits"] <= limit
+            assert (
+                limit - case.tokens / 2**bench_gpu.HALVINGS - 1
+                <= found["longest_that_fits"]
+                <= limit
+            )
     monkeypatch.setattr(bench_gpu, "train", short_of(0))
     assert bench_gpu.measure(None, PAPER, case)["longest_that_fits"] is None
 
@@ -152,6 +208,7 @@ def test_a_cap_that_is_too_small_is_reported_with_the_longest_prompt_that_fits(m
 def test_another_error_is_not_taken_for_want_of_memory():
     def broken():
         raise RuntimeError("a bug")
+
     with pytest.raises(RuntimeError, match="a bug"):
         bench_gpu.attempt(broken)
 
@@ -160,10 +217,15 @@ def test_another_error_is_not_taken_for_want_of_memory():
 @pytest.mark.parametrize("profile", [PAPER, T4], ids=lambda p: p.name)
 def test_what_is_foreseen_is_the_plans_own_figure(profile, true_size):
     plan = memory.memories(profile, cuda=False)
-    for name, stage in (("stage 1, longest text", "distillation"), ("stage 2, [CLS], longest prompt", "recommendation"),
-                        ("answers, longest prompt", "inference")):
+    for name, stage in (
+        ("stage 1, longest text", "distillation"),
+        ("stage 2, [CLS], longest prompt", "recommendation"),
+        ("answers, longest prompt", "inference"),
+    ):
         assert bench_gpu.predicted(profile, named(profile, true_size, name)) == plan[stage]["total"]
     entire = named(profile, true_size, "stage 2, entire tokens, mean prompt, no checkpointing")
     cls = named(profile, true_size, "stage 2, [CLS], mean prompt, no checkpointing")
     assert (entire.visual, cls.visual, cls.tokens) == (29_280, 50, 890)
-    assert bench_gpu.predicted(profile, entire) > 80 > bench_gpu.predicted(profile, cls)  # the paper's out-of-memory row
+    assert (
+        bench_gpu.predicted(profile, entire) > 80 > bench_gpu.predicted(profile, cls)
+    )  # the paper's out-of-memory row

@@ -49,10 +49,20 @@ def test_a_row_is_read_as_it_stands(tmp_path: Path) -> None:
     path = write(tmp_path, lines(ROW, changed(gt="b"), changed(extra=1, gt_items=[TEN[0], TEN[0]])))
     read = data.read_dialogues(tmp_path, "beauty", "test")
     table = data.dialogue_dataset(read)
-    assert {k: v for k, v in table[0].items() if k in FIELDS} == ROW and list(table["line"]) == [1, 2, 3]
-    assert data.dialogue_dataset([]).features == table.features  # typed, not guessed from what is there
-    assert [d.line for d in read] == [1, 2, 3] and {(d.domain, d.split) for d in read} == {("beauty", "test")}
-    assert {name: list(v) if isinstance(v := getattr(read[0], name), tuple) else v for name in FIELDS} == ROW
+    assert {k: v for k, v in table[0].items() if k in FIELDS} == ROW and list(table["line"]) == [
+        1,
+        2,
+        3,
+    ]
+    assert (
+        data.dialogue_dataset([]).features == table.features
+    )  # typed, not guessed from what is there
+    assert [d.line for d in read] == [1, 2, 3] and {(d.domain, d.split) for d in read} == {
+        ("beauty", "test")
+    }
+    assert {
+        name: list(v) if isinstance(v := getattr(read[0], name), tuple) else v for name in FIELDS
+    } == ROW
     assert read[0].turns == [("seeker", "a red mug?\u2028please"), ("helper", "how\u0085big?")]
     assert read[2].gt_items == (TEN[0], TEN[0])  # a repeated id stays: scoring counts it once
     # negative control: taking every line end of str.splitlines for one tears the rows apart
@@ -69,19 +79,30 @@ BAD = {
     "deep": (b"[" * 100_000 + b"\n", "JSON"),
     "huge number": (lines(changed(gt=0)).replace(b'"gt": 0', b'"gt": ' + b"1" * 5000), "field gt"),
     "NaN": (lines(changed(gt_items=[float("nan")])), "field gt_items.0"),
-
     "half a surrogate pair": (json.dumps(changed(gt="\ud800")).encode(), "field gt"),
-    "no candidates": (lines({k: v for k, v in ROW.items() if k != "candidates_st"}), "field candidates_st"),
+    "no candidates": (
+        lines({k: v for k, v in ROW.items() if k != "candidates_st"}),
+        "field candidates_st",
+    ),
     "nine candidates": (lines(changed(candidates_st=TEN[:9])), "field candidates_st"),
-    "a candidate twice": (lines(changed(candidates_gpt_large=TEN[:9] + TEN[:1])), "field candidates_gpt_large"),
-    "a path as id": (lines(changed(candidates_st=[*TEN[:9], "../../etc"])), "field candidates_st.9"),
+    "a candidate twice": (
+        lines(changed(candidates_gpt_large=TEN[:9] + TEN[:1])),
+        "field candidates_gpt_large",
+    ),
+    "a path as id": (
+        lines(changed(candidates_st=[*TEN[:9], "../../etc"])),
+        "field candidates_st.9",
+    ),
     "ids as text": (lines(changed(gt_items=TEN[0])), "field gt_items"),
     "a number as id": (lines(changed(gt_items=[123456789])), "field gt_items.0"),
     "null": (lines(changed(context=None)), "field context"),
     "no ground truth": (lines(changed(gt_items=[])), "field gt_items"),
     "blank answer": (lines(changed(gt=" ")), "field gt"),
     "unclosed turn": (lines(changed(context="<submission>a mug?")), "field context"),
-    "turn in a turn": (lines(changed(context="<submission>a<comment>b</submission>")), "field context"),
+    "turn in a turn": (
+        lines(changed(context="<submission>a<comment>b</submission>")),
+        "field context",
+    ),
     "text outside": (lines(changed(context="hm <submission>a mug?</submission>")), "field context"),
     "empty file": (b"", "line 1"),
 }
@@ -94,7 +115,9 @@ def test_bad_rows_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         data.read_dialogues(tmp_path, "beauty", "test")
     text = str(caught.value)
-    assert str(path) in text and "line 1" in text and expected in text and len(text.splitlines()) == 1
+    assert (
+        str(path) in text and "line 1" in text and expected in text and len(text.splitlines()) == 1
+    )
 
 
 def test_bad_rows_are_set_aside_in_a_report_with_counts(tmp_path: Path) -> None:
@@ -105,10 +128,19 @@ def test_bad_rows_are_set_aside_in_a_report_with_counts(tmp_path: Path) -> None:
     assert [d.line for d in data.read_dialogues(tmp_path, "beauty", "test", bad)] == [1, 3]
     report = rows.set_aside_report(bad)
     assert report["rows"] == 5 and [(one["line"], one["kind"]) for one in report["found"]] == [
-        (2, "bad value"), (4, "duplicate row"), (5, "bad value"), (6, "bad JSON"), (7, "bad value")]
+        (2, "bad value"),
+        (4, "duplicate row"),
+        (5, "bad value"),
+        (6, "bad JSON"),
+        (7, "bad value"),
+    ]
     name = f"{DOMAINS['beauty']}/test.jsonl"
-    assert {"file": name, "kind": "bad value", "field": "gt_items", "rows": 2} in report["counts"] and len(report["counts"]) == 4
-    assert all(one["file"] == name for one in report["found"]) and "red mug" not in json.dumps(report)
+    assert {"file": name, "kind": "bad value", "field": "gt_items", "rows": 2} in report[
+        "counts"
+    ] and len(report["counts"]) == 4
+    assert all(one["file"] == name for one in report["found"]) and "red mug" not in json.dumps(
+        report
+    )
     assert rows.set_aside_report([]) == {"rows": 0, "counts": [], "found": []}
     write(tmp_path, b"{\n")
     assert data.read_dialogues(tmp_path, "beauty", "test", bad) == [] and len(bad) == 6
@@ -116,15 +148,26 @@ def test_bad_rows_are_set_aside_in_a_report_with_counts(tmp_path: Path) -> None:
 
 def test_a_duplicate_is_a_row_that_says_nothing_new(tmp_path: Path) -> None:
     other = [changed(gt="b"), changed(gt_items=TEN[:1]), changed(candidates_st=TEN[::-1])]
-    write(tmp_path, lines(ROW, *other))  # the same context with another answer, or other candidates, is no duplicate
+    write(
+        tmp_path, lines(ROW, *other)
+    )  # the same context with another answer, or other candidates, is no duplicate
     assert len(data.read_dialogues(tmp_path, "beauty", "test")) == 4
-    write(tmp_path, lines(ROW, *other, changed(price=3)))  # a field that is not read makes no difference
-    with pytest.raises(UserError, match="line 5: field context, .*candidates_gpt_large: all as in line 1, a duplicate row"):
+    write(
+        tmp_path, lines(ROW, *other, changed(price=3))
+    )  # a field that is not read makes no difference
+    with pytest.raises(
+        UserError,
+        match="line 5: field context, .*candidates_gpt_large: all as in line 1, a duplicate row",
+    ):
         data.read_dialogues(tmp_path, "beauty", "test")
 
 
 def test_wrong_places_are_named(tmp_path: Path) -> None:
-    for domain, split, expected in (("toys", "test", "beauty"), ("home", "dev", "valid"), ("home", "test", "jeon185")):
+    for domain, split, expected in (
+        ("toys", "test", "beauty"),
+        ("home", "dev", "valid"),
+        ("home", "test", "jeon185"),
+    ):
         with pytest.raises(UserError, match=expected):
             data.read_dialogues(tmp_path, domain, split)
     (tmp_path / "item2meta_train.json.zip").write_bytes(b"")
@@ -132,12 +175,37 @@ def test_wrong_places_are_named(tmp_path: Path) -> None:
         data.read_catalogue(tmp_path)
 
 
-NOT_TEXT = st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.text(max_size=4), max_size=2)
-NOT_IDS = st.none() | st.integers() | st.text(max_size=9) | st.just({}) | st.lists(st.none() | st.integers(), min_size=1)
+NOT_TEXT = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.lists(st.text(max_size=4), max_size=2)
+)
+NOT_IDS = (
+    st.none()
+    | st.integers()
+    | st.text(max_size=9)
+    | st.just({})
+    | st.lists(st.none() | st.integers(), min_size=1)
+)
 JSON_VALUE = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from(TEN),
-    lambda inner: st.lists(inner, max_size=12) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=12)
-ANY, READ, TEXTS = "any", "read", ("context", "gt")  # ANY: read exactly or refused; READ: must be read
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(TEN),
+    lambda inner: (
+        st.lists(inner, max_size=12) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+ANY, READ, TEXTS = (
+    "any",
+    "read",
+    ("context", "gt"),
+)  # ANY: read exactly or refused; READ: must be read
 LISTS = ("candidates_st", "candidates_gpt_large")
 
 
@@ -155,26 +223,48 @@ def fault(draw: st.DrawFn, how: str, row: dict[str, object]) -> tuple[bytes, str
         return dumped({**row, name: draw(NOT_TEXT if name in TEXTS else NOT_IDS)}), name
     if how == "count":
         name = draw(st.sampled_from(LISTS))
-        return dumped({**row, name: draw(st.sampled_from(([], TEN[:9], [*TEN, "B0ELEVEN11"], TEN[:9] + TEN[:1])))}), name
+        return dumped(
+            {
+                **row,
+                name: draw(st.sampled_from(([], TEN[:9], [*TEN, "B0ELEVEN11"], TEN[:9] + TEN[:1]))),
+            }
+        ), name
     if how == "no truth":
         return dumped({**row, "gt_items": []}), "gt_items"
     if how == "bad id":
         name = draw(st.sampled_from((*LISTS, "gt_items", "context_items")))
-        bad = draw(st.text(max_size=40).filter(lambda text: not re.fullmatch(r"[A-Za-z0-9]{1,32}", text)))
+        bad = draw(
+            st.text(max_size=40).filter(lambda text: not re.fullmatch(r"[A-Za-z0-9]{1,32}", text))
+        )
         return dumped({**row, name: [*TEN[:9], bad]}), name
     if how == "turns":
-        text = draw(st.sampled_from(("a", "<submission>a", "a</comment>", "<submission>a</comment>", "<comment>a</comment>b",
-                                     "<submission><comment>a</comment></submission>", "<comment>a</comment><comment>")))
+        text = draw(
+            st.sampled_from(
+                (
+                    "a",
+                    "<submission>a",
+                    "a</comment>",
+                    "<submission>a</comment>",
+                    "<comment>a</comment>b",
+                    "<submission><comment>a</comment></submission>",
+                    "<comment>a</comment><comment>",
+                )
+            )
+        )
         return dumped({**row, "context": text}), "context"
     if how == "UTF-8":
-        return dumped(row)[:at] + draw(st.sampled_from((b"\xff", b"\xc3", b"\xe2\x80", b"\xed\xa0\x80"))) + dumped(row)[at:], name
+        return dumped(row)[:at] + draw(
+            st.sampled_from((b"\xff", b"\xc3", b"\xe2\x80", b"\xed\xa0\x80"))
+        ) + dumped(row)[at:], name
     if how == "JSON":
         rest = draw(st.sampled_from((b"", dumped(row)[at:])))
         return dumped(row)[:at] + draw(st.sampled_from((b"'", b",", b"}", b"tru"))) + rest, name
     if how == "twice":
         return b'{"%s": null, ' % name.encode() + dumped(row)[1:], name
     value = rb'("%s": )("[^"]*"|\[[^]]*\])' % name.encode()
-    return re.sub(value, rb"\g<1>" + how.encode(), dumped(row), count=1), name  # a number: NaN, -Infinity, one too long
+    return re.sub(
+        value, rb"\g<1>" + how.encode(), dumped(row), count=1
+    ), name  # a number: NaN, -Infinity, one too long
 
 
 def anything(draw: st.DrawFn, row: dict[str, object]) -> bytes:
@@ -186,18 +276,35 @@ def anything(draw: st.DrawFn, row: dict[str, object]) -> bytes:
         row[name] = draw(JSON_VALUE)
     elif isinstance(value := row[name], list) and value:
         at = draw(st.integers(0, len(value) - 1))
-        value[at:at + draw(st.integers(0, 2))] = draw(st.lists(JSON_VALUE | st.sampled_from(TEN), max_size=2))
+        value[at : at + draw(st.integers(0, 2))] = draw(
+            st.lists(JSON_VALUE | st.sampled_from(TEN), max_size=2)
+        )
     elif isinstance(value, str):
         row[name] = value.replace("e", draw(st.text(max_size=4)), 1)
     content = dumped(row)
     if draw(st.integers(0, 2)) == 0:
         at = draw(st.integers(0, len(content)))
-        content = content[:at] + draw(st.binary(max_size=5)) + content[at + draw(st.integers(0, 8)):]
+        content = (
+            content[:at] + draw(st.binary(max_size=5)) + content[at + draw(st.integers(0, 8)) :]
+        )
     return content
 
 
 PLAIN = {dumped({**ROW, "gt": f"number {number}"}) for number in range(6)}
-FAULTS = ("drop", "mistype", "count", "no truth", "bad id", "turns", "UTF-8", "JSON", "twice", "NaN", "-Infinity", "1" * 5000)
+FAULTS = (
+    "drop",
+    "mistype",
+    "count",
+    "no truth",
+    "bad id",
+    "turns",
+    "UTF-8",
+    "JSON",
+    "twice",
+    "NaN",
+    "-Infinity",
+    "1" * 5000,
+)
 
 
 @st.composite
@@ -210,11 +317,24 @@ def mutated(draw: st.DrawFn) -> list[tuple[bytes, str]]:
         if how == "anything":
             made += [(part, ANY) for part in anything(draw, row).split(b"\n")]
         elif how == "ends":  # what looks like the end of a line to others stays in the text
-            text = "".join(draw(st.lists(st.sampled_from("a\u2028\u2029\u0085\r\x0b\x0c\x1c\0\ufeff"), max_size=9)))
-            row |= {"gt": f" {number} {text}", "context": f"\n <comment>{text}</comment>\u2028", "price": draw(JSON_VALUE)}
+            text = "".join(
+                draw(
+                    st.lists(
+                        st.sampled_from("a\u2028\u2029\u0085\r\x0b\x0c\x1c\0\ufeff"), max_size=9
+                    )
+                )
+            )
+            row |= {
+                "gt": f" {number} {text}",
+                "context": f"\n <comment>{text}</comment>\u2028",
+                "price": draw(JSON_VALUE),
+            }
             made.append((json.dumps(row, ensure_ascii=draw(st.booleans())).encode(), READ))
         elif how == "again":
-            made += [(dumped(row), READ), (b" " + dumped(dict(reversed(row.items()))), "context, context_items, gt")]
+            made += [
+                (dumped(row), READ),
+                (b" " + dumped(dict(reversed(row.items()))), "context, context_items, gt"),
+            ]
         else:
             made.append(fault(draw, how, row))
     return made
@@ -223,7 +343,13 @@ def mutated(draw: st.DrawFn) -> list[tuple[bytes, str]]:
 def test_mutated_rows_are_exact_or_refused() -> None:
     seen = {"mutated": 0, "read": 0, "refused": 0}
 
-    @settings(max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=500,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(mutated(), st.booleans())
     def check(made: list[tuple[bytes, str]], ended: bool) -> None:
         bad: list[dict] = []
@@ -233,22 +359,36 @@ def test_mutated_rows_are_exact_or_refused() -> None:
             if bad:  # strict: the first of these, in one line
                 with pytest.raises(UserError) as caught:
                     data.read_dialogues(folder, "beauty", "test")
-                assert str(caught.value).startswith(f"{path}, line {bad[0]['line']}: field {bad[0]['field']}: ")
+                assert str(caught.value).startswith(
+                    f"{path}, line {bad[0]['line']}: field {bad[0]['field']}: "
+                )
                 assert len(str(caught.value).splitlines()) == 1
         refused = {one["line"]: one for one in bad}
-        assert sorted([*rows, *refused]) == list(range(1, len(made) + 1 - (not ended and not made[-1][0])))
+        assert sorted([*rows, *refused]) == list(
+            range(1, len(made) + 1 - (not ended and not made[-1][0]))
+        )
         for line, (raw, expected) in enumerate(made, 1):
             if line in rows:
                 assert expected in (READ, ANY), raw
-                assert {k: list(v) if isinstance(v := getattr(rows[line], k), tuple) else v for k in FIELDS} == {
-                    k: json.loads(raw)[k] for k in FIELDS}
+                assert {
+                    k: list(v) if isinstance(v := getattr(rows[line], k), tuple) else v
+                    for k in FIELDS
+                } == {k: json.loads(raw)[k] for k in FIELDS}
             elif line in refused:
-                assert expected != READ and (expected == ANY or refused[line]["field"].startswith(expected)), refused[line]
-        for name, some in (("mutated", [raw for raw, _ in made if raw not in PLAIN]), ("read", rows), ("refused", refused)):
+                assert expected != READ and (
+                    expected == ANY or refused[line]["field"].startswith(expected)
+                ), refused[line]
+        for name, some in (
+            ("mutated", [raw for raw, _ in made if raw not in PLAIN]),
+            ("read", rows),
+            ("refused", refused),
+        ):
             seen[name] += len(some)
 
     check()
-    assert seen["mutated"] >= 2000 and min(seen.values()) >= 500, seen  # else it looked at one side only
+    assert seen["mutated"] >= 2000 and min(seen.values()) >= 500, (
+        seen
+    )  # else it looked at one side only
 
 
 def catalogue(root: Path, items: object) -> Path:
@@ -257,20 +397,39 @@ def catalogue(root: Path, items: object) -> Path:
 
 
 def test_catalogue_and_stage1_rows(tmp_path: Path) -> None:
-    item = {"title": "mug", "categories": ["home"], "features": None, "description": "one text",
-            "images": [{"large": "l0"}, {"large": None, "thumb": "t1"}, {}], "price": 3,
-            "image_descriptions_llava_cleaned": {f"{TEN[0]}_1.jpg": "blue", f"{TEN[0]}_0.jpg": "red"}}
+    item = {
+        "title": "mug",
+        "categories": ["home"],
+        "features": None,
+        "description": "one text",
+        "images": [{"large": "l0"}, {"large": None, "thumb": "t1"}, {}],
+        "price": 3,
+        "image_descriptions_llava_cleaned": {f"{TEN[0]}_1.jpg": "blue", f"{TEN[0]}_0.jpg": "red"},
+    }
     found = data.read_catalogue(catalogue(tmp_path, {TEN[0]: item, TEN[1]: {"title": ""}}))
     mug = found[TEN[0]]
-    assert (mug.asin, mug.title, mug.features, mug.description) == (TEN[0], "mug", (), ("one text",))
+    assert (mug.asin, mug.title, mug.features, mug.description) == (
+        TEN[0],
+        "mug",
+        (),
+        ("one text",),
+    )
     assert mug.images == ("l0", "t1", "") and found[TEN[1]].descriptions == {}
     rows = data.stage1_rows(found.values())
     assert [(r.asin, r.k, r.image_name, r.link, r.description) for r in rows] == [
-        (TEN[0], 1, f"{TEN[0]}_1.jpg", "t1", "blue"), (TEN[0], 0, f"{TEN[0]}_0.jpg", "l0", "red")]
-    for wrong, expected in (({TEN[0]: {}}, "field title"), ({TEN[0]: []}, "object"), ({"a/b": item}, "field asin"),
-                            ({}, "expected"), ([], "expected"), ({TEN[0]: {**item, "images": ["l0"]}}, "field images"),
-                            ({TEN[0]: {**item, "images": "l0"}}, "field images"),
-                            ({TEN[0]: {**item, "features": [1]}}, "field features")):
+        (TEN[0], 1, f"{TEN[0]}_1.jpg", "t1", "blue"),
+        (TEN[0], 0, f"{TEN[0]}_0.jpg", "l0", "red"),
+    ]
+    for wrong, expected in (
+        ({TEN[0]: {}}, "field title"),
+        ({TEN[0]: []}, "object"),
+        ({"a/b": item}, "field asin"),
+        ({}, "expected"),
+        ([], "expected"),
+        ({TEN[0]: {**item, "images": ["l0"]}}, "field images"),
+        ({TEN[0]: {**item, "images": "l0"}}, "field images"),
+        ({TEN[0]: {**item, "features": [1]}}, "field features"),
+    ):
         with pytest.raises(UserError, match=expected):
             data.read_catalogue(catalogue(tmp_path, wrong))
     bad = mug.model_copy(update={"descriptions": {"../x.jpg": "red"}})
@@ -297,32 +456,71 @@ def test_images_are_whole_or_none(tmp_path: Path) -> None:
     assert data.image_file(tmp_path, TEN[3], k=2) == tmp_path / "train_images" / f"{TEN[3]}_2.jpg"
     opened = [data.open_image(data.image_file(tmp_path, asin)) for asin in TEN[:4]]
     assert [image is None for image in opened] == [False, False, True, True]
-    assert opened[0] is not None and opened[1] is not None and opened[1].mode == "RGB" and opened[0].size == (64, 48)
+    assert (
+        opened[0] is not None
+        and opened[1] is not None
+        and opened[1].mode == "RGB"
+        and opened[0].size == (64, 48)
+    )
     # negative control: the header of the cut file is fine, so opening without decoding would pass it
     assert Image.open(tmp_path / "train_images" / names[2]).size == (64, 48)
-    assert data.image_report(tmp_path, names) == {"present": 2, "missing": 1, "corrupt": 1, "missing_names": [names[3]],
-                                                  "corrupt_names": [names[2]]}
+    assert data.image_report(tmp_path, names) == {
+        "present": 2,
+        "missing": 1,
+        "corrupt": 1,
+        "missing_names": [names[3]],
+        "corrupt_names": [names[2]],
+    }
 
 
 def test_image_dataset_and_stage1_valid(tmp_path: Path) -> None:
     names = images(tmp_path)
-    raw = [{"title": "t", "image_name": name, "image": "link", "image_description_llava_cleaned": name[:-4]}
-           for name in names]
+    raw = [
+        {
+            "title": "t",
+            "image_name": name,
+            "image": "link",
+            "image_description_llava_cleaned": name[:-4],
+        }
+        for name in names
+    ]
     (tmp_path / "item2meta_valid.jsonl").write_bytes(lines(*raw))
     rows = data.read_stage1_valid(tmp_path)
     assert [(r.asin, r.k, r.link) for r in rows] == [(asin, 0, "link") for asin in TEN[:4]]
     dataset = data.image_dataset(tmp_path, rows)
-    assert set(dataset.column_names) == {"asin", "title", "image", "description"} and list(dataset["asin"]) == TEN[:2]
+    assert (
+        set(dataset.column_names) == {"asin", "title", "image", "description"}
+        and list(dataset["asin"]) == TEN[:2]
+    )
     assert dataset[0]["image"].getpixel((5, 5))[0] > 200 and dataset[1]["image"].mode == "RGB"
-    unchecked = data.image_dataset(tmp_path, rows, check=False)  # nothing is decoded until it is read
+    unchecked = data.image_dataset(
+        tmp_path, rows, check=False
+    )  # nothing is decoded until it is read
     assert len(unchecked) == 4
     with pytest.raises(OSError):
         unchecked[2]["image"].load()
-    items = [data.Item(asin=asin, title=str(n), features=("f",) * n) for n, asin in enumerate(TEN[:4])]
+    items = [
+        data.Item(asin=asin, title=str(n), features=("f",) * n) for n, asin in enumerate(TEN[:4])
+    ]
     shop = data.item_dataset(tmp_path, items)
-    assert shop[2] == {"asin": TEN[2], "title": "2", "categories": [], "features": ["f", "f"], "description": [], "image": None}
-    assert [image is None for image in shop["image"]] == [False, False, True, True]  # cut and missing: none, never a stand-in
-    assert shop[0]["image"].size == (64, 48) and str(shop.features["features"]) == "List(Value('string'))"
+    assert shop[2] == {
+        "asin": TEN[2],
+        "title": "2",
+        "categories": [],
+        "features": ["f", "f"],
+        "description": [],
+        "image": None,
+    }
+    assert [image is None for image in shop["image"]] == [
+        False,
+        False,
+        True,
+        True,
+    ]  # cut and missing: none, never a stand-in
+    assert (
+        shop[0]["image"].size == (64, 48)
+        and str(shop.features["features"]) == "List(Value('string'))"
+    )
     (tmp_path / "item2meta_valid.jsonl").write_bytes(lines({**raw[0], "image_name": "x.png"}))
     with pytest.raises(UserError, match="line 1: field image_name"):
         data.read_stage1_valid(tmp_path)
@@ -348,8 +546,15 @@ def test_real_files_are_read_unchanged_in_strict_mode() -> None:
     assert root is not None
     for domain, folder in DOMAINS.items():
         for split in ("valid", "test"):
-            truth = [json.loads(raw) for raw in (root / folder / f"{split}.jsonl").read_bytes().split(b"\n") if raw]
+            truth = [
+                json.loads(raw)
+                for raw in (root / folder / f"{split}.jsonl").read_bytes().split(b"\n")
+                if raw
+            ]
             rows = data.read_dialogues(root, domain, split)
-            assert [{k: list(v) if isinstance(v := getattr(d, k), tuple) else v for k in FIELDS} for d in rows] == truth
+            assert [
+                {k: list(v) if isinstance(v := getattr(d, k), tuple) else v for k in FIELDS}
+                for d in rows
+            ] == truth
             assert all(d.turns[0][0] == "seeker" for d in rows)
     assert len(data.read_stage1_valid(root)) == 512

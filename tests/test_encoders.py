@@ -14,7 +14,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, RobertaConfig, RobertaModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from lavic_utils import encoders
 from lavic_utils.config import UserError
@@ -22,7 +30,12 @@ from lavic_utils.encoders import ENCODERS, embed
 from lavic_utils.hub import HubModel, Unavailable
 from lavic_utils.retrieval import rank, sbert_embed, sbert_rank
 
-TEXTS = ["a modern lamp", "rustic mug", "I look for a chair that folds, light enough to carry to the beach, not blue", "mug"]
+TEXTS = [
+    "a modern lamp",
+    "rustic mug",
+    "I look for a chair that folds, light enough to carry to the beach, not blue",
+    "mug",
+]
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=66,
              initializer_range=0.5)  # fmt: skip
 HUB = [name for name, encoder in ENCODERS.items() if encoder.model]
@@ -33,7 +46,9 @@ def save_roberta(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     tokens = ByteLevelBPETokenizer()
-    tokens.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokens.train_from_iterator(
+        TEXTS, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    )
     tokens.save_model(str(folder))
     RobertaModel(RobertaConfig(vocab_size=tokens.get_vocab_size(), **SIZES)).save_pretrained(folder)
     return folder
@@ -43,7 +58,9 @@ def save_bert(folder: Path) -> Path:
     torch.manual_seed(1)
     folder.mkdir()
     words = sorted({word for text in TEXTS for word in re.findall(r"\w+|,", text.lower())})
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]), encoding="utf-8")
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]), encoding="utf-8"
+    )
     BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     BertModel(BertConfig(vocab_size=5 + len(words), **SIZES)).save_pretrained(folder)
     return folder
@@ -70,30 +87,46 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @torch.inference_mode()
 def forward(folder: Path, pooling: str, mask: bool = True) -> np.ndarray:
     """transformers' own forward of all TEXTS in one padded batch, pooled by hand."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModel.from_pretrained(folder).eval(),
+    )
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     assert not batch["attention_mask"].bool().all()
     if not mask:
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     out, real = model(**batch), batch["attention_mask"][:, :, None]
-    pooled = {"mean": (out.last_hidden_state * real).sum(1) / real.sum(1), "cls": out.last_hidden_state[:, 0],
-              "pooler": out.pooler_output}[pooling]
+    pooled = {
+        "mean": (out.last_hidden_state * real).sum(1) / real.sum(1),
+        "cls": out.last_hidden_state[:, 0],
+        "pooler": out.pooler_output,
+    }[pooling]
     return torch.nn.functional.normalize(pooled, dim=1).numpy()
 
 
-@pytest.mark.parametrize(("save", "name"), [(save_bert, "SBERT"), *((save_roberta, name) for name in HUB)])
-def test_pooling_is_transformers_own_forward_and_no_other_pooling(save: Callable, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("save", "name"), [(save_bert, "SBERT"), *((save_roberta, name) for name in HUB)]
+)
+def test_pooling_is_transformers_own_forward_and_no_other_pooling(
+    save: Callable, name: str, tmp_path: Path
+) -> None:
     folder = save(tmp_path / "model")
     vectors = embed(TEXTS, name, folder)
     assert vectors.shape == (4, 16) and vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     for pooling in ("mean", "cls", "pooler"):
-        assert np.allclose(vectors, forward(folder, pooling), atol=1e-5) == (pooling == ENCODERS[name].pooling)
-    assert not np.allclose(vectors, forward(folder, ENCODERS[name].pooling, mask=False), atol=1e-3)  # padding is left out
+        assert np.allclose(vectors, forward(folder, pooling), atol=1e-5) == (
+            pooling == ENCODERS[name].pooling
+        )
+    assert not np.allclose(
+        vectors, forward(folder, ENCODERS[name].pooling, mask=False), atol=1e-3
+    )  # padding is left out
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_batches_and_order_change_nothing(name: str, roberta: Path, monkeypatch: pytest.MonkeyPatch, encoded: list) -> None:
+def test_batches_and_order_change_nothing(
+    name: str, roberta: Path, monkeypatch: pytest.MonkeyPatch, encoded: list
+) -> None:
     vectors = embed([*TEXTS, TEXTS[0]], name, roberta)
     assert encoded == TEXTS and np.array_equal(vectors[0], vectors[4])  # equal texts: once
     monkeypatch.setattr(encoders, "BATCH", 1)
@@ -101,11 +134,17 @@ def test_batches_and_order_change_nothing(name: str, roberta: Path, monkeypatch:
     assert not np.allclose(vectors[0], vectors[1], atol=1e-3)
 
 
-def test_long_texts_are_cut_where_the_encoder_or_the_model_ends(roberta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_are_cut_where_the_encoder_or_the_model_ends(
+    roberta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long, longer = "mug " * 200, "mug " * 300
-    assert np.array_equal(*embed([long, longer], "BLaIR-Base", roberta))  # 64 tokens: the model's 66 positions less two
+    assert np.array_equal(
+        *embed([long, longer], "BLaIR-Base", roberta)
+    )  # 64 tokens: the model's 66 positions less two
     monkeypatch.setitem(ENCODERS, "BLaIR-Base", encoders.Encoder(None, "cls", 8))
-    short, cut, other = embed(["mug " * 8 + "lamp", "mug " * 8 + "chair", "chair " + "mug " * 8], "BLaIR-Base", roberta)
+    short, cut, other = embed(
+        ["mug " * 8 + "lamp", "mug " * 8 + "chair", "chair " + "mug " * 8], "BLaIR-Base", roberta
+    )
     assert np.array_equal(short, cut) and not np.allclose(short, other, atol=1e-3)
 
 
@@ -115,45 +154,70 @@ def test_the_packaged_encoder_gives_the_numbers_it_always_gave() -> None:
     assert embed([], "SBERT").shape == (0, 384)
 
 
-def test_cached_texts_are_not_encoded_again_and_new_ones_are(roberta: Path, tmp_path: Path, encoded: list) -> None:
+def test_cached_texts_are_not_encoded_again_and_new_ones_are(
+    roberta: Path, tmp_path: Path, encoded: list
+) -> None:
     first = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
     assert encoded == TEXTS
     encoders._load.cache_clear()
-    assert np.array_equal(embed(TEXTS[::-1], "RoBERTa-Large", roberta, tmp_path / "cache"), first[::-1])
+    assert np.array_equal(
+        embed(TEXTS[::-1], "RoBERTa-Large", roberta, tmp_path / "cache"), first[::-1]
+    )
     assert encoded == TEXTS and encoders._load.cache_info().misses == 0  # not even loaded
     embed([TEXTS[0], "a new one"], "RoBERTa-Large", roberta, tmp_path / "cache")
     assert encoded == [*TEXTS, "a new one"]
 
 
-def test_another_checkpoint_or_setting_shares_nothing_in_the_cache(roberta: Path, tmp_path: Path, encoded: list,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_checkpoint_or_setting_shares_nothing_in_the_cache(
+    roberta: Path, tmp_path: Path, encoded: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "cache"
     old = embed(TEXTS, "RoBERTa-Large", roberta, cache)
-    assert not np.allclose(embed(TEXTS, "BLaIR-Base", roberta, cache), old, atol=1e-3) and len(encoded) == 8
+    assert (
+        not np.allclose(embed(TEXTS, "BLaIR-Base", roberta, cache), old, atol=1e-3)
+        and len(encoded) == 8
+    )
     save_roberta(roberta, seed=2)  # other weights in the same place
     new = embed(TEXTS, "RoBERTa-Large", roberta, cache)
     assert len(encoded) == 12 and not np.allclose(new, old, atol=1e-3)
     assert np.allclose(new, forward(roberta, "mean"), atol=1e-5)
     for pooling, tokens in (("cls", 512), ("mean", 4)):
-        monkeypatch.setitem(ENCODERS, "RoBERTa-Large", replace(ENCODERS["RoBERTa-Large"], pooling=pooling, max_tokens=tokens))
+        monkeypatch.setitem(
+            ENCODERS,
+            "RoBERTa-Large",
+            replace(ENCODERS["RoBERTa-Large"], pooling=pooling, max_tokens=tokens),
+        )
         assert not np.allclose(embed(TEXTS, "RoBERTa-Large", roberta, cache), new, atol=1e-3)
 
 
-def test_close_similarities_are_told_apart_but_not_the_packaged_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_similarities_are_told_apart_but_not_the_packaged_encoders(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     vectors = {"query": [1.0, 0], "first": [0.5, 0], "second": [0.500002, 0]}
-    monkeypatch.setattr(encoders, "embed", lambda texts, *_: np.array([vectors[text] for text in texts]))
+    monkeypatch.setattr(
+        encoders, "embed", lambda texts, *_: np.array([vectors[text] for text in texts])
+    )
     assert rank("RoBERTa-Large", ["query"], ["first", "second"]).tolist() == [[1, 0]]
     assert rank("SBERT", ["query"], ["first", "second"]).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "other"])
-def test_a_damaged_cache_is_made_again(damage: str, roberta: Path, tmp_path: Path, encoded: list) -> None:
+def test_a_damaged_cache_is_made_again(
+    damage: str, roberta: Path, tmp_path: Path, encoded: list
+) -> None:
     vectors = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
     whole = path.read_bytes()
-    bad = {"cut": whole[:-9], "flip": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "other": b"not a cache"}[damage]
+    bad = {
+        "cut": whole[:-9],
+        "flip": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:],
+        "other": b"not a cache",
+    }[damage]
     path.write_bytes(bad)
-    assert np.array_equal(embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache"), vectors) and len(encoded) == 8
+    assert (
+        np.array_equal(embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache"), vectors)
+        and len(encoded) == 8
+    )
     assert path.read_bytes() != bad and len(encoders._read(path)) == 4
 
 
@@ -162,12 +226,15 @@ def test_an_intact_cache_is_what_is_read(roberta: Path, tmp_path: Path) -> None:
     (path,) = (tmp_path / "cache").iterdir()
     stored = load_file(path)
     stored["vectors"][0] = 9
-    save_file(stored, path, metadata={"sha256": encoders._checksum(stored["keys"], stored["vectors"])})
+    save_file(
+        stored, path, metadata={"sha256": encoders._checksum(stored["keys"], stored["vectors"])}
+    )
     assert (embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")[0] == 9).all()
 
 
-def test_a_killed_run_loses_one_part_at_most(roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                             encoded: list) -> None:
+def test_a_killed_run_loses_one_part_at_most(
+    roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list
+) -> None:
     monkeypatch.setattr(encoders, "CHUNK", 1)
     finish, calls = encoders.os.replace, []
 
@@ -182,39 +249,55 @@ def test_a_killed_run_loses_one_part_at_most(roberta: Path, tmp_path: Path, monk
         embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
     assert len(encoders._read(calls[0])) == 2
     vectors = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
-    assert encoded == [*TEXTS[:3], *TEXTS[2:]] and np.allclose(vectors, forward(roberta, "mean"), atol=1e-5)
+    assert encoded == [*TEXTS[:3], *TEXTS[2:]] and np.allclose(
+        vectors, forward(roberta, "mean"), atol=1e-5
+    )
 
 
-def test_half_precision_only_where_the_processor_has_it(roberta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_only_where_the_processor_has_it(
+    roberta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert encoders._place(ENCODERS["BLaIR-Base"]) == ("cpu", torch.float32)
     embed(TEXTS, "BLaIR-Base", roberta)
-    model = encoders._load(ENCODERS["BLaIR-Base"], roberta, encoders._identity(ENCODERS["BLaIR-Base"], roberta))
+    model = encoders._load(
+        ENCODERS["BLaIR-Base"], roberta, encoders._identity(ENCODERS["BLaIR-Base"], roberta)
+    )
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert encoders._place(ENCODERS["BLaIR-Base"]) == ("cuda", torch.float16)
     assert encoders._place(ENCODERS["SBERT"]) == ("cpu", torch.float32)
 
 
-def test_half_precision_vectors_have_length_one(roberta: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_half_precision_vectors_have_length_one(
+    roberta: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     full = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path)
     monkeypatch.setattr(encoders, "_place", lambda encoder: ("cpu", torch.bfloat16))
     half = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path)
     assert half.dtype == np.float32 and np.allclose(np.linalg.norm(half, axis=1), 1, atol=1e-6)
-    assert np.allclose(half, full, atol=0.1) and not np.allclose(half, full, atol=1e-5)  # of its own: not the cached ones
+    assert np.allclose(half, full, atol=0.1) and not np.allclose(
+        half, full, atol=1e-5
+    )  # of its own: not the cached ones
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_what_the_hub_does_not_give_is_named_with_its_size_and_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_does_not_give_is_named_with_its_size_and_command(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = ENCODERS[name].model
     assert re.fullmatch("[0-9a-f]{40}", model.revision)
     monkeypatch.setattr(HubModel, "cached", lambda self: False)
-    with pytest.raises(Unavailable, match=re.escape(f"{model.id} ({model.gigabytes:g} GB)")) as refused:
+    with pytest.raises(
+        Unavailable, match=re.escape(f"{model.id} ({model.gigabytes:g} GB)")
+    ) as refused:
         rank(name, ["a mug"], TEXTS)
     assert model.command in str(refused.value) and model.revision in model.command
     stopped = replace(model, id="nobody/nothing")
     monkeypatch.setitem(ENCODERS, name, replace(ENCODERS[name], model=stopped))
-    monkeypatch.setattr(HubModel, "cached", lambda self: True)  # a download that stopped after config.json
+    monkeypatch.setattr(
+        HubModel, "cached", lambda self: True
+    )  # a download that stopped after config.json
     with pytest.raises(Unavailable, match=re.escape(stopped.command)):
         rank(name, ["a mug"], TEXTS)
 
@@ -225,11 +308,17 @@ def _no_weights(folder: Path) -> None:
 
 def _no_pooler(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
-    save_file({k: v for k, v in stored.items() if "pooler" not in k}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in stored.items() if "pooler" not in k},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def _own_code(folder: Path) -> None:
-    (folder / "own.py").write_text("raise SystemExit('code of a checkpoint was run')", encoding="utf-8")
+    (folder / "own.py").write_text(
+        "raise SystemExit('code of a checkpoint was run')", encoding="utf-8"
+    )
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
     (folder / "config.json").write_text(json.dumps(own), encoding="utf-8")
 
@@ -238,9 +327,18 @@ def _garbage(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"not weights")
 
 
-@pytest.mark.parametrize(("spoil", "why"), [(_no_weights, "no model.safetensors"), (_no_pooler, "no pooler"),
-                                            (_own_code, "cannot be loaded"), (_garbage, "cannot be loaded")])
-def test_a_folder_that_is_no_such_checkpoint_is_refused(spoil: Callable, why: str, roberta: Path) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (_no_weights, "no model.safetensors"),
+        (_no_pooler, "no pooler"),
+        (_own_code, "cannot be loaded"),
+        (_garbage, "cannot be loaded"),
+    ],
+)
+def test_a_folder_that_is_no_such_checkpoint_is_refused(
+    spoil: Callable, why: str, roberta: Path
+) -> None:
     assert embed(TEXTS, "SimCSE-Large", roberta).shape == (4, 16)
     spoil(roberta)
     with pytest.raises(UserError, match=why) as refused:

@@ -18,10 +18,12 @@ from lavic_utils.data import Dialogue
 
 real = pytest.mark.skipif(
     real_data_dir() is None,
-    reason="set LAVIC_DATA to a folder with the published Reddit-Amazon files (repository jeon185/LaViC)")
+    reason="set LAVIC_DATA to a folder with the published Reddit-Amazon files (repository jeon185/LaViC)",
+)
 replicated = pytest.mark.skipif(
     replications_dir() is None,
-    reason="set LAVIC_REPLICATIONS to the folder LaViC/data of the repository Lottotpk/graphRAG_multimodal")
+    reason="set LAVIC_REPLICATIONS to the folder LaViC/data of the repository Lottotpk/graphRAG_multimodal",
+)
 ONE_PATTERN = re.compile(r"\bB[A-Z0-9]{9}\b")  # the authors' way to read an answer
 POOL = [f"B0{i:08d}" for i in range(400)]
 
@@ -33,15 +35,22 @@ def world(count: int = 3000, seed: int = 0) -> tuple[list[list[str]], list[list[
     return [[rng.choice(ten)] for ten in lists], lists
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("B00HO5EE9W", "B00HO5EE9W"),
-    ("I would take B00HO5EE9W: a mug, not B00HO5EE9X", "B00HO5EE9W"),
-    ("B00HO5EE9W0HO", "B00HO5EE9W"),  # wrote on past the id
-    ("https://x.com/dp/B00HO5EE9W/", "B00HO5EE9W"),
-    ("0316769487", "0316769487"), ("080442957X.", "080442957X"),
-    ("AB00HO5EE9W", None), ("b00ho5ee9w", None), ("B00HO5EE9", None), ("", None),
-    ("a BREATHABLE hat: B00HO5EE9W", "B00HO5EE9W"),  # a word in capitals is no id
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B00HO5EE9W", "B00HO5EE9W"),
+        ("I would take B00HO5EE9W: a mug, not B00HO5EE9X", "B00HO5EE9W"),
+        ("B00HO5EE9W0HO", "B00HO5EE9W"),  # wrote on past the id
+        ("https://x.com/dp/B00HO5EE9W/", "B00HO5EE9W"),
+        ("0316769487", "0316769487"),
+        ("080442957X.", "080442957X"),
+        ("AB00HO5EE9W", None),
+        ("b00ho5ee9w", None),
+        ("B00HO5EE9", None),
+        ("", None),
+        ("a BREATHABLE hat: B00HO5EE9W", "B00HO5EE9W"),  # a word in capitals is no id
+    ],
+)
 def test_parse_answer(text: str, expected: str | None) -> None:
     assert ev.parse_answer(text) == expected
 
@@ -66,9 +75,20 @@ def test_score_counts() -> None:
     truths = [["a1", "a1", "a2"], ["b1"], ["c1", "c2"], ["d1"]]
     lists = [["a1", "x"], ["b1", "x"], ["x", "y"], ["d1", "x"]]
     found = ev.score(["a1", "x", "c2", None], truths, lists)
-    assert (found.conversations, found.pairs, found.hits, found.valid) == (4, 6, 2, 2)  # a1 counts once, in both
-    assert (found.hit_ratio_pairs, found.hit_ratio_conversations, found.validity_ratio) == (2 / 6, 0.5, 0.5)
-    assert found.ci95[0] == pytest.approx(0.150, abs=5e-4) and found.ci95[1] == pytest.approx(0.850, abs=5e-4)
+    assert (found.conversations, found.pairs, found.hits, found.valid) == (
+        4,
+        6,
+        2,
+        2,
+    )  # a1 counts once, in both
+    assert (found.hit_ratio_pairs, found.hit_ratio_conversations, found.validity_ratio) == (
+        2 / 6,
+        0.5,
+        0.5,
+    )
+    assert found.ci95[0] == pytest.approx(0.150, abs=5e-4) and found.ci95[1] == pytest.approx(
+        0.850, abs=5e-4
+    )
     row = found.row("LaViC", "beauty", 1)
     assert row["method"] == "LaViC" and row["ci95"] == list(found.ci95)
     json.dumps(row)
@@ -77,8 +97,14 @@ def test_score_counts() -> None:
 
 
 def test_score_refuses_what_cannot_be_scored() -> None:
-    for answers, truths, lists in ((["a"], [["a"], ["b"]], None), (["a"], [["a"]], []), ([], [], None),
-                                   (["a"], [[]], None), (["a"], ["abc"], None), (["a"], [["a"]], ["abc"])):
+    for answers, truths, lists in (
+        (["a"], [["a"], ["b"]], None),
+        (["a"], [["a"]], []),
+        ([], [], None),
+        (["a"], [[]], None),
+        (["a"], ["abc"], None),
+        (["a"], [["a"]], ["abc"]),
+    ):
         with pytest.raises(ValueError):
             ev.score(answers, truths, lists)
 
@@ -86,16 +112,23 @@ def test_score_refuses_what_cannot_be_scored() -> None:
 def test_right_wrong_random_and_shuffled_answers() -> None:
     truths, lists = world()
     right = [truth[0] for truth in truths]
-    perfect, wrong = ev.score(right, truths, lists), ev.score(["B0WRONG000"] * len(right), truths, lists)
+    perfect, wrong = (
+        ev.score(right, truths, lists),
+        ev.score(["B0WRONG000"] * len(right), truths, lists),
+    )
     assert (perfect.hit_ratio_conversations, perfect.validity_ratio) == (1, 1)
     assert (wrong.hits, wrong.valid, wrong.ci95[0]) == (0, 0, 0)
     assert ev.score([None] * len(right), truths, lists).hit_ratio_pairs == 0
     rng = random.Random(1)
     chance = ev.score([rng.choice(ten) for ten in lists], truths, lists)
     assert chance.ci95[0] < 0.1 < chance.ci95[1] and chance.validity_ratio == 1
-    rng.shuffle(right)  # the same answers at other conversations: 1 in 400 items hits, 10 in 400 are valid
+    rng.shuffle(
+        right
+    )  # the same answers at other conversations: 1 in 400 items hits, 10 in 400 are valid
     shuffled = ev.score(right, truths, lists)
-    assert shuffled.hit_ratio_conversations < 0.01 and abs(shuffled.validity_ratio - 10 / 400) < 0.015
+    assert (
+        shuffled.hit_ratio_conversations < 0.01 and abs(shuffled.validity_ratio - 10 / 400) < 0.015
+    )
 
 
 def test_wilson_covers() -> None:
@@ -113,10 +146,17 @@ def test_paired_difference() -> None:
     b = a & (rng.random(600) < 0.8)  # b loses a fifth of the hits of a
     mean, low, high = ev.paired_difference(a, b, 0)
     assert mean == pytest.approx(a.mean() - b.mean()) and 0 < low < mean < high
-    error = 1.96 * (a.astype(int) - b.astype(int)).std() / 600**0.5  # 90 % bounds would be 16 % nearer
+    error = (
+        1.96 * (a.astype(int) - b.astype(int)).std() / 600**0.5
+    )  # 90 % bounds would be 16 % nearer
     assert (low, high) == pytest.approx((mean - error, mean + error), abs=0.08 * error)
-    assert ev.paired_difference(a, b, 0) == (mean, low, high) and ev.paired_difference(b, a, 0)[0] == -mean
-    _, low_u, high_u = ev.paired_difference(a, rng.permutation(b), 0)  # negative control: pairs torn apart
+    assert (
+        ev.paired_difference(a, b, 0) == (mean, low, high)
+        and ev.paired_difference(b, a, 0)[0] == -mean
+    )
+    _, low_u, high_u = ev.paired_difference(
+        a, rng.permutation(b), 0
+    )  # negative control: pairs torn apart
     assert high_u - low_u > 1.5 * (high - low)
     assert ev.paired_difference(a, a, 0) == (0, 0, 0)
     for wrong in (([True], [True, False]), ([], []), ([0.5], [1])):
@@ -137,7 +177,9 @@ def test_summary_by_seed() -> None:
     assert (line["mean"], line["min"], line["max"]) == pytest.approx((0.25, 0.2, 0.3))
     assert (line["pooled_low"], line["pooled_high"]) == pytest.approx(ev.wilson(225, 900))
     assert line["low"] < line["pooled_low"] < 0.25 < line["pooled_high"] < line["high"]
-    assert np.isnan(table.loc["BM25", "validity_ratio"]) and line["validity_ratio"] == pytest.approx(0.25)
+    assert np.isnan(table.loc["BM25", "validity_ratio"]) and line[
+        "validity_ratio"
+    ] == pytest.approx(0.25)
     for wrong in ([], [rows[0], rows[0]]):
         with pytest.raises(ValueError):
             ev.summary_by_seed(wrong)
@@ -147,21 +189,35 @@ def test_pooled_interval_is_too_narrow_where_seeds_agree() -> None:
     """What the docstring says, measured: runs that all answer a dialogue alike leave the pooled interval too often."""
     rng, covered = np.random.default_rng(0), {"pooled": 0, "plain": 0}
     for hits in rng.binomial(200, 0.2, size=300):  # three seeds, the same outcomes
-        for name, (low, high) in {"pooled": ev.wilson(3 * hits, 600), "plain": ev.wilson(hits, 200)}.items():
+        for name, (low, high) in {
+            "pooled": ev.wilson(3 * hits, 600),
+            "plain": ev.wilson(hits, 200),
+        }.items():
             covered[name] += low <= 0.2 <= high
     assert covered["plain"] / 300 > 0.92 and covered["pooled"] / 300 < 0.85
 
 
 def dialogue(gt: list[str], ten: list[str]) -> Dialogue:
-    return Dialogue(domain="beauty", split="test", line=1, context="<submission>x</submission>", context_items=(),
-                    gt="g", gt_items=tuple(gt), candidates_st=tuple(ten), candidates_gpt_large=tuple(POOL[20:30]))
+    return Dialogue(
+        domain="beauty",
+        split="test",
+        line=1,
+        context="<submission>x</submission>",
+        context_items=(),
+        gt="g",
+        gt_items=tuple(gt),
+        candidates_st=tuple(ten),
+        candidates_gpt_large=tuple(POOL[20:30]),
+    )
 
 
 def test_candidate_recall_is_the_ceiling() -> None:
     dialogues = [dialogue([POOL[3], "B0ELSE0000"], POOL[:10]), dialogue([POOL[3]], POOL[10:20])]
     assert ev.candidate_recall(dialogues, "candidates_st") == 0.5
     assert ev.candidate_recall(dialogues, "candidates_gpt_large") == 0
-    best = [next((c for c in d.candidates_st if c in d.gt_items), d.candidates_st[0]) for d in dialogues]
+    best = [
+        next((c for c in d.candidates_st if c in d.gt_items), d.candidates_st[0]) for d in dialogues
+    ]
     assert ev.score(best, [d.gt_items for d in dialogues]).hit_ratio_conversations == 0.5
     for wrong in ((dialogues, "candidates_qwen"), ([], "candidates_st")):
         with pytest.raises(ValueError):
@@ -171,9 +227,16 @@ def test_candidate_recall_is_the_ceiling() -> None:
 def test_replications_of_made_up_rows(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Lottotpk"):
         ev.read_replications(tmp_path)
-    row = {"context": "<submission>x</submission>", "context_items": [], "gt": "g", "gt_items": POOL[:1],
-           "candidates_st": POOL[:10], "candidates_gpt_large": POOL[:10], "recommended_st": None,
-           "response_st": POOL[0] + "00"}
+    row = {
+        "context": "<submission>x</submission>",
+        "context_items": [],
+        "gt": "g",
+        "gt_items": POOL[:1],
+        "candidates_st": POOL[:10],
+        "candidates_gpt_large": POOL[:10],
+        "recommended_st": None,
+        "response_st": POOL[0] + "00",
+    }
     path = tmp_path / "amazon_home" / "test_results_candidates_st_noimg.jsonl"
     path.parent.mkdir()
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -188,13 +251,19 @@ def test_replications_of_made_up_rows(tmp_path: Path) -> None:
 @real
 def test_real_data_summary() -> None:
     rows = {(r["domain"], r["split"]): r for r in ev.real_data_summary(real_data_dir())}
-    expected = {"beauty": (772, 859, 0.2319, 0.4249), "fashion": (826, 961, 0.2288, 0.4201),
-                "home": (372, 397, 0.5403, 0.7366)}
+    expected = {
+        "beauty": (772, 859, 0.2319, 0.4249),
+        "fashion": (826, 961, 0.2288, 0.4201),
+        "home": (372, 397, 0.5403, 0.7366),
+    }
     for domain, figures in expected.items():
         row = rows[domain, "test"]
         assert (row["conversations"], row["pairs"]) == figures[:2]
         assert (row["recall_st"], row["recall_gpt_large"]) == pytest.approx(figures[2:], abs=5e-5)
-    assert rows["beauty", "test"]["repeated_gt_rows"] == 27 and rows["home", "test"]["odd_id_share"] == 0
+    assert (
+        rows["beauty", "test"]["repeated_gt_rows"] == 27
+        and rows["home", "test"]["odd_id_share"] == 0
+    )
 
 
 @replicated
@@ -203,15 +272,24 @@ def test_real_answers() -> None:
     scores = {key: ev.score_answered(rows) for key, rows in runs.items()}
     assert len(runs) == 9
     assert {key: (s.conversations, s.pairs, s.hits, s.valid) for key, s in scores.items()} == {
-        ("beauty", "title+image"): (767, 854, 73, 746), ("beauty", "title"): (767, 854, 69, 749),
-        ("beauty", "image"): (767, 854, 23, 753), ("fashion", "title+image"): (802, 934, 94, 757),
-        ("fashion", "title"): (802, 934, 93, 774), ("fashion", "image"): (802, 934, 33, 787),
-        ("home", "title+image"): (370, 392, 98, 367), ("home", "title"): (370, 392, 104, 369),
-        ("home", "image"): (370, 392, 23, 367)}
+        ("beauty", "title+image"): (767, 854, 73, 746),
+        ("beauty", "title"): (767, 854, 69, 749),
+        ("beauty", "image"): (767, 854, 23, 753),
+        ("fashion", "title+image"): (802, 934, 94, 757),
+        ("fashion", "title"): (802, 934, 93, 774),
+        ("fashion", "image"): (802, 934, 33, 787),
+        ("home", "title+image"): (370, 392, 98, 367),
+        ("home", "title"): (370, 392, 104, 369),
+        ("home", "image"): (370, 392, 23, 367),
+    }
     for key, rows in runs.items():
         old = [m.group() if (m := ONE_PATTERN.search(r.response)) else None for r in rows]
-        assert old == [r.recommended for r in rows]  # so the published field is the one-pattern reading
-        assert all(o is None for o, r in zip(old, rows, strict=True) if o != ev.parse_answer(r.response))
+        assert old == [
+            r.recommended for r in rows
+        ]  # so the published field is the one-pattern reading
+        assert all(
+            o is None for o, r in zip(old, rows, strict=True) if o != ev.parse_answer(r.response)
+        )
         truths, lists = [r.gt_items for r in rows], [r.candidates_st for r in rows]
         assert ev.score(old, truths, lists).valid <= scores[key].valid
         assert scores[key].hit_ratio_conversations <= ev.candidate_recall(rows)

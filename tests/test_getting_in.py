@@ -17,37 +17,62 @@ import pytest
 import typer
 import yaml
 
-from lavic_utils import colab, memory
 from lavic_utils.__main__ import app
+from lavic_utils.bench import memory
 from lavic_utils.config import PACKAGE, ROOT, load_profile
+from lavic_utils.repro import colab
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), PACKAGE / "mini_model" / "README.md",
-                *(ROOT / "notebooks").glob("*.ipynb")])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        PACKAGE / "mini_model" / "README.md",
+        *(ROOT / "notebooks").glob("*.ipynb"),
+    ]
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TARGETS = set(re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+TARGETS = set(
+    re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+)
 
 
 def text_of(path: Path) -> str:
     """A page's text; of a notebook, its cells' sources."""
     text = path.read_text(encoding="utf-8")
-    return text if path.suffix == ".md" else "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+    return (
+        text
+        if path.suffix == ".md"
+        else "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+    )
 
 
 def wrong_commands(text: str, targets: set[str] = TARGETS) -> list[str]:
     """Commands in code spans, blocks and programs that name a sub-command, option or make target that does not exist."""
-    problems = [f"make {target}" for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.M) if target not in targets]
+    problems = [
+        f"make {target}"
+        for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.M)
+        if target not in targets
+    ]
     for line in re.findall(r"-m lavic_utils ([^`\n#;|]+)", text.replace("\\\n", " ")):
         command, words = typer.main.get_command(app), shlex.split(line.replace("'", " "))
         while words and hasattr(command, "commands") and not words[0].startswith("-"):
             name = words.pop(0).rstrip(".,:)")
             command = command.commands.get(name)
             if command is None:
-                problems += [f"{line.strip()}: no command {name}"] if name else []  # "...": any command is meant
+                problems += (
+                    [f"{line.strip()}: no command {name}"] if name else []
+                )  # "...": any command is meant
                 break
         options = getattr(command, "params", ())
-        known = {"--help", *(name for option in options for name in (*option.opts, *option.secondary_opts))}
-        problems += [f"{line.strip()}: no option {word}" for word in words
-                     if command and word.startswith("--") and word.split("=")[0].rstrip(".,:)") not in known]
+        known = {
+            "--help",
+            *(name for option in options for name in (*option.opts, *option.secondary_opts)),
+        }
+        problems += [
+            f"{line.strip()}: no option {word}"
+            for word in words
+            if command and word.startswith("--") and word.split("=")[0].rstrip(".,:)") not in known
+        ]
     return problems
 
 
@@ -57,22 +82,34 @@ def test_every_command_on_a_page_exists(page):
 
 
 def test_a_wrong_command_is_found():
-    text = ("`make nothing`, `make test`\n```\nmake also-nothing\npython -m lavic_utils data crawl --first-only --no-such\n"
-            "python -m lavic_utils nothing\npython -m lavic_utils data nothing\npython -m lavic_utils run LaViC --domain home\n"
-            "accelerate launch --config_file x.yaml \\\n  -m lavic_utils run LaViC --domian home\n```")
+    text = (
+        "`make nothing`, `make test`\n```\nmake also-nothing\npython -m lavic_utils data crawl --first-only --no-such\n"
+        "python -m lavic_utils nothing\npython -m lavic_utils data nothing\npython -m lavic_utils run LaViC --domain home\n"
+        "accelerate launch --config_file x.yaml \\\n  -m lavic_utils run LaViC --domian home\n```"
+    )
     found = wrong_commands(text)
-    assert [line.split(": ")[-1] for line in found] == ["make nothing", "make also-nothing", "no option --no-such",
-                                                        "no command nothing", "no command nothing", "no option --domian"]
+    assert [line.split(": ")[-1] for line in found] == [
+        "make nothing",
+        "make also-nothing",
+        "no option --no-such",
+        "no command nothing",
+        "no command nothing",
+        "no option --domian",
+    ]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.suffix == ".md"], ids=lambda path: path.name
+)
 def test_every_file_that_a_page_links_to_is_there(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_the_map_names_every_module_and_no_other():
-    rows = re.findall(r"^\| `(\w+)` \| \S", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| `(\w+)` \| \S", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M
+    )
     assert sorted(rows) == sorted(path.stem for path in PACKAGE.glob("[!_]*.py"))
 
 
@@ -82,23 +119,42 @@ def test_the_citation_agrees_with_the_project_and_the_paper():
     preferred = found["preferred-citation"]
     assert found["cff-version"] == "1.2.0" and str(found["version"]) == PROJECT["version"]
     assert found["license"] == PROJECT["license"]["text"]
-    assert {"message", "title", "authors", "type"} <= set(found) and {"authors", "type", "year"} <= set(preferred)
+    assert {"message", "title", "authors", "type"} <= set(found) and {
+        "authors",
+        "type",
+        "year",
+    } <= set(preferred)
     assert preferred["title"] == paper["title"]
-    assert {"type": "other", "value": f"arXiv:{paper['arxiv']}"}.items() <= preferred["identifiers"][0].items()
+    assert {"type": "other", "value": f"arXiv:{paper['arxiv']}"}.items() <= preferred[
+        "identifiers"
+    ][0].items()
 
 
 def test_the_licence_is_the_one_pyproject_names():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert PROJECT["license"]["text"] == "Apache-2.0"
-    assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+    assert (
+        "Apache License" in text
+        and "Version 2.0, January 2004" in text
+        and "END OF TERMS AND CONDITIONS" in text
+    )
 
 
 def test_binder_installs_the_lock_with_the_python_of_environment_yml():
-    conda = [yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("environment.yml", "binder/environment.yml")]
-    assert conda[0]["dependencies"][:2] == conda[1]["dependencies"] and conda[0]["channels"] == conda[1]["channels"]
+    conda = [
+        yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+        for name in ("environment.yml", "binder/environment.yml")
+    ]
+    assert (
+        conda[0]["dependencies"][:2] == conda[1]["dependencies"]
+        and conda[0]["channels"] == conda[1]["channels"]
+    )
     script = ROOT / "binder" / "postBuild"
     text = script.read_text(encoding="utf-8")
-    assert os.access(script, os.X_OK) and subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    assert (
+        os.access(script, os.X_OK)
+        and subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    )
     assert "-r requirements.lock" in text and wrong_commands(text) == []
 
 
@@ -126,53 +182,90 @@ def bare(tmp_path):
 
     def run(text: str, **variables: str) -> subprocess.CompletedProcess:
         (tmp_path / "cell.ipy").write_text(text, encoding="utf-8")
-        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LAVIC_REPOSITORY")}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "LAVIC_REPOSITORY")
+        }
         kept |= {"IPYTHONDIR": str(tmp_path / "ipython"), **variables}
-        return subprocess.run([python, "-m", "IPython", "--no-banner", "--colors=NoColor", "cell.ipy"], cwd=tmp_path, text=True,
-                              capture_output=True, env=kept, check=False)
+        return subprocess.run(
+            [python, "-m", "IPython", "--no-banner", "--colors=NoColor", "cell.ipy"],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            env=kept,
+            check=False,
+        )
+
     return run
 
 
 def test_the_first_cell_clones_and_installs_where_nothing_is_installed(bare, tmp_path):
     """A repository made of this checkout; pip finds every package there, so nothing is downloaded."""
     source = tmp_path / "source"
-    shutil.copytree(PACKAGE, source / "lavic_utils", ignore=shutil.ignore_patterns("mini_model", "__pycache__"))
+    shutil.copytree(
+        PACKAGE, source / "lavic_utils", ignore=shutil.ignore_patterns("mini_model", "__pycache__")
+    )
     shutil.copy(ROOT / "pyproject.toml", source)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", source]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
         subprocess.run([*git, *command], check=True)
     told = "\nimport lavic_utils.config\nprint('at', os.path.relpath(lavic_utils.config.ROOT, os.getcwd()))\n"
     failed = bare(colab.CELL + told, LAVIC_REPOSITORY=f"file://{tmp_path}/nowhere")
-    assert failed.returncode and "colab.py` not found" in failed.stdout.replace("'", "") and "not appear to be" in failed.stderr
+    assert (
+        failed.returncode
+        and "colab.py` not found" in failed.stdout.replace("'", "")
+        and "not appear to be" in failed.stderr
+    )
     done = bare(colab.CELL + told, LAVIC_REPOSITORY=f"file://{source}", PIP_NO_INDEX="1")
     assert done.returncode == 0 and done.stdout.strip() == "at .", done.stdout + done.stderr
-    stub = tmp_path / "stub" / "pip" / "__main__.py"  # as after a restart: nothing is asked or cloned, pip is called
+    stub = (
+        tmp_path / "stub" / "pip" / "__main__.py"
+    )  # as after a restart: nothing is asked or cloned, pip is called
     stub.parent.mkdir(parents=True)
     (stub.parent / "__init__.py").touch()
     stub.write_text("import sys; print(sys.argv[1])", encoding="utf-8")
     again = bare(colab.CELL + told, PYTHONPATH=str(tmp_path / "stub"))
-    assert again.returncode == 0 and again.stdout.split() == ["install", "at", "."], again.stdout + again.stderr
+    assert again.returncode == 0 and again.stdout.split() == ["install", "at", "."], (
+        again.stdout + again.stderr
+    )
 
 
 def test_the_first_cell_does_nothing_where_lavic_utils_can_be_imported(bare):
     done = bare(colab.CELL + "\nprint(os.listdir('.'))", PYTHONPATH=str(ROOT), PATH="")
-    assert done.returncode == 0 and "'env'" in done.stdout and "lavic-companion" not in done.stdout, done.stdout + done.stderr
+    assert (
+        done.returncode == 0 and "'env'" in done.stdout and "lavic-companion" not in done.stdout
+    ), done.stdout + done.stderr
 
 
 def test_sections_that_a_plan_names_are_there():
     """A row of a plan that quotes a section ends in: `NN, "Section" to "Section"`."""
-    rows = [re.search(r'\| (\d\d), (".*") \|$', line) for line in (ROOT / "docs" / "teaching.md").read_text().splitlines()]
+    rows = [
+        re.search(r'\| (\d\d), (".*") \|$', line)
+        for line in (ROOT / "docs" / "teaching.md").read_text().splitlines()
+    ]
     named = [(row[1], title) for row in rows if row for title in re.findall(r'"([^"]+)"', row[2])]
     assert len(named) > 5
     for number, title in named:
         book = next((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
-        headings = [line.lstrip("# ") for cell in json.loads(book.read_text(encoding="utf-8"))["cells"]
-                    if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines() if line.startswith("#")]
-        assert title in headings, f"teaching.md names {title!r}, which notebook {number} does not have"
+        headings = [
+            line.lstrip("# ")
+            for cell in json.loads(book.read_text(encoding="utf-8"))["cells"]
+            if cell["cell_type"] == "markdown"
+            for line in "".join(cell["source"]).splitlines()
+            if line.startswith("#")
+        ]
+        assert title in headings, (
+            f"teaching.md names {title!r}, which notebook {number} does not have"
+        )
 
 
 @pytest.mark.parametrize("name", ["paper", "t4"])
 def test_the_memory_that_the_researchers_page_copies_is_what_plan_says(name):
     peak = max(parts["total"] for parts in memory.memories(load_profile(name)).values())
-    rows = [line for line in (ROOT / "docs" / "researcher.md").read_text().splitlines() if line.startswith(f"| `{name}`")]
+    rows = [
+        line
+        for line in (ROOT / "docs" / "researcher.md").read_text().splitlines()
+        if line.startswith(f"| `{name}`")
+    ]
     assert len(rows) == 2 and all(f"| {peak:.1f} GiB + 1" in row for row in rows)

@@ -21,14 +21,36 @@ from transformers import TrainerState
 from lavic_utils import runs, training
 from lavic_utils.__main__ import main
 from lavic_utils.config import World, load_profile
-from lavic_utils.world import make_world
+from lavic_utils.mini.world import make_world
 
 KILLS = int(os.environ.get("LAVIC_KILLS", "2"))
-SMALL = World(image_side=48, train_shards=1, shard_items=64, stage1_valid_items=12, train_dialogues=16, valid_dialogues=5,
-              test_dialogues=8, p_extra_image=0.0, missing_images=2, corrupt_images=2)
-STAGE1 = {"epochs": 2, "batch_size": 8, "warmup_steps": 2}  # 5 steps an epoch, a log every 10: one log spans both
-STAGE2 = {"epochs": 2, "batch_size": 4, "warmup_steps": 2, "save_steps": 3, "lora": {"r": 8, "alpha": 32, "dropout": 0.1}}
-FORK = multiprocessing.get_context("forkserver")  # a fresh process in no time: the libraries are imported once
+SMALL = World(
+    image_side=48,
+    train_shards=1,
+    shard_items=64,
+    stage1_valid_items=12,
+    train_dialogues=16,
+    valid_dialogues=5,
+    test_dialogues=8,
+    p_extra_image=0.0,
+    missing_images=2,
+    corrupt_images=2,
+)
+STAGE1 = {
+    "epochs": 2,
+    "batch_size": 8,
+    "warmup_steps": 2,
+}  # 5 steps an epoch, a log every 10: one log spans both
+STAGE2 = {
+    "epochs": 2,
+    "batch_size": 4,
+    "warmup_steps": 2,
+    "save_steps": 3,
+    "lora": {"r": 8, "alpha": 32, "dropout": 0.1},
+}
+FORK = multiprocessing.get_context(
+    "forkserver"
+)  # a fresh process in no time: the libraries are imported once
 FORK.set_forkserver_preload(["lavic_utils.__main__", "lavic_utils.runs"])
 
 
@@ -47,10 +69,13 @@ def go(what: str, place: Path, results: Path, dies_at_save: int = 0) -> None:
         if len(saves) == dies_at_save:
             Path(path).write_text(Path(path).read_text()[:200])
             os.kill(os.getpid(), signal.SIGKILL)
+
     TrainerState.save_to_json = half
     profile, data = place / "small.yaml", place / "world"
     if what == "run":
-        code = main(["run", "LaViC", "--domain", "beauty", "--profile", str(profile), "--data", str(data)])
+        code = main(
+            ["run", "LaViC", "--domain", "beauty", "--profile", str(profile), "--data", str(data)]
+        )
         assert code == 0
     else:
         run = runs.Run(str(profile), None, data)
@@ -73,7 +98,9 @@ def finish(*arguments) -> None:
 def outcome(results: Path) -> dict[str, object]:
     """Everything a run leaves, but for seconds and memory; nothing of a checkpoint is left."""
     assert not [p for p in results.rglob("*") if p.name in ("checkpoints", runs.BEGUN)]
-    found: dict[str, object] = {str(p.relative_to(results)): p.read_bytes() for p in results.rglob("*.jsonl")}
+    found: dict[str, object] = {
+        str(p.relative_to(results)): p.read_bytes() for p in results.rglob("*.jsonl")
+    }
     found |= {str(p.relative_to(results)): p.read_bytes() for p in results.rglob("*.safetensors")}
     for path in results.rglob("result.json"):
         result = json.loads(path.read_text())["result"]
@@ -99,8 +126,11 @@ def whole(place) -> tuple[Path, dict[str, float]]:
     results = place / "whole"
     finish("run", place, results)
     end = {p.parent.name: p.stat().st_mtime for p in results.rglob("result.json")}
-    return results, {"distil": end["stage1"] - end["teacher"], "tune": end["beauty"] - end["stage1"],
-                     "run": max(end.values()) - (place / "began").stat().st_mtime}
+    return results, {
+        "distil": end["stage1"] - end["teacher"],
+        "tune": end["beauty"] - end["stage1"],
+        "run": max(end.values()) - (place / "began").stat().st_mtime,
+    }
 
 
 def copy_of(whole: Path, what: str, to: Path) -> Path:
@@ -153,7 +183,9 @@ def forget_random_state(checkpoint: Path) -> None:
     (checkpoint / "rng_state.pth").unlink()
 
 
-@pytest.mark.parametrize(("what", "spoil"), [("distil", forget_losses), ("tune", forget_random_state)])
+@pytest.mark.parametrize(
+    ("what", "spoil"), [("distil", forget_losses), ("tune", forget_random_state)]
+)
 def test_a_half_written_checkpoint_is_not_continued_from(place, whole, what, spoil, tmp_path):
     wanted, killed = outcome(whole[0]), copy_of(whole[0], what, tmp_path / "killed")
     process = start(what, place, killed, 2)
@@ -170,21 +202,30 @@ def test_a_half_written_checkpoint_is_not_continued_from(place, whole, what, spo
         spoil(next(copy.rglob(f"checkpoint-{older}")))
         finish(what, place, copy)
         return outcome(copy)
+
     assert same(resumed("again"), wanted)
     folder = str(next(p.parent for p in killed.rglob("checkpoints")).relative_to(killed))
     adapter, log = f"{folder}/adapter/adapter_model.safetensors", f"{folder}/result.json"
     control = resumed("spoiled", spoil)
-    assert (control[adapter] != wanted[adapter], control[log] != wanted[log]) == (spoil is forget_random_state, True)
+    assert (control[adapter] != wanted[adapter], control[log] != wanted[log]) == (
+        spoil is forget_random_state,
+        True,
+    )
 
 
 def test_checkpoints_of_another_key_are_thrown_away(place, monkeypatch, tmp_path):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
-    run, folder, seen = runs.Run(str(place / "small.yaml"), None, place / "world"), tmp_path / "stage", []
+    run, folder, seen = (
+        runs.Run(str(place / "small.yaml"), None, place / "world"),
+        tmp_path / "stage",
+        [],
+    )
 
     def killed() -> dict:
         seen.append(sorted(p.name for p in (folder / "checkpoints").glob("*")))
         (folder / "checkpoints" / f"checkpoint-{len(seen)}").mkdir(parents=True)
         raise KeyboardInterrupt
+
     for stage in ("x", "x", "y", "y"):
         with pytest.raises(KeyboardInterrupt):
             run.kept(folder, killed, stage=stage)
@@ -196,12 +237,18 @@ def test_checkpoints_of_another_key_are_thrown_away(place, monkeypatch, tmp_path
     assert run.kept(folder, lambda: {"n": 1}, stage="y") == {"n": 1}
     assert [p.name for p in folder.iterdir()] == ["result.json"]
     with pytest.raises(KeyboardInterrupt):
-        run.kept(folder, killed, stage="x")  # writes over the files of "y", whose result must not outlive them
+        run.kept(
+            folder, killed, stage="x"
+        )  # writes over the files of "y", whose result must not outlive them
     assert run.kept(folder, lambda: {"n": 2}, stage="y") == {"n": 2}
 
 
 def test_only_checkpoints_with_a_whole_state_are_kept(tmp_path):
-    for name, text in (("checkpoint-1", '{"epoch": 1}'), ("checkpoint-2", '{"epoch"'), ("checkpoint-3", None)):
+    for name, text in (
+        ("checkpoint-1", '{"epoch": 1}'),
+        ("checkpoint-2", '{"epoch"'),
+        ("checkpoint-3", None),
+    ):
         (tmp_path / name).mkdir()
         if text:
             (tmp_path / name / "trainer_state.json").write_text(text)

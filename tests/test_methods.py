@@ -23,15 +23,28 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from lavic_utils import answers, endpoint, methods, minimodel, openmodels, prompts, recommendation, report, runs, vision
+from lavic_utils import methods, openmodels, prompts, recommendation, report, runs, vision
 from lavic_utils.__main__ import main
+from lavic_utils.audit import answer_files as answers
 from lavic_utils.config import UserError, World, load_profile
 from lavic_utils.data import image_file, open_image
 from lavic_utils.evaluation import parse_answer
-from lavic_utils.world import make_world
+from lavic_utils.mini import model as minimodel
+from lavic_utils.mini.world import make_world
+from lavic_utils.remote import chat_api as endpoint
 
-TINY = World(image_side=48, train_shards=1, shard_items=64, stage1_valid_items=12, train_dialogues=20,
-             valid_dialogues=5, test_dialogues=12, p_extra_image=0.0, missing_images=2, corrupt_images=2)
+TINY = World(
+    image_side=48,
+    train_shards=1,
+    shard_items=64,
+    stage1_valid_items=12,
+    train_dialogues=20,
+    valid_dialogues=5,
+    test_dialogues=12,
+    p_extra_image=0.0,
+    missing_images=2,
+    corrupt_images=2,
+)
 OPEN = ["Vicuna-v1.5", "LLaVA-v1.5 (title)", "LLaVA-v1.5 (title+image)"]
 
 
@@ -39,10 +52,22 @@ def save_roberta(folder: Path) -> Path:
     folder.mkdir()
     torch.manual_seed(0)
     tokens = ByteLevelBPETokenizer()
-    tokens.train_from_iterator(["a modern lamp"], vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokens.train_from_iterator(
+        ["a modern lamp"],
+        vocab_size=300,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+    )
     tokens.save_model(str(folder))
-    RobertaModel(RobertaConfig(vocab_size=tokens.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                               intermediate_size=32, max_position_embeddings=514)).save_pretrained(folder)
+    RobertaModel(
+        RobertaConfig(
+            vocab_size=tokens.get_vocab_size(),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=514,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
@@ -55,20 +80,43 @@ def save_llama(folder: Path) -> Path:
 
 
 def _llama(vocabulary: int) -> LlamaConfig:
-    return LlamaConfig(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                       max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def save_llava(folder: Path) -> Path:
     """A LLaVA 1.5: CLIP of 24 x 24 pixels and patches of 12, so 4 tokens an image."""
     torch.manual_seed(2)
     tokenizer = minimodel.build_tokenizer()
-    vision_config = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-                                     image_size=24, patch_size=12, projection_dim=16)
-    config = LlavaConfig(vision_config=vision_config, text_config=_llama(len(tokenizer)), vision_feature_layer=-2,
-                         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_select_strategy="default")
+    vision_config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=24,
+        patch_size=12,
+        projection_dim=16,
+    )
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=_llama(len(tokenizer)),
+        vision_feature_layer=-2,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default",
+    )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
-    LlavaImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(folder)
+    LlavaImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -82,9 +130,17 @@ def world(tmp_path_factory) -> Path:
 def folders(tmp_path_factory) -> dict[str, str]:
     """Method -> a tiny checkpoint of its model's architecture."""
     root = tmp_path_factory.mktemp("models")
-    roberta, llama, llava = save_roberta(root / "roberta"), save_llama(root / "llama"), save_llava(root / "llava")
-    return {**{name: str(roberta) for name in ("RoBERTa-Large", "SimCSE-Large", "BLaIR-Base")}, "Vicuna-v1.5": str(llama),
-            "LLaVA-v1.5 (title)": str(llava), "LLaVA-v1.5 (title+image)": str(llava)}
+    roberta, llama, llava = (
+        save_roberta(root / "roberta"),
+        save_llama(root / "llama"),
+        save_llava(root / "llava"),
+    )
+    return {
+        **{name: str(roberta) for name in ("RoBERTa-Large", "SimCSE-Large", "BLaIR-Base")},
+        "Vicuna-v1.5": str(llama),
+        "LLaVA-v1.5 (title)": str(llava),
+        "LLaVA-v1.5 (title+image)": str(llava),
+    }
 
 
 @pytest.fixture
@@ -92,8 +148,12 @@ def run(monkeypatch, tmp_path, world, folders) -> runs.Run:
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path / "results"))
     monkeypatch.delenv(endpoint.KEY, raising=False)
     profile = load_profile("mini")
-    long = profile.recommendation.model_copy(update={"max_length": 1200})  # the mini tokenizer spells other models' prompts
-    return runs.Run(profile.model_copy(update={"models": folders, "recommendation": long}), 42, world)
+    long = profile.recommendation.model_copy(
+        update={"max_length": 1200}
+    )  # the mini tokenizer spells other models' prompts
+    return runs.Run(
+        profile.model_copy(update={"models": folders, "recommendation": long}), 42, world
+    )
 
 
 def read(path: Path) -> list[dict]:
@@ -105,21 +165,40 @@ def test_the_registry_is_the_published_tables():
     rows = {row["method"]: row for row in report.published()["rows"]}
     assert list(methods.METHODS) == list(rows) and len(rows) == 19
     for name, method in methods.METHODS.items():
-        assert (method.name, method.family, method.inputs) == (name, rows[name]["family"], rows[name]["inputs"])
+        assert (method.name, method.family, method.inputs) == (
+            name,
+            rows[name]["family"],
+            rows[name]["inputs"],
+        )
 
 
 def test_methods_lists_what_can_run_and_why_the_rest_cannot(capsys, monkeypatch):
     monkeypatch.delenv(endpoint.KEY, raising=False)
     assert main(["methods", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert len(rows) == 19 and all(set(r) == {"name", "family", "inputs", "needs", "runnable", "reason"} for r in rows.values())
+    assert len(rows) == 19 and all(
+        set(r) == {"name", "family", "inputs", "needs", "runnable", "reason"} for r in rows.values()
+    )
     can = {name for name, row in rows.items() if row["runnable"]}
-    assert can == {"BM25", "SBERT", "LLaVA-v1.6 (title)", "LLaVA-v1.6 (title+image)", "Entire tokens (5x577)", "LaViC w/o images",
-                   "LaViC w/o self-distillation", "LaViC"}
+    assert can == {
+        "BM25",
+        "SBERT",
+        "LLaVA-v1.6 (title)",
+        "LLaVA-v1.6 (title+image)",
+        "Entire tokens (5x577)",
+        "LaViC w/o images",
+        "LaViC w/o self-distillation",
+        "LaViC",
+    }
     assert all((row["reason"] is None) == row["runnable"] for row in rows.values())
     assert "hf download lmsys/vicuna-7b-v1.5 --revision 3321f76e" in rows["Vicuna-v1.5"]["reason"]
-    assert "13.5 GB" in rows["Vicuna-v1.5"]["reason"] and endpoint.KEY in rows["GPT-4o (title)"]["reason"]
-    monkeypatch.setenv(endpoint.KEY, "sk-only-a-test")  # with a key the row can run, and says nothing of the key
+    assert (
+        "13.5 GB" in rows["Vicuna-v1.5"]["reason"]
+        and endpoint.KEY in rows["GPT-4o (title)"]["reason"]
+    )
+    monkeypatch.setenv(
+        endpoint.KEY, "sk-only-a-test"
+    )  # with a key the row can run, and says nothing of the key
     assert main(["methods", "--json"]) == 0
     out = capsys.readouterr().out
     assert json.loads(out)[10]["runnable"] and "sk-only" not in out
@@ -127,8 +206,12 @@ def test_methods_lists_what_can_run_and_why_the_rest_cannot(capsys, monkeypatch)
 
 def test_a_method_that_cannot_run_is_one_line_and_exit_2(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
-    for name, domain, said in (("Vicuna-v1.5", "home", "hf download lmsys"), ("GPT-4o (title)", "home", endpoint.KEY),
-                               ("Vicuna-v9", "home", "no method 'Vicuna-v9'"), ("bm25", "shoes", "shoes/test")):
+    for name, domain, said in (
+        ("Vicuna-v1.5", "home", "hf download lmsys"),
+        ("GPT-4o (title)", "home", endpoint.KEY),
+        ("Vicuna-v9", "home", "no method 'Vicuna-v9'"),
+        ("bm25", "shoes", "shoes/test"),
+    ):
         assert main(["run", name, "--domain", domain]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and said in error
@@ -137,6 +220,7 @@ def test_a_method_that_cannot_run_is_one_line_and_exit_2(capsys, monkeypatch, tm
 
 def test_a_new_method_is_one_class_and_one_entry(run, monkeypatch, capsys):
     """What the documentation shows: the last candidate of each list, as a method."""
+
     @dataclass(frozen=True)
     class Last(methods.Method):
         def answer(self, run, domain, split, dialogues, control=None, scored=True):
@@ -149,13 +233,28 @@ def test_a_new_method_is_one_class_and_one_entry(run, monkeypatch, capsys):
     assert main(["evaluate", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     truth = [d.candidates_st[-1] in d.gt_items for d in run.dialogues("home", "test")]
-    assert (found["rows"], found["valid"], found["hit_ratio_conversations"]) == (12, 12, sum(truth) / 12)
+    assert (found["rows"], found["valid"], found["hit_ratio_conversations"]) == (
+        12,
+        12,
+        sum(truth) / 12,
+    )
     assert report.record(run, ["Last candidate"], ["home"]).iloc[0]["hits"] == sum(truth)
 
 
 # ---------------------------------------------------------------- every open row runs
-@pytest.mark.parametrize("name", ["BM25", "SBERT", "RoBERTa-Large", "SimCSE-Large", "BLaIR-Base", *OPEN, "LLaVA-v1.6 (title)",
-                                  "LLaVA-v1.6 (title+image)"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BM25",
+        "SBERT",
+        "RoBERTa-Large",
+        "SimCSE-Large",
+        "BLaIR-Base",
+        *OPEN,
+        "LLaVA-v1.6 (title)",
+        "LLaVA-v1.6 (title+image)",
+    ],
+)
 def test_open_rows_run_and_evaluate_reads_them(run, name):
     path = Path(runs.run_method(run, name, "beauty", limit=6).split("\n")[1])
     rows, method = answers.read_answers(path), methods.find(name)
@@ -168,7 +267,10 @@ def test_open_rows_run_and_evaluate_reads_them(run, name):
     if method.chooses:
         assert [tuple(line["candidates_st"]) for line in lines] == original
     else:
-        assert all(r.recommended == r.candidates[0] for r in rows) and [r.candidates for r in rows] != original
+        assert (
+            all(r.recommended == r.candidates[0] for r in rows)
+            and [r.candidates for r in rows] != original
+        )
 
 
 def test_a_profile_that_names_a_folder_without_a_model_says_so(run, tmp_path):
@@ -182,7 +284,9 @@ def test_candidate_lists_can_be_any_retrieval_methods_own(run, world):
     rows, plain = other.dialogues("beauty", "test"), run.dialogues("beauty", "test")
     first = [set(a["candidates"]) for a in run.answers("BM25", "beauty")]
     assert [set(d.candidates_st) for d in rows] == first != [set(d.candidates_st) for d in plain]
-    assert other.folder != run.folder and set(other.items["test"]) >= {a for ten in first for a in ten}
+    assert other.folder != run.folder and set(other.items["test"]) >= {
+        a for ten in first for a in ten
+    }
     found = other.answers("LLaVA-v1.6 (title)", "beauty")
     assert all(set(a["candidates"]) == ten for a, ten in zip(found, first, strict=True))
     with pytest.raises(UserError, match="ranks no catalogue"):
@@ -192,7 +296,7 @@ def test_candidate_lists_can_be_any_retrieval_methods_own(run, world):
 # ---------------------------------------------------------------- prompts: golden
 GOLDEN = {
     "Vicuna-v1.5": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-                   "detailed, and polite answers to the user's questions. USER: MESSAGE ASSISTANT:",
+    "detailed, and polite answers to the user's questions. USER: MESSAGE ASSISTANT:",
     "LLaVA-v1.5 (title)": "USER: MESSAGE ASSISTANT:",
     "LLaVA-v1.5 (title+image)": "USER: MESSAGE ASSISTANT:",
 }
@@ -205,26 +309,41 @@ def test_golden_prompts():
     for name, chat in GOLDEN.items():
         assert methods.METHODS[name].chat.replace("{message}", "MESSAGE") == chat
     assert paper.chat == load_profile("t4").prompts.chat == "[INST] {message} [/INST]"
-    asked = paper.chat.format(message=prompts.recommend_message(paper, TURNS, NAMES, TITLES, NAMES[:1], "<image>"))
+    asked = paper.chat.format(
+        message=prompts.recommend_message(paper, TURNS, NAMES, TITLES, NAMES[:1], "<image>")
+    )
     assert asked == (
         "[INST] You recommend one of the listed items to the seeker, judging by what they ask for and by how the items look.\n\n"
         "Dialogue:\nSeeker: I need a lamp {red}.\nHelper: How tall?\n\nCandidates:\n"
         "ID: B000000001\nTitle: Oak lamp\nImage: <image>\nID: B000000002\nTitle: Tin mug\n\n"
-        "Answer with the ID of the best item only. [/INST]")
+        "Answer with the ID of the best item only. [/INST]"
+    )
 
 
 def test_long_dialogues_lose_their_oldest_comments_first():
-    turns = [("seeker", "first " * 40), ("helper", "old comment"), ("helper", "new comment"), ("seeker", "last wish")]
+    turns = [
+        ("seeker", "first " * 40),
+        ("helper", "old comment"),
+        ("helper", "new comment"),
+        ("seeker", "last wish"),
+    ]
     assert prompts.shortened(turns, 0) == turns
     assert [t for _, t in prompts.shortened(turns, 1)] == [turns[0][1], "new comment", "last wish"]
     assert [t for _, t in prompts.shortened(turns, 2)] == [turns[0][1], "last wish"]
-    assert prompts.shortened(turns, 12)[0][1].split() == ["first"] * 30  # then the seeker's oldest words
+    assert (
+        prompts.shortened(turns, 12)[0][1].split() == ["first"] * 30
+    )  # then the seeker's oldest words
     tokenizer, profile = minimodel.build_tokenizer(), load_profile("mini")
-    fits = [prompts.recommend_prompt(tokenizer, profile.prompts, turns, NAMES, TITLES, None, room) for room in (80, 60)]
+    fits = [
+        prompts.recommend_prompt(tokenizer, profile.prompts, turns, NAMES, TITLES, None, room)
+        for room in (80, 60)
+    ]
     assert all(len(p.ids) <= room for p, room in zip(fits, (80, 60), strict=True))
     assert 0 < fits[0].dropped_dialogue_tokens < fits[1].dropped_dialogue_tokens
     whole = prompts.recommend_prompt(tokenizer, profile.prompts, turns, NAMES, TITLES, None, 500)
-    assert whole.dropped_dialogue_tokens == 0 and len(fits[0].ids) > 80 - 8  # no more is cut than must be
+    assert (
+        whole.dropped_dialogue_tokens == 0 and len(fits[0].ids) > 80 - 8
+    )  # no more is cut than must be
 
 
 # ---------------------------------------------------------------- equality with transformers' own forward
@@ -238,8 +357,12 @@ def test_a_language_models_scores_are_its_own_forward(run, folders):
     prompt = prompter.prompt(row, row.candidates_st).ids
     for name, value in list(zip(row.candidates_st, got.log_likelihoods, strict=True))[:3]:
         target = prompter.answer(name)
-        scores = model(torch.tensor([prompt + target])).logits.log_softmax(-1)[0, len(prompt) - 1:-1]
-        assert value == pytest.approx(float(scores.gather(1, torch.tensor(target)[:, None]).mean()), abs=1e-4)
+        scores = model(torch.tensor([prompt + target])).logits.log_softmax(-1)[
+            0, len(prompt) - 1 : -1
+        ]
+        assert value == pytest.approx(
+            float(scores.gather(1, torch.tensor(target)[:, None]).mean()), abs=1e-4
+        )
 
 
 @torch.inference_mode()
@@ -248,8 +371,12 @@ def test_placed_full_tokens_are_the_models_own_forward(run, folders, name):
     """Prompt and pictures through our placing equal pixel values through transformers' own forward, logit by logit."""
     row, which = run.dialogues("fashion", "test")[1], run.profile.candidates
     new = "1.6" in name
-    model, processor = (run.model(), run.processor) if new else openmodels.load(run.profile, folders[name], None)
-    visual = vision.lazy_full_tokens(model, processor, {a: image_file(run.root, a) for a in getattr(row, which)})
+    model, processor = (
+        (run.model(), run.processor) if new else openmodels.load(run.profile, folders[name], None)
+    )
+    visual = vision.lazy_full_tokens(
+        model, processor, {a: image_file(run.root, a) for a in getattr(row, which)}
+    )
     assert all(vision.lengths(visual)[a] == len(visual[a]) for a in visual)
     prompter = recommendation.Prompter(processor.tokenizer, run.profile, run.titles, visual)
     prompt = prompter.prompt(row, row.candidates_st)
@@ -259,7 +386,9 @@ def test_placed_full_tokens_are_the_models_own_forward(run, folders, name):
     images = [open_image(image_file(run.root, a)) for a in prompt.visual]
     pixels = processor.image_processor(images, return_tensors="pt")
     assert torch.allclose(placed, model(input_ids=ids, **pixels).logits, atol=1e-4)
-    backwards = processor.image_processor(images[::-1], return_tensors="pt")  # negative control: pictures in other slots
+    backwards = processor.image_processor(
+        images[::-1], return_tensors="pt"
+    )  # negative control: pictures in other slots
     if not new:
         assert not torch.allclose(placed, model(input_ids=ids, **backwards).logits, atol=1e-3)
 
@@ -267,7 +396,9 @@ def test_placed_full_tokens_are_the_models_own_forward(run, folders, name):
 def allowed(targets: list[list[int]], start: int, _: int, ids: torch.Tensor) -> list[int]:
     """The tokens with which one of the targets can go on: a prefix tree, walked."""
     said = ids[start:].tolist()
-    return sorted({t[len(said)] for t in targets if t[:len(said)] == said and len(t) > len(said)}) or [2]
+    return sorted(
+        {t[len(said)] for t in targets if t[: len(said)] == said and len(t) > len(said)}
+    ) or [2]
 
 
 @torch.inference_mode()
@@ -277,26 +408,44 @@ def test_constrained_choice_is_transformers_prefix_constrained_generation(run, f
     differs = 0
     for row in run.dialogues("home", "test")[:6]:
         got = recommendation.answer(model, prompter, [row], "candidates_st")[0]
-        prompt, targets = prompter.prompt(row, row.candidates_st).ids, [prompter.answer(a) for a in row.candidates_st]
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False,
-                             prefix_allowed_tokens_fn=partial(allowed, targets, len(prompt)))
-        written = parse_answer(tokenizer.decode(out[0, len(prompt):], skip_special_tokens=True))
+        prompt, targets = (
+            prompter.prompt(row, row.candidates_st).ids,
+            [prompter.answer(a) for a in row.candidates_st],
+        )
+        out = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=10,
+            do_sample=False,
+            prefix_allowed_tokens_fn=partial(allowed, targets, len(prompt)),
+        )
+        written = parse_answer(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
         assert written == got.constrained in row.candidates_st
         differs += got.response != got.constrained
-    assert differs  # free generation of a random model is no id at all: the constraint did something
+    assert (
+        differs
+    )  # free generation of a random model is no id at all: the constraint did something
 
 
 # ---------------------------------------------------------------- what does not fit, and in which order
 def test_what_overflows_the_context_is_refused_and_counted(run):
     found = run.answered("LLaVA-v1.6 (title+image)", "home")["rows"]
     refused = [row for row in found if row["refused"]]
-    assert refused and all(row["refused"] > 512 and row["response"] == "" and row["recommended"] is None for row in refused)
+    assert refused and all(
+        row["refused"] > 512 and row["response"] == "" and row["recommended"] is None
+        for row in refused
+    )
     score = run.score("LLaVA-v1.6 (title+image)", "home")
-    assert score.conversations == 12 and score.valid == sum(r["recommended"] in r["candidates"] for r in found)
+    assert score.conversations == 12 and score.valid == sum(
+        r["recommended"] in r["candidates"] for r in found
+    )
     row = report.record(run, ["LLaVA-v1.6 (title+image)"], ["home"]).iloc[0]
     assert row["refused"] == len(refused)
-    assert "refused)" in report.comparison(report.read_metrics(report.metrics_path(run)), "open_source").loc[
-        "LLaVA-v1.6 (title+image)", ("home", "mini run")]
+    assert (
+        "refused)"
+        in report.comparison(report.read_metrics(report.metrics_path(run)), "open_source").loc[
+            "LLaVA-v1.6 (title+image)", ("home", "mini run")
+        ]
+    )
 
 
 def test_the_order_of_candidates_is_seeded_recorded_and_changes_nothing_else(run):
@@ -314,9 +463,15 @@ def test_table_prints_published_beside_ours_with_tier_and_reason(run, capsys, mo
     report.record(run, ["BM25"])
     rows = {(r["method"], r["domain"]): r for r in report.table_rows(run, "open_source")}
     assert len(rows) == 11 * 3
-    assert rows["BM25", "home"]["ours"].count("[") == 1 and rows["BM25", "home"]["tier of ours"] == "mini run"
+    assert (
+        rows["BM25", "home"]["ours"].count("[") == 1
+        and rows["BM25", "home"]["tier of ours"] == "mini run"
+    )
     assert rows["BM25", "home"]["published"] == "0.0479" and rows["BM25", "home"]["note"] == ""
-    assert rows["LaViC", "home"]["ours"] == "" and "lavic_utils run 'LaViC' --domain DOMAIN" in rows["LaViC", "home"]["note"]
+    assert (
+        rows["LaViC", "home"]["ours"] == ""
+        and "lavic_utils run 'LaViC' --domain DOMAIN" in rows["LaViC", "home"]["note"]
+    )
     with pytest.raises(UserError, match="no table 'nine'"):
         report.table_rows(run, "nine")
     assert main(["table", "ablation"]) == 0 and "0.1187 / 0.970" in capsys.readouterr().out
@@ -327,9 +482,22 @@ class Service(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(asked)
-        body = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": self.server.say(asked)}}],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105}}).encode()
+        body = json.dumps(
+            {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": asked["model"],
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": self.server.say(asked)},
+                    }
+                ],
+                "usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105},
+            }
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -351,19 +519,31 @@ def service():
     server.server_close()
 
 
-@pytest.mark.parametrize("name", [name for name, m in methods.METHODS.items() if m.family == "proprietary"])
+@pytest.mark.parametrize(
+    "name", [name for name, m in methods.METHODS.items() if m.family == "proprietary"]
+)
 def test_proprietary_rows_ask_a_service_once(run, service, name):
     row = run.dialogues("home", "test")[0]
     service.say = lambda asked: f"I would take {row.candidates_st[2]}."
-    run.api = endpoint.Settings(max_usd=1.0, base_url=f"http://127.0.0.1:{service.server_port}/v1", served="tiny")
+    run.api = endpoint.Settings(
+        max_usd=1.0, base_url=f"http://127.0.0.1:{service.server_port}/v1", served="tiny"
+    )
     path = Path(runs.run_method(run, name, "home", limit=3).split("\n")[1])
     assert [line["recommended_st"] for line in read(path)] == [row.candidates_st[2]] * 3
     asked = service.asked[0]["messages"][0]["content"]
     text = asked if isinstance(asked, str) else asked[0]["text"]
-    assert row.candidates_st[0] in text and run.titles[row.candidates_st[0]] in text and "<image>" not in text
-    assert isinstance(asked, str) == ("image" not in name) and {a["model"] for a in service.asked} == {"tiny"}
+    assert (
+        row.candidates_st[0] in text
+        and run.titles[row.candidates_st[0]] in text
+        and "<image>" not in text
+    )
+    assert isinstance(asked, str) == ("image" not in name) and {
+        a["model"] for a in service.asked
+    } == {"tiny"}
     before = len(service.asked)
     runs.run_method(run, name, "home", limit=3)
     assert len(service.asked) == before == 3
-    runs.run_method(run, name, "home", limit=3, order=1)  # negative control: another order is another question
+    runs.run_method(
+        run, name, "home", limit=3, order=1
+    )  # negative control: another order is another question
     assert len(service.asked) > before

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from packaging.utils import canonicalize_name
 
-from lavic_utils import notebooks, packaging
 from lavic_utils.config import ROOT, UserError
+from lavic_utils.repro import environment as packaging
+from lavic_utils.repro import notebooks
 
 TABLE = packaging.project()
 PINS = packaging.read_lock((ROOT / "requirements.lock").read_text(encoding="utf-8"))
@@ -19,21 +20,30 @@ def test_lock_and_environment_are_up_to_date():
 def test_each_fault_of_the_lock_is_found():
     names = {canonicalize_name(r.name) for r in packaging.requirements(TABLE)}
     assert {"torch", "papermill", "pytest"} <= names <= set(PINS)
-    without = {name: version for name, version in PINS.items() if name not in {"papermill", "nbclient"}}
+    without = {
+        name: version for name, version in PINS.items() if name not in {"papermill", "nbclient"}
+    }
     problems = packaging.lock_problems(TABLE, without)
     assert any("papermill (needed by pyproject.toml)" in p for p in problems)
     assert any("nbclient (needed by" in p for p in problems)
-    assert "transformers==4.0.0 is not" in packaging.lock_problems(TABLE, {**PINS, "transformers": "4.0.0"})[0]
+    assert (
+        "transformers==4.0.0 is not"
+        in packaging.lock_problems(TABLE, {**PINS, "transformers": "4.0.0"})[0]
+    )
 
 
-@pytest.mark.parametrize("line", ["torch>=2", "torch==2.13.0+cpu", "x @ file:///a/x.whl", "-e .", "torch"])
+@pytest.mark.parametrize(
+    "line", ["torch>=2", "torch==2.13.0+cpu", "x @ file:///a/x.whl", "-e .", "torch"]
+)
 def test_lock_takes_exact_public_pins_only(line):
     with pytest.raises(UserError, match="requirements.lock line 2"):
         packaging.read_lock(f"a==1\n{line}\n")
 
 
 def test_lock_text_drops_local_labels_and_the_project_itself():
-    text = packaging.lock_text([("torch", "2.13.0+cpu"), ("lavic-companion", "0.1.0"), ("Bm25s", "1"), ("pip", "1")])
+    text = packaging.lock_text(
+        [("torch", "2.13.0+cpu"), ("lavic-companion", "0.1.0"), ("Bm25s", "1"), ("pip", "1")]
+    )
     assert text == packaging.HEAD + "bm25s==1\ntorch==2.13.0\n"
 
 
@@ -52,6 +62,6 @@ def test_committed_notebooks_are_executed_and_current():
 
 
 def test_readme_tables_are_current():
-    from lavic_utils.readme import update_readme
+    from lavic_utils.repro.readme import update_readme
 
     assert update_readme(check=True) == []

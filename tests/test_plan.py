@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaNextForConditionalGeneration
 
 from lavic_utils import distillation as dist
-from lavic_utils import memory, minimodel, plan, runs, training, vision
 from lavic_utils import recommendation as rec
+from lavic_utils import runs, training, vision
 from lavic_utils.__main__ import main
+from lavic_utils.bench import memory, plan
 from lavic_utils.config import UserError, load_profile
+from lavic_utils.mini import model as minimodel
 
 MINI, T4, PAPER = (load_profile(name) for name in ("mini", "t4", "paper"))
 
@@ -60,9 +62,17 @@ class Peak(TorchDispatchMode):
 
 def step(model, profile, stage: str) -> None:
     """One training step at the profile's longest prompt, in its precision (CPU kernels)."""
-    own, config, hidden = getattr(profile, stage), model.config, model.config.text_config.hidden_size
+    own, config, hidden = (
+        getattr(profile, stage),
+        model.config,
+        model.config.text_config.hidden_size,
+    )
     kind = torch.bfloat16 if profile.dtype == "half" else torch.float32
-    length = own.max_length if stage == "recommendation" else min(own.max_length, memory.TITLE + own.max_new_tokens)
+    length = (
+        own.max_length
+        if stage == "recommendation"
+        else min(own.max_length, memory.TITLE + own.max_new_tokens)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == torch.bfloat16):
         embeds = torch.zeros(own.batch_size, length, hidden, dtype=kind)
         if stage == "distillation":
@@ -73,7 +83,10 @@ def step(model, profile, stage: str) -> None:
             embeds = torch.cat([embeds[:, 5:], seen.view(own.batch_size, 5, hidden).to(kind)], 1)
         kept = own.max_new_tokens + 1
         logits = model(inputs_embeds=embeds, logits_to_keep=kept, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), torch.zeros(own.batch_size * (kept - 1), dtype=torch.long))
+        loss = F.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1),
+            torch.zeros(own.batch_size * (kept - 1), dtype=torch.long),
+        )
     loss.backward()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).step()
 
@@ -82,7 +95,9 @@ def read(model, profile, stage: str) -> None:
     """Prompts read into the cache, as `recommendation.Read` does, and scores for ten candidates."""
     own = profile.recommendation
     length = own.max_length + memory.SCORED
-    embeds = torch.zeros(own.eval_batch_size, length, model.config.text_config.hidden_size, dtype=torch.bfloat16)
+    embeds = torch.zeros(
+        own.eval_batch_size, length, model.config.text_config.hidden_size, dtype=torch.bfloat16
+    )
     with torch.no_grad():
         logits = model(inputs_embeds=embeds, logits_to_keep=memory.SCORED, use_cache=True).logits
         F.log_softmax(logits.float(), -1)
@@ -93,7 +108,9 @@ def counted(profile, stage: str) -> float:
     target = dist.VISION_LINEAR if stage == "distillation" else rec.LANGUAGE_LINEAR
     own = profile.distillation if stage == "distillation" else profile.recommendation
     with torch.device("meta"):
-        bare = LlavaNextForConditionalGeneration(memory.skeleton(profile.model_path).config).to(torch.bfloat16)
+        bare = LlavaNextForConditionalGeneration(memory.skeleton(profile.model_path).config).to(
+            torch.bfloat16
+        )
         tuned = training.add_adapter(bare.requires_grad_(False), own.lora, target).train()
     if own.gradient_checkpointing:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -102,26 +119,42 @@ def counted(profile, stage: str) -> float:
             for name, p in module._parameters.items():
                 if p is not None:
                     empty = torch.empty(p.shape, dtype=p.dtype)
-                    module._parameters[name] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
+                    module._parameters[name] = torch.nn.Parameter(
+                        empty, requires_grad=p.requires_grad
+                    )
             for name, b in module._buffers.items():
                 module._buffers[name] = b if b is None else torch.empty(b.shape, dtype=b.dtype)
         with Peak() as peak:
             (read if stage == "inference" else step)(tuned, profile, stage)
-        untouched = sum(p.nbytes for p in tuned.parameters() if p.untyped_storage()._cdata not in peak.alive)
+        untouched = sum(
+            p.nbytes for p in tuned.parameters() if p.untyped_storage()._cdata not in peak.alive
+        )
     return peak.most + untouched
 
 
-@pytest.mark.parametrize(("stage", "fields"), [
-    ("recommendation", {"gradient_checkpointing": True}), ("recommendation", {"gradient_checkpointing": False}),
-    ("distillation", {"gradient_checkpointing": False}), ("distillation", {"gradient_checkpointing": True})])
+@pytest.mark.parametrize(
+    ("stage", "fields"),
+    [
+        ("recommendation", {"gradient_checkpointing": True}),
+        ("recommendation", {"gradient_checkpointing": False}),
+        ("distillation", {"gradient_checkpointing": False}),
+        ("distillation", {"gradient_checkpointing": True}),
+    ],
+)
 def test_memory_of_a_7b_step_is_within_a_tenth_of_the_tensors_counted(stage, fields):
     profile = changed(PAPER, stage, **fields)
     found, expected = counted(profile, stage), predicted(profile, stage, cuda=False)
     weights = memory.count(memory.skeleton(PAPER.model_path)).all * 2
-    print(stage, fields, f"counted {found / memory.GIB:.2f} GiB, predicted {expected / memory.GIB:.2f}")
+    print(
+        stage,
+        fields,
+        f"counted {found / memory.GIB:.2f} GiB, predicted {expected / memory.GIB:.2f}",
+    )
     assert found == pytest.approx(expected, rel=0.1)
     assert 0.95 < (expected - weights) / (found - weights) < 1.4  # never much too low
-    wrong = changed(PAPER, stage, **{"gradient_checkpointing": not fields["gradient_checkpointing"]})
+    wrong = changed(
+        PAPER, stage, **{"gradient_checkpointing": not fields["gradient_checkpointing"]}
+    )
     assert found != pytest.approx(predicted(wrong, stage, cuda=False), rel=0.1)  # negative control
 
 
@@ -129,7 +162,9 @@ def test_memory_of_7b_answers_is_within_a_tenth_of_the_tensors_counted():
     found, expected = counted(PAPER, "inference"), predicted(PAPER, "inference")
     print(f"inference counted {found / memory.GIB:.2f} GiB, predicted {expected / memory.GIB:.2f}")
     assert found == pytest.approx(expected, rel=0.1)
-    assert found != pytest.approx(predicted(changed(PAPER, "recommendation", eval_batch_size=16), "inference"), rel=0.1)
+    assert found != pytest.approx(
+        predicted(changed(PAPER, "recommendation", eval_batch_size=16), "inference"), rel=0.1
+    )
 
 
 # ---------------------------------------------------------------- against a real step
@@ -140,7 +175,9 @@ def measured(profile, stage: str) -> float:
     tuned = training.add_adapter(base, getattr(profile, stage).lora, target).train()
     with Peak() as peak:
         step(tuned, profile, stage)
-    return peak.most + sum(p.nbytes for p in tuned.parameters() if p.untyped_storage()._cdata not in peak.alive)
+    return peak.most + sum(
+        p.nbytes for p in tuned.parameters() if p.untyped_storage()._cdata not in peak.alive
+    )
 
 
 @pytest.mark.parametrize("stage", ["distillation", "recommendation"])
@@ -155,7 +192,9 @@ def test_memory_of_a_real_mini_step_is_within_a_quarter(stage):
 def test_weights_and_adapters_are_counted_to_the_byte():
     model = vision.load_model(MINI)
     bytes_ = sum(p.nbytes for p in model.parameters())
-    parts = memory.memory(model.config, memory.count(memory.skeleton(MINI.model_path)), 10, MINI, "recommendation")
+    parts = memory.memory(
+        model.config, memory.count(memory.skeleton(MINI.model_path)), 10, MINI, "recommendation"
+    )
     assert parts["weights"] == bytes_ and parts["adapter, gradients, optimizer"] == 160
     tuned = training.add_adapter(model, MINI.recommendation.lora, rec.LANGUAGE_LINEAR)
     assert tuned.num_parameters(only_trainable=True) == memory.trainables(MINI)["recommendation"]
@@ -164,9 +203,13 @@ def test_weights_and_adapters_are_counted_to_the_byte():
 def test_four_bits_and_the_cache_by_hand():
     parts = memory.memories(T4)["inference"]
     layers, rest = 6_979_321_856, 7_566_747_648 - 6_979_321_856
-    assert parts["weights"] == pytest.approx((layers * 0.5625 + rest * 2 + 4096 * 14336 * 2) / 2**30, abs=1e-3)
+    assert parts["weights"] == pytest.approx(
+        (layers * 0.5625 + rest * 2 + 4096 * 14336 * 2) / 2**30, abs=1e-3
+    )
     rows = T4.recommendation.eval_batch_size * (T4.recommendation.max_length + memory.SCORED)
-    assert parts["cache"] == pytest.approx(rows * 32 * 2 * 8 * 128 * 2 / 2**30, abs=1e-3)  # 128 KiB a token
+    assert parts["cache"] == pytest.approx(
+        rows * 32 * 2 * 8 * 128 * 2 / 2**30, abs=1e-3
+    )  # 128 KiB a token
 
 
 # ---------------------------------------------------------------- refusals and the command
@@ -187,23 +230,38 @@ def test_what_cannot_fit_is_refused_with_the_numbers(capsys):
 
 def test_the_card_of_this_machine_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties",
-                        lambda i: SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * 2**30))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda i: SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * 2**30),
+    )
     assert plan.present()[1:] == (79.0, *plan.CARDS["h100"][2:])
     assert list(plan.plan(PAPER)["hours"]) == ["NVIDIA H100 80GB HBM3"]
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="Tesla T4", total_memory=15 * 2**30))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda i: SimpleNamespace(name="Tesla T4", total_memory=15 * 2**30),
+    )
     with pytest.raises(UserError, match="Tesla T4"):
         plan.plan(PAPER)
 
 
-STARTS = {"teacher": lambda run: run.teach(), "distillation": lambda run: run.distil(),
-          "recommendation": lambda run: run.tune("LaViC", "beauty"), "inference": lambda run: run.model()}
+STARTS = {
+    "teacher": lambda run: run.teach(),
+    "distillation": lambda run: run.distil(),
+    "recommendation": lambda run: run.tune("LaViC", "beauty"),
+    "inference": lambda run: run.model(),
+}
 
 
 @pytest.mark.parametrize("stage", STARTS)
-@pytest.mark.parametrize(("gib", "spread", "refused"),
-                         [(1, False, True), (80, False, False), (1, True, None), (None, False, False)])
-def test_a_stage_is_refused_before_anything_is_read(monkeypatch, tmp_path, stage, gib, spread, refused):
+@pytest.mark.parametrize(
+    ("gib", "spread", "refused"),
+    [(1, False, True), (80, False, False), (1, True, None), (None, False, False)],
+)
+def test_a_stage_is_refused_before_anything_is_read(
+    monkeypatch, tmp_path, stage, gib, spread, refused
+):
     """On a faked card that is too small, in one line; on a large one or none (controls) data or model are asked for; training
     that is spread over cards (FSDP) is not judged."""
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
@@ -212,6 +270,7 @@ def test_a_stage_is_refused_before_anything_is_read(monkeypatch, tmp_path, stage
 
     def reached(*_):
         raise UserError("reached")
+
     monkeypatch.setattr(runs.Run, "root", property(reached))
     monkeypatch.setattr(vision, "load_model", reached)
     if gib:
@@ -221,7 +280,9 @@ def test_a_stage_is_refused_before_anything_is_read(monkeypatch, tmp_path, stage
     if spread:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         refused = stage != "recommendation"
-        stage_refused = "teacher" if stage == "distillation" else stage  # one card writes the descriptions
+        stage_refused = (
+            "teacher" if stage == "distillation" else stage
+        )  # one card writes the descriptions
     else:
         stage_refused = stage
     with pytest.raises(UserError) as said:
@@ -234,7 +295,11 @@ def test_a_refused_run_ends_with_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     monkeypatch.setattr(runs.Run, "data_hash", "steady")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="Small", total_memory=2**30))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda i: SimpleNamespace(name="Small", total_memory=2**30),
+    )
     assert main(["run", "LaViC", "--domain", "beauty", "--profile", "mini"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and "recommendation needs" in said.err
@@ -244,30 +309,59 @@ def test_a_refused_run_ends_with_one_line(monkeypatch, tmp_path, capsys):
 def test_the_plan_as_json_has_everything(capsys, name):
     assert main(["plan", "--profile", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"parameters", "trainable", "download_gb", "disk_gb", "tokens", "memory_gib", "hours", "fits", "levers"} <= set(found)
-    stages = {"distillation", "recommendation", "inference"} | ({"teacher"} if name == "mini" else set())
+    assert {
+        "parameters",
+        "trainable",
+        "download_gb",
+        "disk_gb",
+        "tokens",
+        "memory_gib",
+        "hours",
+        "fits",
+        "levers",
+    } <= set(found)
+    stages = {"distillation", "recommendation", "inference"} | (
+        {"teacher"} if name == "mini" else set()
+    )
     assert set(found["memory_gib"]) == stages
-    assert list(found["fits"].values()) == [name != "paper", True, True] and len(found["hours"]) == sum(found["fits"].values())
+    assert list(found["fits"].values()) == [name != "paper", True, True] and len(
+        found["hours"]
+    ) == sum(found["fits"].values())
     rows = {row["lever"]: row for row in found["levers"]["rows"]}
     if name == "mini":
         assert "1 image an item" not in rows and found["disk_gb"]["images"] == 0
     else:
-        assert ".1662/.9651" in rows["1 image an item"]["HR@1/VR"] and ".2469/.9973" in rows["2 images an item"]["HR@1/VR"]
+        assert (
+            ".1662/.9651" in rows["1 image an item"]["HR@1/VR"]
+            and ".2469/.9973" in rows["2 images an item"]["HR@1/VR"]
+        )
         assert rows["1 image an item"]["hours saved"] > rows["2 images an item"]["hours saved"] > 0
 
 
 def test_work_is_counted_where_the_data_is(tmp_path):
     folder = tmp_path / "all_beauty"
     folder.mkdir()
-    row = {"context": "<submission>a red jar</submission>\n", "context_items": [], "gt": "this", "gt_items": ["B000000001"] * 2,
-           "candidates_st": [f"B00000000{i}" for i in range(10)], "candidates_gpt_large": [f"B00000000{i}" for i in range(10)]}
+    row = {
+        "context": "<submission>a red jar</submission>\n",
+        "context_items": [],
+        "gt": "this",
+        "gt_items": ["B000000001"] * 2,
+        "candidates_st": [f"B00000000{i}" for i in range(10)],
+        "candidates_gpt_large": [f"B00000000{i}" for i in range(10)],
+    }
     for split, number in (("train", 3), ("test", 2)):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({**row, "gt": f"this {i}"}) + "\n" for i in range(number)))
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps({**row, "gt": f"this {i}"}) + "\n" for i in range(number))
+        )
     link = {"large": "https://example.org/1.jpg"}
     catalogue = {f"B00000000{i}": {"title": "A jar", "images": [link] * (i + 1)} for i in range(3)}
     (tmp_path / "item2meta_train.json").write_text(json.dumps(catalogue))
-    one = {"title": "A mug", "image_name": "B000000011_0.jpg", "image": "https://example.org/2.jpg",
-           "image_description_llava_cleaned": "red and round"}
+    one = {
+        "title": "A mug",
+        "image_name": "B000000011_0.jpg",
+        "image": "https://example.org/2.jpg",
+        "image_description_llava_cleaned": "red and round",
+    }
     (tmp_path / "item2meta_valid.jsonl").write_text(json.dumps(one) + "\n")
     found = plan.work(PAPER, tmp_path)
     assert (found.images, found.items, found.examples, found.test) == (6, 3, 3, 2)
@@ -282,11 +376,17 @@ def test_hours_agree_with_the_one_outside_figure():
     card = plan.Card("RTX 4090", 24, 165 * 0.35, 1008 * 0.6)
     profile = changed(PAPER, "distillation", batch_size=1, epochs=1)
     assert 4 / 2 < plan.hours(profile, plan.ASSUMED, card)["distillation"] < 5 * 2
-    assert not plan.hours(PAPER, plan.ASSUMED, card)["distillation"] < 5 * 2 - 1  # five epochs are not one
+    assert (
+        not plan.hours(PAPER, plan.ASSUMED, card)["distillation"] < 5 * 2 - 1
+    )  # five epochs are not one
 
 
 def test_a_teacher_that_need_not_write_costs_nothing():
     writes = changed(PAPER, "distillation", descriptions="write")
     card = plan.CARDS["h100"]
-    assert plan.hours(PAPER, plan.ASSUMED, card)["teacher"] == 0 < plan.hours(writes, plan.ASSUMED, card)["teacher"]
+    assert (
+        plan.hours(PAPER, plan.ASSUMED, card)["teacher"]
+        == 0
+        < plan.hours(writes, plan.ASSUMED, card)["teacher"]
+    )
     assert "teacher" in memory.memories(writes) and "teacher" not in memory.memories(PAPER)

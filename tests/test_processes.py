@@ -29,29 +29,68 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpu()
-    world = World(image_side=48, train_shards=1, shard_items=64, stage1_valid_items=20, train_dialogues=32, valid_dialogues=5,
-                  test_dialogues=6, p_extra_image=0.0, missing_images=2, corrupt_images=2)
-    lora, profile = {"r": 8, "alpha": 32, "dropout": 0.0}, load_profile("mini").model_dump(mode="json")
+    world = World(
+        image_side=48,
+        train_shards=1,
+        shard_items=64,
+        stage1_valid_items=20,
+        train_dialogues=32,
+        valid_dialogues=5,
+        test_dialogues=6,
+        p_extra_image=0.0,
+        missing_images=2,
+        corrupt_images=2,
+    )
+    lora, profile = (
+        {"r": 8, "alpha": 32, "dropout": 0.0},
+        load_profile("mini").model_dump(mode="json"),
+    )
     profile |= {"name": "small", "world": world.model_dump(mode="json")}
-    profile["distillation"] |= {"lora": lora, "epochs": 2, "batch_size": batch, "eval_batch_size": 8, "warmup_steps": 2}
-    profile["recommendation"] |= {"lora": lora, "epochs": 2, "batch_size": batch, "warmup_steps": 2, "save_steps": 3}
+    profile["distillation"] |= {
+        "lora": lora,
+        "epochs": 2,
+        "batch_size": batch,
+        "eval_batch_size": 8,
+        "warmup_steps": 2,
+    }
+    profile["recommendation"] |= {
+        "lora": lora,
+        "epochs": 2,
+        "batch_size": batch,
+        "warmup_steps": 2,
+        "save_steps": 3,
+    }
     pictures, fit, rank = runs.Run.pictures, training.StageTrainer.fit, os.environ.get("RANK", "0")
-    runs.Run.pictures = lambda self, split: pictures(self, split)[:80 if split == "train" else 16]
+    runs.Run.pictures = lambda self, split: pictures(self, split)[: 80 if split == "train" else 16]
 
     def watched(self, folder: Path) -> None:
         fit(self, folder)
-        tensors = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in get_peft_model_state_dict(self.model).items()}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, results / f"{type(self).__name__}-{rank}.safetensors")
-        mine = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.model.parameters())
+        tensors = {
+            k: v.full_tensor() if isinstance(v, DTensor) else v
+            for k, v in get_peft_model_state_dict(self.model).items()
+        }
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()},
+            results / f"{type(self).__name__}-{rank}.safetensors",
+        )
+        mine = sum(
+            (p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.model.parameters()
+        )
         share[type(self).__name__] = mine / sum(p.numel() for p in self.model.parameters())
-        units[type(self).__name__] = sorted(type(m).__name__ for m in self.model.modules() if isinstance(m, FSDPModule))
+        units[type(self).__name__] = sorted(
+            type(m).__name__ for m in self.model.modules() if isinstance(m, FSDPModule)
+        )
+
     training.StageTrainer.fit = watched
     results.mkdir(exist_ok=True)
     share: dict[str, float] = {}  # of the weights that this process holds, by stage
     units: dict[str, list[str]] = {}  # modules that are gathered and freed one by one
     run = runs.Run(load_profile("mini").model_validate(profile))
     told = {"said": bool(runs.run_method(run, "LaViC", "beauty"))} if what == "run" else {}
-    told |= {"history": run.distil()["history"], "log": run.tune("LaViC", "beauty")["log"] if what != "distil" else []}
+    told |= {
+        "history": run.distil()["history"],
+        "log": run.tune("LaViC", "beauty")["log"] if what != "distil" else [],
+    }
     told |= {"share": share, "units": units}
     (results / f"told-{rank}.json").write_text(json.dumps(told))
 
@@ -68,27 +107,51 @@ def shard_on_cpu() -> None:
         begin(self, *args, **options)
         if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
             self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
     PartialState.__init__ = renamed
 
 
-def launched(place: Path, name: str, what: str, batch: int, processes: int, config: str = "ddp") -> Path:
+def launched(
+    place: Path, name: str, what: str, batch: int, processes: int, config: str = "ddp"
+) -> Path:
     """The results of the work above, by `accelerate launch` where there are several processes."""
     start, file = [sys.executable], ROOT / "lavic_utils/profiles/accelerate" / f"{config}.yaml"
     if processes > 1:
-        start += ["-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", str(processes),
-                  "--main_process_port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-                   "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*start, __file__, str(place), str(place / name), str(batch), what], env=environment, cwd=place,
-                          capture_output=True, text=True)
+        start += [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(file),
+            "--num_processes",
+            str(processes),
+            "--main_process_port",
+            "0",
+        ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    done = subprocess.run(
+        [*start, __file__, str(place), str(place / name), str(batch), what],
+        env=environment,
+        cwd=place,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return place / name
 
 
 def losses(results: Path, rank: int = 0) -> torch.Tensor:
     told = json.loads((results / f"told-{rank}.json").read_text())
-    return torch.tensor([row[k] for row in told["history"] for k in ("train_loss", "valid_loss")] +
-                        [row["loss"] for row in told["log"]])
+    return torch.tensor(
+        [row[k] for row in told["history"] for k in ("train_loss", "valid_loss")]
+        + [row["loss"] for row in told["log"]]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,28 +174,43 @@ def test_two_processes_train_as_one_with_their_batch(place, two, spread):
     written 4e-5 with DDP and 2e-5 with FSDP)."""
     one, other = launched(place, "one", "tune", 8, 1), launched(place, "other", "distil", 4, 1)
     assert len(losses(one)) == len(losses(two)) == len(losses(spread)) == 8
-    assert (losses(one) - losses(two)).abs().max() < 5e-4 and (losses(one) - losses(spread)).abs().max() < 5e-4
-    assert (losses(one)[:4] - losses(other)).abs().max() > 1e-2  # control: half the batch is another training
+    assert (losses(one) - losses(two)).abs().max() < 5e-4 and (
+        losses(one) - losses(spread)
+    ).abs().max() < 5e-4
+    assert (
+        losses(one)[:4] - losses(other)
+    ).abs().max() > 1e-2  # control: half the batch is another training
 
 
 def test_fsdp_leaves_each_process_half_of_the_weights(two, spread):
     for rank in (0, 1):
-        whole, half = (json.loads((results / f"told-{rank}.json").read_text()) for results in (two, spread))
+        whole, half = (
+            json.loads((results / f"told-{rank}.json").read_text()) for results in (two, spread)
+        )
         for stage in ("StudentTrainer", "RecommendationTrainer"):
             assert whole["share"][stage] == 1 and not whole["units"][stage]  # control: DDP
             assert half["share"][stage] == pytest.approx(0.5, abs=1e-3)
             layers = Counter(name for name in half["units"][stage] if name.endswith("Layer"))
-            assert layers == {"FSDPMistralDecoderLayer": 6, "FSDPCLIPEncoderLayer": 4}  # every layer of the mini model
+            assert layers == {
+                "FSDPMistralDecoderLayer": 6,
+                "FSDPCLIPEncoderLayer": 4,
+            }  # every layer of the mini model
 
 
 @pytest.mark.parametrize("kind", ["two", "spread"])
 def test_every_process_ends_with_the_same_adapter_and_one_writes(kind, request):
     two = request.getfixturevalue(kind)
-    for stage, file in (("StudentTrainer", "stage1/adapter"), ("RecommendationTrainer", "stage2/lavic/beauty/adapter")):
+    for stage, file in (
+        ("StudentTrainer", "stage1/adapter"),
+        ("RecommendationTrainer", "stage2/lavic/beauty/adapter"),
+    ):
         first, second = (load_file(two / f"{stage}-{rank}.safetensors") for rank in (0, 1))
         written = load_file(next(two.rglob(f"{file}/adapter_model.safetensors")))
         assert len(first) > 10 and all(p.any() for name, p in first.items() if "lora_B" in name)
-        assert all(torch.equal(first[name], second[name]) and torch.equal(first[name], written[name]) for name in first)
+        assert all(
+            torch.equal(first[name], second[name]) and torch.equal(first[name], written[name])
+            for name in first
+        )
     told = [json.loads((two / f"told-{rank}.json").read_text()) for rank in (0, 1)]
     assert all(t.pop("share") for t in told)  # differs by the odd elements of tensors
     assert [t.pop("said") for t in told] == [True, False] and told[0] == told[1]

@@ -16,16 +16,30 @@ def row(best: int, **more) -> dict:
     """An answer that likes candidate `best` most, then the others in list order."""
     scores = [-1.0 - i / 10 for i in range(10)]
     scores[best] = 0.0
-    return {"candidates": TEN, "log_likelihoods": scores, "probabilities": np.exp(scores) / np.exp(scores).sum(),
-            "recommended": TEN[best], "constrained": TEN[best], "scored": TEN[best], **more}
+    return {
+        "candidates": TEN,
+        "log_likelihoods": scores,
+        "probabilities": np.exp(scores) / np.exp(scores).sum(),
+        "recommended": TEN[best],
+        "constrained": TEN[best],
+        "scored": TEN[best],
+        **more,
+    }
 
 
 def test_ranking_scores_by_hand():
     scores = ranking.ranking_scores([row(3), row(0), row(0)], [[TEN[3]], [TEN[2]], ["B111111111"]])
-    assert scores["HR@1"] == pytest.approx(1 / 3) and scores["HR@3"] == pytest.approx(2 / 3) == scores["HR@5"]
-    assert scores["MRR"] == pytest.approx((1 + 1 / 3) / 3)  # the third truth is not in the list: 0, but counted
+    assert (
+        scores["HR@1"] == pytest.approx(1 / 3)
+        and scores["HR@3"] == pytest.approx(2 / 3) == scores["HR@5"]
+    )
+    assert scores["MRR"] == pytest.approx(
+        (1 + 1 / 3) / 3
+    )  # the third truth is not in the list: 0, but counted
     assert scores["NDCG@10"] == pytest.approx((1 + 1 / math.log2(4)) / 3)
-    two = ranking.ranking_scores([row(0)], [[TEN[0], "B111111111"]])["NDCG@10"]  # only one of two truths can be found
+    two = ranking.ranking_scores([row(0)], [[TEN[0], "B111111111"]])[
+        "NDCG@10"
+    ]  # only one of two truths can be found
     assert two == pytest.approx(1 / (1 + 1 / math.log2(3)))
     silent = {**row(0), "log_likelihoods": []}
     assert ranking.ranking_scores([silent], [[TEN[0]]])["HR@1"] == 0
@@ -37,19 +51,33 @@ def test_calibration_sees_overconfidence():
     rows = [{**row(0), "probabilities": [0.91] + [0.01] * 9}] * 10
     _, wrong = ranking.calibration(rows, [[TEN[5]]] * 10)
     table, right = ranking.calibration(rows, [[TEN[0]]] * 9 + [[TEN[5]]])
-    assert wrong == pytest.approx(0.91) and right == pytest.approx(0.01) and table["n"].tolist() == [10]
+    assert (
+        wrong == pytest.approx(0.91)
+        and right == pytest.approx(0.01)
+        and table["n"].tolist() == [10]
+    )
 
 
 def test_agreement_counts_each_pair_of_readings():
     found = ranking.agreement([row(0), {**row(1), "recommended": None}])
-    assert found == {"recommended = constrained": 0.5, "recommended = scored": 0.5, "constrained = scored": 1.0}
+    assert found == {
+        "recommended = constrained": 0.5,
+        "recommended = scored": 0.5,
+        "constrained = scored": 1.0,
+    }
 
 
 def test_position_bias_tells_a_biased_method_from_a_fair_one():
-    fair, biased = [row(i % 10) for i in range(200)], [row(0 if i % 2 else i % 10) for i in range(200)]
+    fair, biased = (
+        [row(i % 10) for i in range(200)],
+        [row(0 if i % 2 else i % 10) for i in range(200)],
+    )
     assert ranking.position_bias(fair)[1] > 0.99 and ranking.position_bias(biased)[1] < 1e-6
     assert ranking.position_bias(biased)[0].loc[1, "share"] > 0.5
-    assert ranking.position_bias([{**row(0), "recommended": "B111111111"}] + fair)[0]["answers"].sum() == 200
+    assert (
+        ranking.position_bias([{**row(0), "recommended": "B111111111"}] + fair)[0]["answers"].sum()
+        == 200
+    )
 
 
 def test_holm_by_hand():
@@ -63,4 +91,6 @@ def test_paired_tests_correct_for_their_number():
     table = ranking.paired_tests(mine, others)
     first, second = table.loc[("home", "a")], table.loc[("home", "b")]
     assert (first["only mine"], first["only other"], second["p"]) == (12, 0, 1.0)
-    assert first["p (Holm)"] == pytest.approx(2 * first["p"]) and first["p"] == pytest.approx(2 * 0.5**12)
+    assert first["p (Holm)"] == pytest.approx(2 * first["p"]) and first["p"] == pytest.approx(
+        2 * 0.5**12
+    )

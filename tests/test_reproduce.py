@@ -14,9 +14,11 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lavic_utils import notebooks as nbs
-from lavic_utils import progress, provenance, reproduce
+from lavic_utils import provenance
 from lavic_utils.config import UserError, load_profile
+from lavic_utils.repro import driver as reproduce
+from lavic_utils.repro import notebooks as nbs
+from lavic_utils.repro import progress
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,12 @@ def command(*arguments: object) -> list[str]:
 def test_order_seeds_skipping_and_what_is_written(tmp_path, tiny_profile, results, capfd):
     folder = tmp_path / "nb"
     made = f"open({str(results / 'made.txt')!r}, 'a').write(f'{{seed}};')"
-    save(folder / "00_a.ipynb", made, "import os; assert os.environ['HF_HUB_OFFLINE'] == '1'", "print('hello')")
+    save(
+        folder / "00_a.ipynb",
+        made,
+        "import os; assert os.environ['HF_HUB_OFFLINE'] == '1'",
+        "print('hello')",
+    )
     save(folder / "02_b.ipynb", made, per_seed=True, minutes=0.1)
     run = lambda **more: reproduce.reproduce(str(tiny_profile), folder=folder, **more)  # noqa: E731
     assert run() == 0
@@ -57,21 +64,33 @@ def test_order_seeds_skipping_and_what_is_written(tmp_path, tiny_profile, result
     assert "\x1b" not in out and "00_a (seed 5): done" in out and "peak" in out
     assert (results / "made.txt").read_text() == "5;5;"
     copy = nbformat.read(results / "seed5" / "00_a.ipynb", 4)
-    assert copy.metadata.lavic.provenance.seed == 5 and str(tmp_path) not in json.dumps(copy.metadata)
+    assert copy.metadata.lavic.provenance.seed == 5 and str(tmp_path) not in json.dumps(
+        copy.metadata
+    )
     assert "hello" in (results / "seed5" / "00_a.log").read_text()
     assert record(results)["00_a"]["status"] == "ok" and record(results)["00_a"]["peak_mb"] > 10
 
     assert run(seeds=2) == 0  # the first seed is not run again, the second only where per_seed
     out = capfd.readouterr().out
-    assert out.count("unchanged, not run again") == 2 and (results / "made.txt").read_text() == "5;5;6;"
-    assert not (results / "seed6" / "00_a.ipynb").exists() and (results / "seed6" / "02_b.ipynb").exists()
+    assert (
+        out.count("unchanged, not run again") == 2
+        and (results / "made.txt").read_text() == "5;5;6;"
+    )
+    assert (
+        not (results / "seed6" / "00_a.ipynb").exists()
+        and (results / "seed6" / "02_b.ipynb").exists()
+    )
 
     assert run(only=["2"], force=True) == 0 and (results / "made.txt").read_text() == "5;5;6;5;"
-    (results / "made.txt").unlink()  # negative control: what a notebook made is gone, so it is run again
+    (
+        results / "made.txt"
+    ).unlink()  # negative control: what a notebook made is gone, so it is run again
     assert run() == 0 and (results / "made.txt").read_text() == "5;5;"
 
 
-def test_key_changes_with_source_inputs_parameters_code_and_data(tmp_path, tiny_profile, results, monkeypatch):
+def test_key_changes_with_source_inputs_parameters_code_and_data(
+    tmp_path, tiny_profile, results, monkeypatch
+):
     folder = tmp_path / "nb"
     save(folder / "00_a.ipynb", "1"), save(folder / "01_b.ipynb", "2")
     profile = load_profile(str(tiny_profile))
@@ -85,7 +104,10 @@ def test_key_changes_with_source_inputs_parameters_code_and_data(tmp_path, tiny_
     save(folder / "00_a.ipynb", "1")
     assert keys() == first
     assert reproduce.plan(profile, "tiny", [6], folder)[0].key != first[0]
-    assert reproduce.plan(profile.model_copy(update={"dtype": "auto"}), "tiny", [5], folder)[0].key != first[0]
+    assert (
+        reproduce.plan(profile.model_copy(update={"dtype": "auto"}), "tiny", [5], folder)[0].key
+        != first[0]
+    )
     monkeypatch.setenv("LAVIC_DATA", str(folder))
     assert keys()[0] != first[0]
     monkeypatch.delenv("LAVIC_DATA")
@@ -93,7 +115,9 @@ def test_key_changes_with_source_inputs_parameters_code_and_data(tmp_path, tiny_
     assert keys()[0] != first[0]
 
 
-def test_failing_cell_is_shown_in_few_lines_and_the_next_run_continues(tmp_path, tiny_profile, results, capfd):
+def test_failing_cell_is_shown_in_few_lines_and_the_next_run_continues(
+    tmp_path, tiny_profile, results, capfd
+):
     from lavic_utils.__main__ import main
 
     folder = tmp_path / "nb"
@@ -103,9 +127,14 @@ def test_failing_cell_is_shown_in_few_lines_and_the_next_run_continues(tmp_path,
     assert main(arguments) == 1
     out, err = capfd.readouterr()
     shown = out[out.index("01_b: cell") :].strip().splitlines()
-    assert len(shown) <= 6 and shown[:2] == ["01_b: cell 4 of 5 (seed 5) failed", "ValueError: wrong"]
+    assert len(shown) <= 6 and shown[:2] == [
+        "01_b: cell 4 of 5 (seed 5) failed",
+        "ValueError: wrong",
+    ]
     assert "Traceback" not in out + err
-    assert (results / "seed5" / "01_b.failed.ipynb").exists() and not (results / "seed5" / "01_b.ipynb").exists()
+    assert (results / "seed5" / "01_b.failed.ipynb").exists() and not (
+        results / "seed5" / "01_b.ipynb"
+    ).exists()
     save(folder / "01_b.ipynb", "2")
     assert main(arguments) == 0
     out = capfd.readouterr().out
@@ -116,7 +145,9 @@ def test_failing_cell_is_shown_in_few_lines_and_the_next_run_continues(tmp_path,
 def test_killed_run_leaves_no_half_copy_and_lets_go_of_the_lock(tmp_path, tiny_profile, results):
     folder, flag = tmp_path / "nb", tmp_path / "started"
     save(folder / "00_a.ipynb", f"open({str(flag)!r}, 'w').close()", "import time; time.sleep(60)")
-    process = subprocess.Popen(command("reproduce", "--profile", tiny_profile, "--notebooks", folder))
+    process = subprocess.Popen(
+        command("reproduce", "--profile", tiny_profile, "--notebooks", folder)
+    )
     deadline = time.monotonic() + 60
     while not flag.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -146,11 +177,20 @@ def test_dead_kernel_is_a_failure_not_a_crash(tmp_path, tiny_profile, results, c
         (["--nope"], "No such option"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny_profile, results, arguments, message, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path, tiny_profile, results, arguments, message, capsys
+):
     from lavic_utils.__main__ import main
 
     save(tmp_path / "nb" / "00_a.ipynb", "1")
-    given = ["reproduce", "--notebooks", str(tmp_path / "nb"), "--profile", str(tiny_profile), *arguments]
+    given = [
+        "reproduce",
+        "--notebooks",
+        str(tmp_path / "nb"),
+        "--profile",
+        str(tiny_profile),
+        *arguments,
+    ]
     assert main(given) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and len(error.strip().splitlines()) == 1
@@ -162,14 +202,21 @@ def test_execute_in_place_then_check_and_each_fault_is_found(tmp_path, results, 
 
     (tmp_path / "tiny.yaml").write_text(TINY)
     path = save(tmp_path / "nb" / "00_a.ipynb", "seed + 1", "print('x')", per_seed=True, minutes=2)
-    assert any("stale" in p for p in nbs.check_notebook(path)) and any("order" in p for p in nbs.check_notebook(path))
+    assert any("stale" in p for p in nbs.check_notebook(path)) and any(
+        "order" in p for p in nbs.check_notebook(path)
+    )
     nbs.execute_in_place(path)
     first = path.read_bytes()
     assert nbs.check_notebook(path) == [] and b"papermill" not in first and b"iopub" not in first
     nbs.execute_in_place(path)
     assert path.read_bytes() == first  # nothing volatile is kept
     lavic = nbs.read_notebook(path).metadata.lavic
-    assert lavic.per_seed is True and lavic.minutes == 2 and lavic.profile == "tiny" and lavic.seed == 0
+    assert (
+        lavic.per_seed is True
+        and lavic.minutes == 2
+        and lavic.profile == "tiny"
+        and lavic.seed == 0
+    )
     assert any("another state" in p for p in nbs.check_notebook(path, "other"))
 
     def broken(change) -> str:
@@ -185,11 +232,20 @@ def test_execute_in_place_then_check_and_each_fault_is_found(tmp_path, results, 
     assert "in order" in broken(lambda c, nb: c.update(execution_count=9))
     assert "error (ValueError)" in broken(lambda c, nb: c.update(outputs=[error]))
     assert "stderr" in broken(lambda c, nb: c.update(outputs=[stream("stderr", "warning")]))
-    assert "progress bar" in broken(lambda c, nb: c.update(outputs=[stream("stdout", " 50%|###  | 1/2 [3it/s]")]))
-    assert "absolute path" in broken(lambda c, nb: c.update(outputs=[stream("stdout", "see /home/me/x")]))
+    assert "progress bar" in broken(
+        lambda c, nb: c.update(outputs=[stream("stdout", " 50%|###  | 1/2 [3it/s]")])
+    )
+    assert "absolute path" in broken(
+        lambda c, nb: c.update(outputs=[stream("stdout", "see /home/me/x")])
+    )
     assert "absolute path" in broken(lambda c, nb: c.update(source="open('/tmp/x')"))
     assert "no cell tagged" in broken(lambda c, nb: nb.cells[1].metadata.pop("tags"))
-    assert broken(lambda c, nb: c.update(outputs=[stream("stdout", "https://a.org/home/x 3/4 a/tmp/x")])) == ""
+    assert (
+        broken(
+            lambda c, nb: c.update(outputs=[stream("stdout", "https://a.org/home/x 3/4 a/tmp/x")])
+        )
+        == ""
+    )
 
 
 def test_code_hash_sees_content_not_line_ends(tmp_path):
@@ -249,7 +305,9 @@ def test_figure_carries_its_tier_once(tmp_path, tiny_profile):
     plt.close(figure)
 
 
-def test_data_names_the_folder_of_the_published_files(tmp_path, tiny_profile, results, monkeypatch, capfd):
+def test_data_names_the_folder_of_the_published_files(
+    tmp_path, tiny_profile, results, monkeypatch, capfd
+):
     from lavic_utils.__main__ import main
 
     folder, real = tmp_path / "nb", tmp_path / "real"
@@ -257,14 +315,20 @@ def test_data_names_the_folder_of_the_published_files(tmp_path, tiny_profile, re
     (real / "item2meta_valid.jsonl").write_text("{}\n", encoding="utf-8")
     save(folder / "00_a.ipynb", f"import os; assert os.environ.get('LAVIC_DATA') == {str(real)!r}")
     arguments = ["reproduce", "--profile", str(tiny_profile), "--notebooks", str(folder)]
-    assert main([*arguments, "--data", str(tmp_path / "none")]) == 2 and "no such folder" in capfd.readouterr().err
+    assert (
+        main([*arguments, "--data", str(tmp_path / "none")]) == 2
+        and "no such folder" in capfd.readouterr().err
+    )
     assert main(arguments) == 1  # negative control: without the option the cell fails
     monkeypatch.setenv("LAVIC_DATA", "elsewhere")  # so that it is as before after the test
     assert main([*arguments, "--data", str(real)]) == 0
 
 
 def test_solutions_run_on_the_mini_world_and_are_only_read_elsewhere(tmp_path, results):
-    path, partial = save(tmp_path / "nb" / "00_a.ipynb", "kept = 1", "cost = 'hours'\nassert False"), tmp_path / "partial.ipynb"
+    path, partial = (
+        save(tmp_path / "nb" / "00_a.ipynb", "kept = 1", "cost = 'hours'\nassert False"),
+        tmp_path / "partial.ipynb",
+    )
     nb = nbformat.read(path, 4)
     nb.cells[-1].metadata["tags"] = [nbs.SOLUTION, "hide-cell"]
     path.write_text(nbformat.writes(nb), encoding="utf-8")
@@ -275,13 +339,20 @@ def test_solutions_run_on_the_mini_world_and_are_only_read_elsewhere(tmp_path, r
     assert len(cells) == len(nb.cells)  # so that a failing cell is still named by its number
 
 
-@pytest.mark.parametrize(("text", "missing"), [("<Figure size 640x480 with 1 Axes>", True), ("", True), ("Ten hats.", False)])
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [("<Figure size 640x480 with 1 Axes>", True), ("", True), ("Ten hats.", False)],
+)
 def test_a_picture_without_alternative_text_is_a_problem(text, missing):
-    shown = nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo=", "text/plain": text})
+    shown = nbformat.v4.new_output(
+        "display_data", {"image/png": "iVBORw0KGgo=", "text/plain": text}
+    )
     assert any("alternative text" in line for line in nbs._output_problems(shown)) == missing
 
 
-def test_other_versions_of_the_libraries_make_a_notebook_run_again(tmp_path, tiny_profile, results, monkeypatch):
+def test_other_versions_of_the_libraries_make_a_notebook_run_again(
+    tmp_path, tiny_profile, results, monkeypatch
+):
     save(tmp_path / "nb" / "00_a.ipynb", "1")
     key = lambda: reproduce.plan(load_profile(str(tiny_profile)), "x", [5], tmp_path / "nb")[0].key  # noqa: E731
     before = key()

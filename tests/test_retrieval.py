@@ -20,7 +20,12 @@ from lavic_utils.retrieval import (
     verify_weights,
 )
 
-TITLES = ["Tivoli rustic mug", "Brindle modern lamp", "Norrland portable chair", "Casella cosy cushion"]
+TITLES = [
+    "Tivoli rustic mug",
+    "Brindle modern lamp",
+    "Norrland portable chair",
+    "Casella cosy cushion",
+]
 ORDER, IDS = np.array([[2, 0, 1, 3], [1, 0, 3, 2], [3, 2, 1, 0]]), ["B0", "B1", "B2", "B3"]
 
 
@@ -33,14 +38,19 @@ def test_bm25_finds_the_words_and_keeps_title_order_without_any() -> None:
 def test_sbert_ranks_by_meaning_where_bm25_has_no_word() -> None:
     query = ["something to sit on", "a cup for my coffee"]
     assert sbert_rank(query, TITLES)[:, 0].tolist() == [2, 0]
-    assert bm25_rank(query, TITLES)[:, 0].tolist() == [0, 0]  # no word in common: title order, wrong for the first
+    assert bm25_rank(query, TITLES)[:, 0].tolist() == [
+        0,
+        0,
+    ]  # no word in common: title order, wrong for the first
 
 
 def test_embeddings_are_normalised_and_follow_the_order_of_the_texts() -> None:
     vectors = sbert_embed(["mug", "a much longer text about lamps", "mug"])
     assert vectors.shape == (3, 384) and vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    assert np.array_equal(vectors[0], vectors[2]) and not np.allclose(vectors[0], vectors[1], atol=0.1)
+    assert np.array_equal(vectors[0], vectors[2]) and not np.allclose(
+        vectors[0], vectors[1], atol=0.1
+    )
     assert sbert_embed([]).shape == (0, 384)
 
 
@@ -48,7 +58,9 @@ def test_float_noise_does_not_reorder_ties_but_a_real_difference_does() -> None:
     query, tied, apart = np.array([[1.0]]), np.array([[0.5], [0.500001]]), np.array([[0.5], [0.51]])
     assert cosine_rank(query, tied).tolist() == [[0, 1]]
     assert cosine_rank(query, apart).tolist() == [[1, 0]]
-    assert cosine_rank(query, np.array([[0.5], [0.500002]]), decimals=6).tolist() == [[1, 0]]  # encoders of narrow scores
+    assert cosine_rank(query, np.array([[0.5], [0.500002]]), decimals=6).tolist() == [
+        [1, 0]
+    ]  # encoders of narrow scores
 
 
 def test_wrong_or_missing_weights_are_refused(tmp_path: Path) -> None:
@@ -71,15 +83,30 @@ def test_rank_finds_bm25_and_sbert_by_name_and_refuses_others() -> None:
 
 def test_recall_counts_queries_or_pairs() -> None:
     truths = [["B0", "B3"], ["B1"], ["B0", "elsewhere", "B0"]]
-    assert recall_at(ORDER, IDS, truths, (1, 2, 3, 4, 20)) == {1: 1 / 3, 2: 2 / 3, 3: 2 / 3, 4: 1.0, 20: 1.0}
+    assert recall_at(ORDER, IDS, truths, (1, 2, 3, 4, 20)) == {
+        1: 1 / 3,
+        2: 2 / 3,
+        3: 2 / 3,
+        4: 1.0,
+        20: 1.0,
+    }
     assert recall_at(ORDER, IDS, truths, (1, 2, 4), pairs=True) == {1: 1 / 5, 2: 2 / 5, 4: 4 / 5}
     assert list(recall_at(ORDER, IDS, truths)) == [1, 5, 10, 20]
     best = [["B2"], ["B1"], ["B3"]]
-    assert recall_at(ORDER, IDS, best, (1,)) == {1: 1.0} and recall_at(ORDER, IDS[::-1], best, (1,)) == {1: 0.0}
+    assert recall_at(ORDER, IDS, best, (1,)) == {1: 1.0} and recall_at(
+        ORDER, IDS[::-1], best, (1,)
+    ) == {1: 0.0}
 
 
-@pytest.mark.parametrize(("ids", "truths"), [
-    (IDS[:3], [["B0"]] * 3), (IDS, [["B0"]] * 2), (IDS, [["B0"], [], ["B1"]]), (IDS, ["B0", "B1", "B2"])])
+@pytest.mark.parametrize(
+    ("ids", "truths"),
+    [
+        (IDS[:3], [["B0"]] * 3),
+        (IDS, [["B0"]] * 2),
+        (IDS, [["B0"], [], ["B1"]]),
+        (IDS, ["B0", "B1", "B2"]),
+    ],
+)
 def test_recall_of_lengths_that_do_not_match_is_an_error(ids: list, truths: list) -> None:
     with pytest.raises(ValueError, match="ids"):
         recall_at(ORDER, ids, truths)
@@ -95,7 +122,10 @@ def test_candidate_lists_hold_the_first_n_in_no_particular_order() -> None:
     assert candidate_lists(order[:5], ids, seed=7) == lists[:5]  # the same with a limit on queries
     places = [one.index(ids[row[0]]) for one, row in zip(lists, order, strict=True)]
     assert len(set(places)) > 5  # the best stands anywhere; unshuffled it would always be first
-    assert candidate_lists(order, ids, 3, seed=7)[0] != lists[0][:3] and len(candidate_lists(order, ids, 3, seed=7)[0]) == 3
+    assert (
+        candidate_lists(order, ids, 3, seed=7)[0] != lists[0][:3]
+        and len(candidate_lists(order, ids, 3, seed=7)[0]) == 3
+    )
     for wrong in (ids[:29], ids + ["B99"]):
         with pytest.raises(ValueError, match="ids"):
             candidate_lists(order, wrong, seed=7)

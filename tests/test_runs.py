@@ -25,18 +25,26 @@ def test_a_result_is_made_once_and_again_when_anything_that_can_change_it_change
     def make() -> dict:
         calls.append(1)
         return {"n": len(calls)}
-    assert run.kept(tmp_path / "a", make, stage="x") == run.kept(tmp_path / "a", make, stage="x") == {"n": 1}
+
+    assert (
+        run.kept(tmp_path / "a", make, stage="x")
+        == run.kept(tmp_path / "a", make, stage="x")
+        == {"n": 1}
+    )
     other_seed = runs.Run("mini", 43)
     other_seed.__dict__["data_hash"] = "steady"
     assert other_seed.kept(tmp_path / "a", make, stage="x") == {"n": 2}
     assert run.kept(tmp_path / "a", make, stage="y") == {"n": 3}
     stored = json.loads((tmp_path / "a" / "result.json").read_text())
-    assert {"code_hash", "data_hash", "seed", "versions", "machine", "time"} <= set(stored["provenance"])
+    assert {"code_hash", "data_hash", "seed", "versions", "machine", "time"} <= set(
+        stored["provenance"]
+    )
 
 
 def test_a_killed_stage_leaves_nothing_that_counts(run, tmp_path):
     def killed() -> dict:
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         run.kept(tmp_path / "a", killed, stage="x")
     assert not (tmp_path / "a" / "result.json").exists()
@@ -47,7 +55,9 @@ def test_negative_controls_change_every_item():
     visual = {f"B00000000{i}": torch.full((3, 4), float(i + 1)) for i in range(7)}
     swapped, empty = runs.shuffled(visual), runs.zeroed(visual)
     assert all(not torch.equal(swapped[a], visual[a]) for a in visual)
-    assert sorted(t[0, 0].item() for t in swapped.values()) == sorted(t[0, 0].item() for t in visual.values())
+    assert sorted(t[0, 0].item() for t in swapped.values()) == sorted(
+        t[0, 0].item() for t in visual.values()
+    )
     assert all(t.abs().sum() == 0 and t.shape == (3, 4) for t in empty.values())
 
 

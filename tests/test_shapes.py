@@ -11,7 +11,8 @@ from peft import get_peft_model
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lavic_utils import memory, training, vision
+from lavic_utils import training, vision
+from lavic_utils.bench import memory
 from lavic_utils.config import Lora, load_profile
 from lavic_utils.distillation import VISION_LINEAR
 from lavic_utils.recommendation import LANGUAGE_LINEAR
@@ -28,7 +29,9 @@ LANGUAGE_TRAINED = 8 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 +
 
 def bare() -> LlavaNextForConditionalGeneration:
     with torch.device("meta"):
-        return LlavaNextForConditionalGeneration(LlavaNextConfig.from_json_file(memory.CONFIGS[ID])).requires_grad_(False)
+        return LlavaNextForConditionalGeneration(
+            LlavaNextConfig.from_json_file(memory.CONFIGS[ID])
+        ).requires_grad_(False)
 
 
 def adapted(target: str):
@@ -37,25 +40,46 @@ def adapted(target: str):
 
 
 def test_parameters_of_the_true_model():
-    clip = (577 * 1024 + 3 * 14 * 14 * 1024 + 1024  # positions, patches, [CLS]
-            + 24 * (4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024) + 4 * 1024)  # layers, outer norms
+    clip = (
+        577 * 1024
+        + 3 * 14 * 14 * 1024
+        + 1024  # positions, patches, [CLS]
+        + 24 * (4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024)
+        + 4 * 1024
+    )  # layers, outer norms
     projector = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
-    mistral = (32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096) + 4096  # layers, last norm
-               + 2 * 32064 * 4096)  # token embeddings and head
+    mistral = (
+        32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096)
+        + 4096  # layers, last norm
+        + 2 * 32064 * 4096
+    )  # token embeddings and head
     found = memory.count(memory.skeleton(ID))
     assert found.all == clip + projector + mistral + 4096 == 7_566_747_648  # and the row end
-    assert found.quantisable == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) == 6_979_321_856
+    assert (
+        found.quantisable
+        == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+        == 6_979_321_856
+    )
     assert load_profile("paper").download_gb == round(found.all * 2 / 1e9, 1)
 
 
-@pytest.mark.parametrize(("target", "layers", "trained", "inside"), [
-    (VISION_LINEAR, VISION_LAYERS, VISION_TRAINED, ("vision_tower", "multi_modal_projector")),
-    (LANGUAGE_LINEAR, LANGUAGE_LAYERS, LANGUAGE_TRAINED, ("language_model",))])
-def test_each_pattern_hits_every_linear_layer_of_its_side_and_none_of_the_other(target, layers, trained, inside):
+@pytest.mark.parametrize(
+    ("target", "layers", "trained", "inside"),
+    [
+        (VISION_LINEAR, VISION_LAYERS, VISION_TRAINED, ("vision_tower", "multi_modal_projector")),
+        (LANGUAGE_LINEAR, LANGUAGE_LAYERS, LANGUAGE_TRAINED, ("language_model",)),
+    ],
+)
+def test_each_pattern_hits_every_linear_layer_of_its_side_and_none_of_the_other(
+    target, layers, trained, inside
+):
     tuned = adapted(target)
     names = training.trainable_names(tuned)
-    linear = {name for name, m in bare().named_modules() if isinstance(m, torch.nn.Linear) and name.split(".")[1:2] in
-              [[side] for side in inside]}  # lm_head is outside, as in peft's "all-linear"
+    linear = {
+        name
+        for name, m in bare().named_modules()
+        if isinstance(m, torch.nn.Linear) and name.split(".")[1:2] in [[side] for side in inside]
+    }  # lm_head is outside, as in peft's "all-linear"
     hit = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names}
     assert hit == linear and len(hit) == layers and len(names) == 2 * layers
     assert tuned.num_parameters(only_trainable=True) == trained
@@ -87,15 +111,26 @@ def test_anything_trained_beside_the_adapter_is_refused():
 def test_four_bits_hold_the_language_models_layers_and_nothing_else():
     linear = [name for name, m in bare().named_modules() if isinstance(m, torch.nn.Linear)]
     quantised = {name for name in linear if should_convert_module(name, list(vision.UNQUANTISED))}
-    assert quantised == {name for name in linear if re.match(r"model\.language_model\.layers\.", name)}
+    assert quantised == {
+        name for name in linear if re.match(r"model\.language_model\.layers\.", name)
+    }
     assert len(quantised) == 224 and len(linear) == 224 + 146 + 1
     # Names without "model." are anchored at the start in transformers 5 and keep nothing out.
     assert "model.vision_tower.encoder.layers.0.mlp.fc1" in linear
-    assert should_convert_module("model.vision_tower.encoder.layers.0.mlp.fc1", ["vision_tower", "lm_head"])
+    assert should_convert_module(
+        "model.vision_tower.encoder.layers.0.mlp.fc1", ["vision_tower", "lm_head"]
+    )
 
 
-@pytest.mark.parametrize(("size", "tiles", "full"), [
-    ((1000, 1000), 5, 576 + 48 * 49), ((700, 350), 3, None), ((350, 700), 3, None), ((1200, 300), 4, None)])
+@pytest.mark.parametrize(
+    ("size", "tiles", "full"),
+    [
+        ((1000, 1000), 5, 576 + 48 * 49),
+        ((700, 350), 3, None),
+        ((350, 700), 3, None),
+        ((1200, 300), 4, None),
+    ],
+)
 def test_an_image_is_2928_tokens_or_5(size, tiles, full):
     model = bare()
     pixels, sizes = torch.zeros(1, 5, 3, 336, 336, device="meta"), torch.tensor([size])

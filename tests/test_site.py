@@ -17,14 +17,27 @@ sys.path.insert(0, str(ROOT / "docs"))
 import build  # noqa: E402
 import pages  # noqa: E402
 
-SITE = {"index.md", "docs/glossary.md", "docs/claims.md", "notebooks/01_a.ipynb", "notebooks/02.ipynb",
-        "docs/api/lavic_utils/lavic_utils.data.md"}
+SITE = {
+    "index.md",
+    "docs/glossary.md",
+    "docs/claims.md",
+    "notebooks/01_a.ipynb",
+    "notebooks/02.ipynb",
+    "docs/api/lavic_utils/lavic_utils.data.md",
+}
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for name in ("README.md", "docs/glossary.md", "notebooks/01_a.ipynb", "results/claims.md", "lavic_utils/data.py",
-                 "figures/a.png", ".ci/run"):
+    for name in (
+        "README.md",
+        "docs/glossary.md",
+        "notebooks/01_a.ipynb",
+        "results/claims.md",
+        "lavic_utils/data.py",
+        "figures/a.png",
+        ".ci/run",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     return tmp_path
@@ -53,8 +66,10 @@ def test_links_hold_in_the_site(root: Path, page: str, text: str, expected: str)
 def test_what_is_broken_is_named(root: Path) -> None:
     problems = build.Problems()
     build.rewrite("[a](none.md) ![](figures/a.png)", "README.md", root, SITE, problems)
-    assert problems == ["README.md: link to none.md, which does not exist",
-                        "README.md: picture figures/a.png has no alternative text"]
+    assert problems == [
+        "README.md: link to none.md, which does not exist",
+        "README.md: picture figures/a.png has no alternative text",
+    ]
 
 
 def png() -> bytes:
@@ -73,17 +88,32 @@ def picture(text: str) -> dict:
 
 def test_a_notebook_picture_carries_its_text(root: Path) -> None:
     widget = shown({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox()"})
-    cell = {"cell_type": "code", "metadata": {}, "id": "a", "execution_count": 1, "source": ['figures.keep(fig, "bars", run)'],
-            "outputs": [picture("Bars [95 %] of a_b"), picture("<Figure size 1x1>"), widget]}
-    book = {"cells": [{"cell_type": "markdown", "metadata": {}, "id": "b", "source": "# T"}, cell], "metadata": {"widgets": {}}}
+    cell = {
+        "cell_type": "code",
+        "metadata": {},
+        "id": "a",
+        "execution_count": 1,
+        "source": ['figures.keep(fig, "bars", run)'],
+        "outputs": [picture("Bars [95 %] of a_b"), picture("<Figure size 1x1>"), widget],
+    }
+    book = {
+        "cells": [{"cell_type": "markdown", "metadata": {}, "id": "b", "source": "# T"}, cell],
+        "metadata": {"widgets": {}},
+    }
     (root / "notebooks" / "01_a.ipynb").write_text(json.dumps(book), encoding="utf-8")
     problems, out = build.Problems(), root / "out.ipynb"
-    build.stage_notebook(root / "notebooks" / "01_a.ipynb", "notebooks/01_a.ipynb", out, root, SITE, problems)
-    assert problems == ["notebooks/01_a.ipynb, cell 1: a picture has no alternative text (figures.keep(..., alt=...))"]
+    build.stage_notebook(
+        root / "notebooks" / "01_a.ipynb", "notebooks/01_a.ipynb", out, root, SITE, problems
+    )
+    assert problems == [
+        "notebooks/01_a.ipynb, cell 1: a picture has no alternative text (figures.keep(..., alt=...))"
+    ]
     staged = json.loads(out.read_text(encoding="utf-8"))
     assert [c["cell_type"] for c in staged["cells"]] == ["markdown", "markdown", "code"]
     assert pages.cell_target(1) in staged["cells"][1]["source"]
-    texts = [o["data"]["text/markdown"] for o in staged["cells"][2]["outputs"]]  # the widget is gone
+    texts = [
+        o["data"]["text/markdown"] for o in staged["cells"][2]["outputs"]
+    ]  # the widget is gone
     name = re.fullmatch(r"!\[Bars \\\[95 %\\\] of a\\_b\]\((out-\w{8}\.png)\)", texts[0])[1]
     assert len(texts) == 2
     assert (root / name).read_bytes() == png()
@@ -94,32 +124,81 @@ def code(source: str) -> dict:
 
 
 def test_which_cell_makes_a_figure() -> None:
-    books = {"01_a": {"cells": [{"cell_type": "markdown", "source": "# T\n## How long?"}, code('keep(fig, "data/lengths", run)'),
-                                {"cell_type": "markdown", "source": "### Cases"}, code('keep(fig, f"{name}_dialogue", run)'),
-                                code('show("case_failure")')]},
-             "07_b": {"cells": [code('keep(draw("ceilings"), "other", run)'), code('keep(fig, "ceilings", "published")')]}}
+    books = {
+        "01_a": {
+            "cells": [
+                {"cell_type": "markdown", "source": "# T\n## How long?"},
+                code('keep(fig, "data/lengths", run)'),
+                {"cell_type": "markdown", "source": "### Cases"},
+                code('keep(fig, f"{name}_dialogue", run)'),
+                code('show("case_failure")'),
+            ]
+        },
+        "07_b": {
+            "cells": [
+                code('keep(draw("ceilings"), "other", run)'),
+                code('keep(fig, "ceilings", "published")'),
+            ]
+        },
+    }
     assert pages.maker("data/lengths", books) == ("01_a", 1, "How long?")
-    assert pages.maker("audit/ceilings", books) == ("07_b", 1, "")  # the cell that keeps it, not the one that names it
+    assert pages.maker("audit/ceilings", books) == (
+        "07_b",
+        1,
+        "",
+    )  # the cell that keeps it, not the one that names it
     assert pages.maker("case_failure_dialogue", books) == ("01_a", 4, "Cases")
     assert pages.maker("nowhere", books) is None
 
 
 def test_gallery_shows_what_the_file_says(root: Path) -> None:
     about = PngImagePlugin.PngInfo()
-    about.add_text("Comment", json.dumps({"tier": "mini run", "profile": "mini", "seeds": [42, 43], "data_hash": "d1",
-                                          "code_hash": "c1", "versions": {"torch": "9"}, "alt": 'Bars of "a" < b',
-                                          "time": "2026-01-02T03"}))
+    about.add_text(
+        "Comment",
+        json.dumps(
+            {
+                "tier": "mini run",
+                "profile": "mini",
+                "seeds": [42, 43],
+                "data_hash": "d1",
+                "code_hash": "c1",
+                "versions": {"torch": "9"},
+                "alt": 'Bars of "a" < b',
+                "time": "2026-01-02T03",
+            }
+        ),
+    )
     for name, info in (("bars", about), ("mute", None), ("lost", about)):
         Image.new("RGB", (2, 2)).save(root / "figures" / f"{name}.png", pnginfo=info)
-    book = {"cells": [{"cell_type": "markdown", "source": "# 01 · A"}, code('keep(fig, "bars", run); keep(fig, "mute", run)')]}
+    book = {
+        "cells": [
+            {"cell_type": "markdown", "source": "# 01 · A"},
+            code('keep(fig, "bars", run); keep(fig, "mute", run)'),
+        ]
+    }
     (root / "notebooks" / "01_a.ipynb").write_text(json.dumps(book), encoding="utf-8")
     problems: list[str] = []
-    page = pages.gallery(root, {f"figures/{n}.png": root / "figures" / f"{n}.png" for n in ("bars", "lost", "mute")}, problems)
-    for part in ("### bars", 'alt="Bars of &quot;a&quot; &lt; b"', "mini run", "seeds 42, 43", "d1", "c1", "torch 9",
-                 "2026-01-02", "../notebooks/01_a.html#code-1"):
+    page = pages.gallery(
+        root,
+        {f"figures/{n}.png": root / "figures" / f"{n}.png" for n in ("bars", "lost", "mute")},
+        problems,
+    )
+    for part in (
+        "### bars",
+        'alt="Bars of &quot;a&quot; &lt; b"',
+        "mini run",
+        "seeds 42, 43",
+        "d1",
+        "c1",
+        "torch 9",
+        "2026-01-02",
+        "../notebooks/01_a.html#code-1",
+    ):
         assert part in page
-    assert problems == ["figures/lost.png: no notebook cell names it",
-                        "figures/mute.png: no alternative text stored (01_a: alt=...)"]
+    assert problems == [
+        "figures/lost.png: no notebook cell names it",
+        "figures/mute.png: no alternative text stored (01_a: alt=...)",
+    ]
 
 
 def test_ledger_holds_every_claim() -> None:
@@ -138,9 +217,17 @@ def test_every_module_has_its_place() -> None:
 
 
 def test_glossary_anchors_that_pages_link_to() -> None:
-    terms = re.findall(r"^### (.+)$", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    terms = re.findall(
+        r"^### (.+)$", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M
+    )
     anchors = {re.sub(r"[^\w -]", "", term.lower()).replace(" ", "-") for term in terms}
-    assert {"candidates", "cls-token", "hr-at-1", "validity-ratio", "evidence-tier"} <= anchors and len(anchors) == len(terms)
+    assert {
+        "candidates",
+        "cls-token",
+        "hr-at-1",
+        "validity-ratio",
+        "evidence-tier",
+    } <= anchors and len(anchors) == len(terms)
     for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.ipynb")]:
         linked = set(re.findall(r"glossary\.md#([\w-]+)", path.read_text(encoding="utf-8")))
         assert linked <= anchors, f"{path.name}: {sorted(linked - anchors)}"

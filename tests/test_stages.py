@@ -14,10 +14,10 @@ from PIL import Image
 from lavic_utils import distillation as dist
 from lavic_utils import prompts, vision
 from lavic_utils import recommendation as rec
-from lavic_utils import wording as w
 from lavic_utils.config import UserError, load_profile
 from lavic_utils.data import Dialogue
 from lavic_utils.evaluation import parse_answer
+from lavic_utils.mini import words as w
 
 PROFILE = load_profile("mini")
 IDS = tuple(f"B0{a}{b}" for a, b in zip(w.ID_CHUNKS[:12], w.ID_CHUNKS[40:52], strict=True))
@@ -26,12 +26,23 @@ TITLES = dict.fromkeys(IDS, "Velora travel jar")
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     rng = random.Random(seed)
-    return Image.frombytes("RGB", (width, height), bytes(rng.randrange(256) for _ in range(3 * width * height)))
+    return Image.frombytes(
+        "RGB", (width, height), bytes(rng.randrange(256) for _ in range(3 * width * height))
+    )
 
 
 def dialogue(truths=(IDS[0],), candidates=IDS[:10], text="i want a red jar") -> Dialogue:
-    return Dialogue(domain="beauty", split="train", line=1, context=f"<submission>{text}</submission>\n",
-                    context_items=(), gt="this one", gt_items=truths, candidates_st=candidates, candidates_gpt_large=candidates)
+    return Dialogue(
+        domain="beauty",
+        split="train",
+        line=1,
+        context=f"<submission>{text}</submission>\n",
+        context_items=(),
+        gt="this one",
+        gt_items=truths,
+        candidates_st=candidates,
+        candidates_gpt_large=candidates,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +70,12 @@ def test_cls_tokens_equal_a_hand_written_forward(processor, model):
     ours = vision.cls_tokens(model, values, sizes)
     for image, count, got in zip(values, (5, 3), ours, strict=True):
         for tile in range(count):
-            hidden = model.model.vision_tower(image[tile:tile + 1], output_hidden_states=True).hidden_states[-1]
-            assert torch.allclose(got[tile], model.model.multi_modal_projector(hidden[:, 0])[0], atol=1e-5)
+            hidden = model.model.vision_tower(
+                image[tile : tile + 1], output_hidden_states=True
+            ).hidden_states[-1]
+            assert torch.allclose(
+                got[tile], model.model.multi_modal_projector(hidden[:, 0])[0], atol=1e-5
+            )
     earlier = model.model.vision_tower(values[0], output_hidden_states=True).hidden_states[-2][:, 0]
     assert not torch.allclose(ours[0], model.model.multi_modal_projector(earlier), atol=1e-3)
 
@@ -68,7 +83,9 @@ def test_cls_tokens_equal_a_hand_written_forward(processor, model):
 def test_placing_full_tokens_equals_the_models_own_forward(processor, model):
     values, sizes = vision.pixels(processor, [picture(96, 96)])
     full = vision.full_tokens(model, values, sizes)
-    ids = torch.tensor([prompts.describe_prompt(processor.tokenizer, PROFILE.prompts, "Velora jar", len(full[0]))])
+    ids = torch.tensor(
+        [prompts.describe_prompt(processor.tokenizer, PROFILE.prompts, "Velora jar", len(full[0]))]
+    )
     own = model(input_ids=ids, pixel_values=values, image_sizes=sizes).logits
     ours = model(inputs_embeds=vision.place(model, ids, full, 0)).logits
     assert torch.allclose(own, ours, atol=1e-4)
@@ -85,7 +102,9 @@ def test_placing_refuses_a_wrong_number_of_tokens(model, prompter, visual):
 def test_tokens_are_the_same_in_any_batch(processor, model):
     images = {"a": picture(96, 96, 1), "b": picture(96, 48, 2), "d": picture(72, 96, 3)}
     together = vision.encode(model, list(images), *vision.pixels(processor, list(images.values())))
-    alone = {k: vision.encode(model, [k], *vision.pixels(processor, [i]))[k] for k, i in images.items()}
+    alone = {
+        k: vision.encode(model, [k], *vision.pixels(processor, [i]))[k] for k, i in images.items()
+    }
     assert all(torch.allclose(together[k], alone[k], atol=1e-5) for k in images)
     assert not torch.allclose(together["a"], together["d"], atol=1e-3)
 
@@ -96,12 +115,19 @@ def batch_of(prompter, examples):
 
 
 def loss_of(model, batch):
-    return dist.forward_loss(model, batch["input_ids"], batch["labels"], batch["attention_mask"], batch["visual"], 0)[0]
+    return dist.forward_loss(
+        model, batch["input_ids"], batch["labels"], batch["attention_mask"], batch["visual"], 0
+    )[0]
 
 
 def examples(count=3):
-    texts = ["i want a red jar", "hello, i need help to find a jar. it must be vegan.", "a jar", "please"]
-    return [rec.Example(dialogue(text=texts[i]), IDS[i:i + 10], IDS[i]) for i in range(count)]
+    texts = [
+        "i want a red jar",
+        "hello, i need help to find a jar. it must be vegan.",
+        "a jar",
+        "please",
+    ]
+    return [rec.Example(dialogue(text=texts[i]), IDS[i : i + 10], IDS[i]) for i in range(count)]
 
 
 def test_loss_equals_a_hand_written_forward(model, prompter, processor):
@@ -109,11 +135,13 @@ def test_loss_equals_a_hand_written_forward(model, prompter, processor):
     row = prompter.row(example)
     embeds = model.get_input_embeddings()(torch.tensor([row["input_ids"]]))
     spots = [i for i, token in enumerate(row["input_ids"]) if token == model.config.image_token_id]
-    for spot, vector in zip(spots, torch.cat([prompter.visual[a] for a in row["visual"]]), strict=True):
+    for spot, vector in zip(
+        spots, torch.cat([prompter.visual[a] for a in row["visual"]]), strict=True
+    ):
         embeds[0, spot] = vector
     logits = model.lm_head(model.model.language_model(inputs_embeds=embeds).last_hidden_state)[0]
     target = prompter.answer(example.target)
-    expected = F.cross_entropy(logits[-len(target) - 1:-1], torch.tensor(target))
+    expected = F.cross_entropy(logits[-len(target) - 1 : -1], torch.tensor(target))
     assert torch.allclose(loss_of(model, batch_of(prompter, [example])), expected, atol=1e-5)
 
 
@@ -146,13 +174,17 @@ def test_lora_with_b_zero_equals_the_base(model, prompter, target):
 
 
 def test_each_stage_trains_its_own_side_only(model):
-    stage1 = dist.trainable_names(get_peft_model(model, dist.lora_config(PROFILE.distillation.lora, dist.VISION_LINEAR)))
+    stage1 = dist.trainable_names(
+        get_peft_model(model, dist.lora_config(PROFILE.distillation.lora, dist.VISION_LINEAR))
+    )
     assert {n.split(".")[3] for n in stage1} == {"vision_tower", "multi_modal_projector"}
     assert len(stage1) == 2 * (4 * 6 + 2)
 
 
 def test_stage_two_trains_every_linear_layer_of_the_language_model(model):
-    names = dist.trainable_names(get_peft_model(model, dist.lora_config(PROFILE.recommendation.lora, rec.LANGUAGE_LINEAR)))
+    names = dist.trainable_names(
+        get_peft_model(model, dist.lora_config(PROFILE.recommendation.lora, rec.LANGUAGE_LINEAR))
+    )
     assert len(names) == 2 * 6 * 7 and all(".language_model.layers." in n for n in names)
 
 
@@ -164,7 +196,10 @@ def test_truth_is_inserted_into_a_copy():
     assert all(e.target in e.candidates and len(e.candidates) == 10 for e in made)
     assert row.candidates_st == IDS[:10]
     # A list changed in place would hold its first truth already when it is read a second time.
-    assert made == rec.training_examples([row], "candidates_st", seed=3) and IDS[11] not in row.candidates_st
+    assert (
+        made == rec.training_examples([row], "candidates_st", seed=3)
+        and IDS[11] not in row.candidates_st
+    )
 
 
 def test_target_ends_with_end_of_sequence(prompter, processor):
@@ -182,8 +217,11 @@ def test_long_dialogue_loses_its_oldest_words_and_says_so(prompter, processor):
     assert len(prompt.ids) <= prompter.room and prompt.dropped_dialogue_tokens > 0
     assert "striped mug" in text and all(a in text for a in IDS[:10]) and text.endswith("Answer:")
     # The defective way cuts the end: target, request and candidates vanish.
-    whole = [*prompts.encode(processor.tokenizer, prompts.dialogue_text(PROFILE.prompts, long.turns)), *prompt.ids]
-    assert IDS[9] not in processor.tokenizer.decode(whole[:prompter.room])
+    whole = [
+        *prompts.encode(processor.tokenizer, prompts.dialogue_text(PROFILE.prompts, long.turns)),
+        *prompt.ids,
+    ]
+    assert IDS[9] not in processor.tokenizer.decode(whole[: prompter.room])
 
 
 def test_entire_tokens_overflow_is_counted(processor, visual):
@@ -192,26 +230,45 @@ def test_entire_tokens_overflow_is_counted(processor, visual):
     prompt = prompter.prompt(dialogue(), IDS[:10])
     assert 0 < prompt.dropped_images < 10 and len(prompt.visual) == 10 - prompt.dropped_images
     assert len(prompt.ids) <= prompter.room
-    tiny = PROFILE.model_copy(update={"recommendation": PROFILE.recommendation.model_copy(update={"max_length": 60})})
+    tiny = PROFILE.model_copy(
+        update={"recommendation": PROFILE.recommendation.model_copy(update={"max_length": 60})}
+    )
     with pytest.raises(UserError, match="max_length 50"):
         rec.Prompter(processor.tokenizer, tiny, TITLES, full).prompt(dialogue(), IDS[:10])
 
 
 def test_cached_scores_equal_uncached_ones(model, prompter):
-    rows = [dialogue(text="i want a red jar"), dialogue(text="hello all, a vegan jar please, i am new here.")]
+    rows = [
+        dialogue(text="i want a red jar"),
+        dialogue(text="hello all, a vegan jar please, i am new here."),
+    ]
     got = rec.answer(model, prompter, rows, "candidates_st")
     for row, answer in zip(rows, got, strict=True):
         for name, value in zip(row.candidates_st, answer.log_likelihoods, strict=True):
             batch = batch_of(prompter, [rec.Example(row, row.candidates_st, name)])
-            assert value == pytest.approx(-float(loss_of(model, batch)), abs=5e-4)  # mean over the id's tokens
-        assert sum(answer.probabilities) == pytest.approx(1, abs=1e-3) and answer.scored in row.candidates_st
-    other = rec.answer(model, rec.Prompter(prompter.tokenizer, PROFILE, TITLES, {a: -v for a, v in prompter.visual.items()}),
-                       rows, "candidates_st")
+            assert value == pytest.approx(
+                -float(loss_of(model, batch)), abs=5e-4
+            )  # mean over the id's tokens
+        assert (
+            sum(answer.probabilities) == pytest.approx(1, abs=1e-3)
+            and answer.scored in row.candidates_st
+        )
+    other = rec.answer(
+        model,
+        rec.Prompter(
+            prompter.tokenizer, PROFILE, TITLES, {a: -v for a, v in prompter.visual.items()}
+        ),
+        rows,
+        "candidates_st",
+    )
     assert other[0].log_likelihoods != got[0].log_likelihoods
 
 
 def test_generation_does_not_depend_on_the_batch(model, prompter):
-    rows = [dialogue(text=t) for t in ("a jar", "i want a red jar, it should be vegan, please help me to choose.", "hi")]
+    rows = [
+        dialogue(text=t)
+        for t in ("a jar", "i want a red jar, it should be vegan, please help me to choose.", "hi")
+    ]
     together = rec.answer(model, prompter, rows, "candidates_st")
     alone = [rec.answer(model, prompter, [row], "candidates_st")[0] for row in rows]
     assert [a.response for a in together] == [a.response for a in alone]
@@ -219,18 +276,29 @@ def test_generation_does_not_depend_on_the_batch(model, prompter):
 
 
 def test_greedy_from_the_shared_cache_equals_generate(model, prompter):
-    rows = [dialogue(text=t) for t in ("a jar", "i want a red jar, it should be vegan, please.", "hi")]
+    rows = [
+        dialogue(text=t) for t in ("a jar", "i want a red jar, it should be vegan, please.", "hi")
+    ]
     prompts_ = [prompter.prompt(row, row.candidates_st) for row in rows]
-    ids, mask = dist.pad_left([p.ids for p in prompts_], 0), dist.pad_left([[1] * len(p.ids) for p in prompts_], 0)
+    ids, mask = (
+        dist.pad_left([p.ids for p in prompts_], 0),
+        dist.pad_left([[1] * len(p.ids) for p in prompts_], 0),
+    )
     embeds = vision.place(model, ids, prompter.tokens(prompts_), 0)
-    expected = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = model.generate(
+        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
     with torch.inference_mode():
         read = rec.Read(model, embeds, mask)
         read.score([[prompter.answer(a) for a in IDS[:10]]] * 3)  # leaves the cache as it was
         ours = read.greedy(6, 2)
     assert ours.tolist() == expected.tolist()
-    with torch.inference_mode():  # negative control: a mask of the wrong rows changes the answer's scores
-        wrong = rec.Read(model, embeds, mask.flip(0)).score([[prompter.answer(a) for a in IDS[:10]]] * 3)
+    with (
+        torch.inference_mode()
+    ):  # negative control: a mask of the wrong rows changes the answer's scores
+        wrong = rec.Read(model, embeds, mask.flip(0)).score(
+            [[prompter.answer(a) for a in IDS[:10]]] * 3
+        )
         right = rec.Read(model, embeds, mask).score([[prompter.answer(a) for a in IDS[:10]]] * 3)
     assert not torch.allclose(wrong[0], right[0], atol=1e-3)
 
@@ -239,7 +307,9 @@ def test_constrained_choice_walks_token_by_token():
     targets = [[1, 2, 9], [1, 3, 9], [4, 5, 9]]
     table = torch.log(torch.tensor([[0.6, 0.1, 1.0], [0.6, 0.2, 1.0], [0.4, 0.9, 1.0]]))
     assert rec.constrained_choice(table, targets) == 1  # 1 beats 4 first, then 3 beats 2
-    assert max(range(3), key=lambda i: float(table[i].sum())) == 2  # scoring whole ids chooses another
+    assert (
+        max(range(3), key=lambda i: float(table[i].sum())) == 2
+    )  # scoring whole ids chooses another
 
 
 def test_answers_past_the_id_still_count():
@@ -251,12 +321,21 @@ def test_student_batch_is_described_by_the_real_tile_counts(processor, model, tm
     rows = []
     for name, size in (("a", (96, 96)), ("b", (96, 48))):
         picture(*size).save(tmp_path / f"{name}.png")
-        rows.append(dist.Picture(name, "Velora jar", tmp_path / f"{name}.png", "red and plain, round, with a white lid."))
+        rows.append(
+            dist.Picture(
+                name,
+                "Velora jar",
+                tmp_path / f"{name}.png",
+                "red and plain, round, with a white lid.",
+            )
+        )
     batch = dist.StudentCollator(model, processor, PROFILE, dist.Pictures(processor, True))(rows)
     slots = (batch["input_ids"] == model.config.image_token_id).sum(1).tolist()
     assert slots == [5, 3]
     visual = vision.cls_tokens(model, batch["pixel_values"], batch["image_sizes"])
-    loss, _ = dist.forward_loss(model, batch["input_ids"], batch["labels"], batch["attention_mask"], visual, 0)
+    loss, _ = dist.forward_loss(
+        model, batch["input_ids"], batch["labels"], batch["attention_mask"], visual, 0
+    )
     assert loss.isfinite()
 
 

@@ -16,11 +16,16 @@ import torch
 import yaml
 from PIL import Image
 from transformers import LlavaNextConfig
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
-from lavic_utils import data, direct, memory, minimodel, provenance, recommendation, store, training, vision
+from lavic_utils import data, provenance, recommendation, store, training, vision
+from lavic_utils.bench import memory
+from lavic_utils.bench import reference as direct
 from lavic_utils.config import PACKAGE
 from lavic_utils.distillation import VISION_LINEAR
+from lavic_utils.mini import model as minimodel
 from lavic_utils.runs import Run
 
 DOMAIN = "fashion"
@@ -32,9 +37,17 @@ def run(tmp_path_factory):
     """The mini model on a very small world, with an adapter of random numbers in stage 1's place."""
     folder, patch = tmp_path_factory.mktemp("store"), pytest.MonkeyPatch()
     settings = yaml.safe_load((PACKAGE / "profiles" / "mini.yaml").read_text(encoding="utf-8"))
-    settings["world"] |= {"train_shards": 1, "shard_items": 64, "stage1_valid_items": 10, "train_dialogues": 12,
-                          "valid_dialogues": 3, "test_dialogues": 12}
-    (folder / "small.yaml").write_text(yaml.safe_dump(settings | {"name": "small"}), encoding="utf-8")
+    settings["world"] |= {
+        "train_shards": 1,
+        "shard_items": 64,
+        "stage1_valid_items": 10,
+        "train_dialogues": 12,
+        "valid_dialogues": 3,
+        "test_dialogues": 12,
+    }
+    (folder / "small.yaml").write_text(
+        yaml.safe_dump(settings | {"name": "small"}), encoding="utf-8"
+    )
     patch.setenv("LAVIC_RESULTS", str(folder / "results"))
     patch.setenv("LAVIC_WORLD", str(folder / "data"))
     patch.setattr(Run, "distil", lambda self: {})
@@ -51,7 +64,11 @@ def run(tmp_path_factory):
 
 def seeing(run, tokens):
     """The model that `tokens` come from, which encodes with every forward."""
-    return training.load_adapter(run.model(), run.folder / "stage1" / "adapter") if tokens == "distilled" else run.model()
+    return (
+        training.load_adapter(run.model(), run.folder / "stage1" / "adapter")
+        if tokens == "distilled"
+        else run.model()
+    )
 
 
 @pytest.mark.parametrize("tokens", ["distilled", "base"])
@@ -63,12 +80,17 @@ def test_stored_vectors_and_answers_equal_the_direct_path(run, tokens):
     ours = recommendation.answer(model, run.prompter(stored), rows, run.profile.candidates)
     assert [a.response for a in ours] == [direct.answer(run, model, see, row) for row in rows]
     again = recommendation.answer(model, run.prompter(fresh), rows, run.profile.candidates)
-    assert [a.log_likelihoods for a in ours] == [pytest.approx(a.log_likelihoods, abs=2e-5) for a in again]
+    assert [a.log_likelihoods for a in ours] == [
+        pytest.approx(a.log_likelihoods, abs=2e-5) for a in again
+    ]
 
 
 def test_kinds_are_kept_apart_and_only_those_asked_for_are_made(run):
     distilled, base = run.visual("distilled", ("test",)), run.visual("base", ("test",))
-    assert list(distilled) == list(base) and (distilled[next(iter(base))] - base[next(iter(base))]).abs().max() > 1e-3
+    assert (
+        list(distilled) == list(base)
+        and (distilled[next(iter(base))] - base[next(iter(base))]).abs().max() > 1e-3
+    )
     before = set((run.folder.parent / "tokens").iterdir())
     full = run.visual("full", ("valid",))
     assert len(set((run.folder.parent / "tokens").iterdir()) - before) == 1
@@ -76,7 +98,9 @@ def test_kinds_are_kept_apart_and_only_those_asked_for_are_made(run):
     values = vision.pixels(run.processor, [data.open_image(data.image_file(run.root, name))])
     with torch.inference_mode():
         alone = vision.full_tokens(run.model(), *values)[0]
-    assert (full[name] - alone).abs().max() <= 1e-5 and vision.lengths(full)[name] == len(alone) > len(base[next(iter(base))])
+    assert (full[name] - alone).abs().max() <= 1e-5 and vision.lengths(full)[name] == len(
+        alone
+    ) > len(base[next(iter(base))])
 
 
 def test_items_without_a_readable_image_have_no_vectors_and_are_counted(run):
@@ -87,7 +111,12 @@ def test_items_without_a_readable_image_have_no_vectors_and_are_counted(run):
     corrupt = {a for a in asked - missing if data.open_image(files[a]) is None}
     assert missing and corrupt and set(found.missing) == missing and set(found.corrupt) == corrupt
     assert set(found) == asked - missing - corrupt
-    assert found.counted == {"items": len(asked), "encoded": len(found), "missing": len(missing), "corrupt": len(corrupt)}
+    assert found.counted == {
+        "items": len(asked),
+        "encoded": len(found),
+        "missing": len(missing),
+        "corrupt": len(corrupt),
+    }
     for name in (*missing, *corrupt):
         with pytest.raises(KeyError):
             found[name]
@@ -97,13 +126,22 @@ def test_swapped_images_move_the_scores_with_the_item(run, tmp_path):
     model, row = run.model(), run.dialogues(DOMAIN, "test")[0]
     files = {a: data.image_file(run.root, a) for a in row.candidates_st}
     stored = run.visual("base", ("test",))
-    one, other = next((a, b) for a, b in combinations([a for a in files if a in stored], 2)
-                      if len(stored[a]) == len(stored[b]) and not torch.allclose(stored[a], stored[b], atol=0.1))
+    one, other = next(
+        (a, b)
+        for a, b in combinations([a for a in files if a in stored], 2)
+        if len(stored[a]) == len(stored[b]) and not torch.allclose(stored[a], stored[b], atol=0.1)
+    )
 
     def scores(visual) -> list[float]:
-        return recommendation.answer(model, run.prompter(visual), [row], "candidates_st")[0].log_likelihoods
-    swapped = store.open_store(tmp_path, files | {one: files[other], other: files[one]},
-                               lambda: vision.file_encoder(model, run.processor))
+        return recommendation.answer(model, run.prompter(visual), [row], "candidates_st")[
+            0
+        ].log_likelihoods
+
+    swapped = store.open_store(
+        tmp_path,
+        files | {one: files[other], other: files[one]},
+        lambda: vision.file_encoder(model, run.processor),
+    )
     by_hand = dict(stored) | {one: stored[other], other: stored[one]}
     assert scores(swapped) == pytest.approx(scores(by_hand), abs=2e-5)
     assert max(abs(a - b) for a, b in zip(scores(swapped), scores(stored), strict=True)) > 1e-3
@@ -112,9 +150,12 @@ def test_swapped_images_move_the_scores_with_the_item(run, tmp_path):
 def test_what_training_prompts_lost_is_in_the_result_of_stage_two(run, monkeypatch):
     def train(profile, model, prompter, examples, folder, seed):
         return None, [len(prompter.row(e)["input_ids"]) for e in examples]
+
     monkeypatch.setattr(recommendation, "train_recommender", train)
     visual = run.visual("distilled", ("train",))
-    examples = recommendation.training_examples(run.dialogues(DOMAIN, "train"), run.profile.candidates, run.seed)
+    examples = recommendation.training_examples(
+        run.dialogues(DOMAIN, "train"), run.profile.candidates, run.seed
+    )
     whole = sorted(len(run.prompter(visual).prompt(e.dialogue, e.candidates).ids) for e in examples)
     assert run.tune("LaViC", DOMAIN)["cut"] == {"prompts": 0, "dialogue_tokens": 0, "images": 0}
     stage = run.profile.recommendation
@@ -122,8 +163,14 @@ def test_what_training_prompts_lost_is_in_the_result_of_stage_two(run, monkeypat
     tight = Run(run.profile.model_copy(update={"recommendation": tight}))
     found = tight.tune("LaViC", DOMAIN)
     assert found["cut"]["prompts"] == whole.count(whole[-1]) < len(whole) == found["examples"]
-    assert found["cut"]["dialogue_tokens"] >= found["cut"]["prompts"] and max(found["log"]) <= whole[-1] + stage.max_new_tokens
-    assert found["images"] == visual.counted and tight.tune("LaViC w/o images", DOMAIN)["images"] is None
+    assert (
+        found["cut"]["dialogue_tokens"] >= found["cut"]["prompts"]
+        and max(found["log"]) <= whole[-1] + stage.max_new_tokens
+    )
+    assert (
+        found["images"] == visual.counted
+        and tight.tune("LaViC w/o images", DOMAIN)["images"] is None
+    )
 
 
 # ---------------------------------------------------------------- the store itself, on made-up vectors
@@ -132,8 +179,12 @@ COUNT = 2 * store.SHARD + 10  # three shards
 
 def vectors(files):
     """Made-up tokens that the content of a file decides; none for a file of `bad`."""
-    return [None if b"bad" in (text := file.read_bytes()) else
-            torch.full((3 + len(text) % 3, 8), float(int.from_bytes(text, "little") % 997)) for file in files]
+    return [
+        None
+        if b"bad" in (text := file.read_bytes())
+        else torch.full((3 + len(text) % 3, 8), float(int.from_bytes(text, "little") % 997))
+        for file in files
+    ]
 
 
 @pytest.fixture
@@ -157,18 +208,32 @@ def test_an_image_is_encoded_once_whatever_items_and_calls_ask_for_it(paths, tmp
 
     def counting():
         return lambda files: [seen.extend(files), vectors(files)][1]
+
     twin = tmp_path / "twin.jpg"
     twin.write_bytes(paths["item0"].read_bytes())
     asked = dict(list(paths.items())[:20]) | {"twin": twin, "gone": tmp_path / "none.jpg"}
     found = store.open_store(tmp_path / "s", asked, counting)
-    assert len(seen) == 20 and torch.equal(found["twin"], found["item0"]) and not torch.equal(found["item1"], found["item0"])
+    assert (
+        len(seen) == 20
+        and torch.equal(found["twin"], found["item0"])
+        and not torch.equal(found["item1"], found["item0"])
+    )
     assert list(found) == [a for a in asked if a not in ("gone", "item5")]
     more = store.open_store(tmp_path / "s", paths, counting)
-    assert len(seen) == COUNT and len(set(seen)) >= COUNT - 1 and found.corrupt == more.corrupt == ["item5"]
+    assert (
+        len(seen) == COUNT
+        and len(set(seen)) >= COUNT - 1
+        and found.corrupt == more.corrupt == ["item5"]
+    )
     again = store.open_store(tmp_path / "s", paths, refuse)
-    assert all(torch.equal(again[a], v) for a, v in zip(more, vectors([paths[a] for a in more]), strict=True))
+    assert all(
+        torch.equal(again[a], v)
+        for a, v in zip(more, vectors([paths[a] for a in more]), strict=True)
+    )
     paths["item1"].write_bytes(b"another")  # negative control: another image is another key
-    assert torch.equal(store.open_store(tmp_path / "s", paths, counting)["item1"], vectors([paths["item1"]])[0])
+    assert torch.equal(
+        store.open_store(tmp_path / "s", paths, counting)["item1"], vectors([paths["item1"]])[0]
+    )
     assert len(seen) == COUNT + 1
 
 
@@ -180,6 +245,7 @@ def test_a_killed_process_keeps_its_finished_shards(paths, tmp_path):
         if paths["item300"] in files:  # in the second shard
             os.kill(os.getpid(), signal.SIGKILL)
         return vectors(files)
+
     if not (child := os.fork()):
         store.open_store(killed, paths, lambda: deadly)
         os._exit(0)
@@ -187,7 +253,9 @@ def test_a_killed_process_keeps_its_finished_shards(paths, tmp_path):
     assert len(names(killed)) == 1 and not (killed / "index.json").exists()
     seen = []
     store.open_store(killed, paths, lambda: lambda files: [seen.extend(files), vectors(files)][1])
-    assert len(seen) == COUNT - store.SHARD and names(killed) == names(whole)  # names hold the content's sha256
+    assert len(seen) == COUNT - store.SHARD and names(killed) == names(
+        whole
+    )  # names hold the content's sha256
     assert (killed / "index.json").read_bytes() == (whole / "index.json").read_bytes()
 
 
@@ -209,10 +277,13 @@ def test_a_damaged_shard_is_made_again_and_said_in_one_line(paths, tmp_path, cap
     file, seen = tmp_path / "s" / before._at["item0"][0], []
     expected, kept = {a: v.clone() for a, v in before.items()}, names(tmp_path / "s")
     damage(file)
-    found = store.open_store(tmp_path / "s", paths, lambda: lambda files: [seen.extend(files), vectors(files)][1])
+    found = store.open_store(
+        tmp_path / "s", paths, lambda: lambda files: [seen.extend(files), vectors(files)][1]
+    )
     assert len(seen) == store.SHARD and names(tmp_path / "s") == kept
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        f"{file}: damaged or not what the index says; made again"]
+        f"{file}: damaged or not what the index says; made again"
+    ]
     assert all(torch.equal(found[a], v) for a, v in expected.items())
     store.open_store(tmp_path / "s", paths, refuse)
 
@@ -222,12 +293,20 @@ def test_a_shard_made_again_by_another_request_replaces_the_damaged_one(paths, t
     damaged = before._at["item0"][0]
     flip(tmp_path / "s" / damaged)
     few = dict(list(paths.items())[:7])
-    assert len(store.open_store(tmp_path / "s", few, lambda: vectors)) == 6 and len(caplog.records) == 1
+    assert (
+        len(store.open_store(tmp_path / "s", few, lambda: vectors)) == 6
+        and len(caplog.records) == 1
+    )
     assert damaged not in json.loads((tmp_path / "s" / "index.json").read_text())["shards"]
     seen = []
-    found = store.open_store(tmp_path / "s", paths, lambda: lambda files: [seen.extend(files), vectors(files)][1])
+    found = store.open_store(
+        tmp_path / "s", paths, lambda: lambda files: [seen.extend(files), vectors(files)][1]
+    )
     assert len(seen) == store.SHARD - 7 and len(found) == COUNT - 1 and len(caplog.records) == 1
-    assert all(torch.equal(found[a], v) for a, v in zip(found, vectors([paths[a] for a in found]), strict=True))
+    assert all(
+        torch.equal(found[a], v)
+        for a, v in zip(found, vectors([paths[a] for a in found]), strict=True)
+    )
 
 
 def test_a_damaged_index_is_written_again_from_the_shards(paths, tmp_path, caplog):
@@ -235,25 +314,41 @@ def test_a_damaged_index_is_written_again_from_the_shards(paths, tmp_path, caplo
     before = (tmp_path / "s" / "index.json").read_bytes()
     (tmp_path / "s" / "index.json").write_bytes(before[:100])
     store.open_store(tmp_path / "s", paths, refuse)
-    assert (tmp_path / "s" / "index.json").read_bytes() == before and "index.json: damaged" in caplog.text
+    assert (
+        tmp_path / "s" / "index.json"
+    ).read_bytes() == before and "index.json: damaged" in caplog.text
 
 
 def test_the_key_holds_all_that_changes_vectors(tmp_path, monkeypatch):
     adapter, processor = tmp_path / "adapter", minimodel.build_processor()
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"1")
-    plain = {"model": "hub/id", "revision": "a", "adapter": adapter, "processor": processor, "kind": "cls",
-             "dtype": torch.float32}
+    plain = {
+        "model": "hub/id",
+        "revision": "a",
+        "adapter": adapter,
+        "processor": processor,
+        "kind": "cls",
+        "dtype": torch.float32,
+    }
     found = [store.key_of(**plain)]
     assert store.key_of(**plain) == found[0]
-    for change in ({"model": "hub/other"}, {"revision": "b"}, {"adapter": None}, {"dtype": torch.float16}, {"kind": "full"},
-                   {"model": str(PACKAGE / "mini_model")}):
+    for change in (
+        {"model": "hub/other"},
+        {"revision": "b"},
+        {"adapter": None},
+        {"dtype": torch.float16},
+        {"kind": "full"},
+        {"model": str(PACKAGE / "mini_model")},
+    ):
         found.append(store.key_of(**plain | change))
     processor.image_processor.resample = 0
     found.append(store.key_of(**plain))
     (adapter / "adapter_model.safetensors").write_bytes(b"22")
     found.append(store.key_of(**plain))
-    monkeypatch.setattr(provenance.metadata, "version", lambda name: "0.1")  # another Pillow resizes otherwise
+    monkeypatch.setattr(
+        provenance.metadata, "version", lambda name: "0.1"
+    )  # another Pillow resizes otherwise
     found.append(store.key_of(**plain))
     assert len(set(found)) == len(found)
 
@@ -277,18 +372,38 @@ found = store.open_store(folder, paths, lambda: lambda files: [seen.extend(files
 def test_two_processes_share_the_work_and_make_the_same_store(paths, tmp_path):
     (tmp_path / "share.py").write_text(SCRIPT.replace("VECTORS", inspect.getsource(vectors)))
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                    str(tmp_path / "share.py"), str(tmp_path / "two"), str(COUNT)], check=True, env=env, timeout=120)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(tmp_path / "share.py"),
+            str(tmp_path / "two"),
+            str(COUNT),
+        ],
+        check=True,
+        env=env,
+        timeout=120,
+    )
     said = [(tmp_path / f"rank{i}").read_text() for i in range(2)]
     assert said == [f"2 {store.SHARD + 10} {COUNT - 1}", f"2 {store.SHARD} {COUNT - 1}"]
     store.open_store(tmp_path / "one", paths, lambda: vectors)
     assert names(tmp_path / "two") == names(tmp_path / "one")
-    assert (tmp_path / "two" / "index.json").read_bytes() == (tmp_path / "one" / "index.json").read_bytes()
+    assert (tmp_path / "two" / "index.json").read_bytes() == (
+        tmp_path / "one" / "index.json"
+    ).read_bytes()
 
 
 # ---------------------------------------------------------------- tiles and slots
-SHAPES = [(a, b) for side in (40, 97, 700) for ratio in (1, 1.1, 1.3, 1.49, 1.7, 2, 2.6, 3, 3.5, 5, 9)
-          for a, b in ((side, round(side * ratio)), (round(side * ratio), side))]
+SHAPES = [
+    (a, b)
+    for side in (40, 97, 700)
+    for ratio in (1, 1.1, 1.3, 1.49, 1.7, 2, 2.6, 3, 3.5, 5, 9)
+    for a, b in ((side, round(side * ratio)), (round(side * ratio), side))
+]
 
 
 class Configured:
@@ -298,7 +413,9 @@ class Configured:
 
 def tiles_of(processor, size) -> int:
     """Tiles that the image processor really makes of a picture without a black pixel."""
-    values = processor(Image.new("RGB", size[::-1], (250, 3, 99)), return_tensors="pt")["pixel_values"][0]
+    values = processor(Image.new("RGB", size[::-1], (250, 3, 99)), return_tensors="pt")[
+        "pixel_values"
+    ][0]
     return sum(bool((tile != 0).any()) for tile in torch.as_tensor(values))
 
 
@@ -312,23 +429,51 @@ def test_tiles_of_every_aspect_ratio_on_the_mini_model():
 
 def test_tiles_of_every_aspect_ratio_on_the_true_model():
     config = LlavaNextConfig.from_json_file(memory.CONFIGS["llava-hf/llava-v1.6-mistral-7b-hf"])
-    assert config.image_grid_pinpoints == [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-    processor = LlavaNextImageProcessorPil(crop_size={"height": 336, "width": 336}, size={"shortest_edge": 336},
-                                           image_grid_pinpoints=config.image_grid_pinpoints)
+    assert config.image_grid_pinpoints == [
+        [336, 672],
+        [672, 336],
+        [672, 672],
+        [1008, 336],
+        [336, 1008],
+    ]
+    processor = LlavaNextImageProcessorPil(
+        crop_size={"height": 336, "width": 336},
+        size={"shortest_edge": 336},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )
     counts = {size: vision.tile_count(Configured(config), size) for size in SHAPES}
     assert counts == {size: tiles_of(processor, size) for size in SHAPES}
     assert set(counts.values()) == {3, 4, 5}
-    known = {(336, 336): 3, (672, 672): 5, (1500, 1500): 5, (336, 672): 3, (1500, 500): 4, (500, 1500): 4, (1500, 750): 3}
+    known = {
+        (336, 336): 3,
+        (672, 672): 5,
+        (1500, 1500): 5,
+        (336, 672): 3,
+        (1500, 500): 4,
+        (500, 1500): 4,
+        (1500, 750): 3,
+    }
     assert {size: vision.tile_count(Configured(config), size) for size in known} == known
 
 
 def test_vectors_are_placed_by_item_never_by_the_total_alone():
     model = minimodel.build_model(minimodel.build_processor(), seed=1)
     slot, five, three = model.config.image_token_id, torch.randn(5, 128), torch.randn(3, 128)
-    ids = torch.tensor([[7, *[slot] * 5, 8, *[slot] * 3], [0, 0, 7, 9, *[slot] * 3, 8, 8, 9]])  # a row ends with an image
+    ids = torch.tensor(
+        [[7, *[slot] * 5, 8, *[slot] * 3], [0, 0, 7, 9, *[slot] * 3, 8, 8, 9]]
+    )  # a row ends with an image
     placed = vision.place(model, ids, [five, three, three + 1], 0)
-    assert torch.equal(placed[0, 1:6], five) and torch.equal(placed[0, 7:], three) and torch.equal(placed[1, 4:7], three + 1)
+    assert (
+        torch.equal(placed[0, 1:6], five)
+        and torch.equal(placed[0, 7:], three)
+        and torch.equal(placed[1, 4:7], three + 1)
+    )
     assert torch.equal(placed[0, 0], model.get_input_embeddings()(torch.tensor(7)))
-    for wrong in ([three, five, three], [five, three, three[:2], three[:1]], [five, three], [torch.randn(11, 128)]):
+    for wrong in (
+        [three, five, three],
+        [five, three, three[:2], three[:1]],
+        [five, three],
+        [torch.randn(11, 128)],
+    ):
         with pytest.raises(ValueError, match="placeholders"):
             vision.place(model, ids, wrong, 0)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState
 
 from lavic_utils import distillation as dist
-from lavic_utils import minimodel, training, vision
 from lavic_utils import recommendation as rec
+from lavic_utils import training, vision
 from lavic_utils.config import Lora, UserError, load_profile
+from lavic_utils.mini import model as minimodel
 
 LORA = Lora(r=4, alpha=8, dropout=0.0)
 
@@ -50,11 +51,26 @@ def spoil(folder, change):
     save_file(weights, folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda w: dict(list(w.items())[1:]), "1 adapter weights are missing and 0 are unexpected"),
-    (lambda w: w | {"base_model.model.extra.lora_A.weight": torch.zeros(2)}, "missing and 1 are unexpected"),
-    (lambda w: {k.replace("base_model.model.model", "base_model.model"): v for k, v in w.items()}, "84 adapter weights"),
-    (lambda w: {k: v[:, :3].contiguous() for k, v in w.items()}, "not an adapter of this model")])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: dict(list(w.items())[1:]), "1 adapter weights are missing and 0 are unexpected"),
+        (
+            lambda w: w | {"base_model.model.extra.lora_A.weight": torch.zeros(2)},
+            "missing and 1 are unexpected",
+        ),
+        (
+            lambda w: {
+                k.replace("base_model.model.model", "base_model.model"): v for k, v in w.items()
+            },
+            "84 adapter weights",
+        ),
+        (
+            lambda w: {k: v[:, :3].contiguous() for k, v in w.items()},
+            "not an adapter of this model",
+        ),
+    ],
+)
 def test_a_wrong_adapter_is_one_clear_line(model, processor, tmp_path, change, said):
     training.save_adapter(trained(model), tmp_path)
     spoil(tmp_path, change)
@@ -67,7 +83,9 @@ def test_peft_itself_takes_an_adapter_with_a_missing_weight(model, processor, tm
     training.save_adapter(trained(model), tmp_path)
     spoil(tmp_path, lambda w: dict(list(w.items())[1:]))
     with pytest.warns(UserWarning, match="missing adapter keys"):
-        PeftModel.from_pretrained(minimodel.build_model(processor, seed=1), tmp_path)  # why load_adapter exists
+        PeftModel.from_pretrained(
+            minimodel.build_model(processor, seed=1), tmp_path
+        )  # why load_adapter exists
 
 
 def test_no_adapter_is_one_clear_line(model, tmp_path):
@@ -77,7 +95,9 @@ def test_no_adapter_is_one_clear_line(model, tmp_path):
 
 def test_an_adapter_that_learnt_nothing_is_not_saved(model, tmp_path):
     with pytest.raises(UserError, match="84|42 LoRA B are zero"):
-        training.save_adapter(training.add_adapter(model, LORA, rec.LANGUAGE_LINEAR), tmp_path / "a")
+        training.save_adapter(
+            training.add_adapter(model, LORA, rec.LANGUAGE_LINEAR), tmp_path / "a"
+        )
     assert not (tmp_path / "a").exists()
 
 
@@ -86,7 +106,9 @@ def test_adapters_are_merged_in_float32_only(model, processor):
     with torch.inference_mode():
         before = tuned(input_ids=IDS).logits
         plain = training.merged(tuned)
-        assert not isinstance(plain, PeftModel) and torch.allclose(plain(input_ids=IDS).logits, before, atol=1e-4)
+        assert not isinstance(plain, PeftModel) and torch.allclose(
+            plain(input_ids=IDS).logits, before, atol=1e-4
+        )
     low = trained(minimodel.build_model(processor, seed=1).to(torch.bfloat16))
     assert training.merged(low) is low
     assert {p.dtype for n, p in low.named_parameters() if "lora_" in n} == {torch.float32}
@@ -116,17 +138,26 @@ def gradients(model, **checkpointing) -> tuple[dict, int]:
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
+
     weights = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = tuned(inputs_embeds=tuned.get_input_embeddings()(IDS.repeat(4, 1))).logits.square().mean()
+        loss = (
+            tuned(inputs_embeds=tuned.get_input_embeddings()(IDS.repeat(4, 1)))
+            .logits.square()
+            .mean()
+        )
     if loss.requires_grad:
         loss.backward()
-    return ({n: p.grad for n, p in tuned.named_parameters() if p.grad is not None},
-            sum(size for place, size in kept.items() if place not in weights))
+    return (
+        {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None},
+        sum(size for place, size in kept.items() if place not in weights),
+    )
 
 
 def test_checkpointing_keeps_less_and_changes_nothing(processor):
-    fresh = [minimodel.build_model(processor, seed=seed).requires_grad_(False) for seed in (1, 1, 2)]
+    fresh = [
+        minimodel.build_model(processor, seed=seed).requires_grad_(False) for seed in (1, 1, 2)
+    ]
     plain, most = gradients(fresh[0])
     ours, least = gradients(fresh[1], use_reentrant=False)
     assert len(plain) == 84 and plain.keys() == ours.keys()
@@ -139,19 +170,41 @@ def test_checkpointing_keeps_less_and_changes_nothing(processor):
 def student(processor, tmp_path, batch: int, accumulation: int):
     torch.manual_seed(0)
     profile = load_profile("mini")
-    stage = profile.distillation.model_copy(update={
-        "batch_size": batch, "gradient_accumulation": accumulation, "epochs": 1, "lora": LORA, "warmup_steps": 0,
-        "schedule": "constant"})
+    stage = profile.distillation.model_copy(
+        update={
+            "batch_size": batch,
+            "gradient_accumulation": accumulation,
+            "epochs": 1,
+            "lora": LORA,
+            "warmup_steps": 0,
+            "schedule": "constant",
+        }
+    )
     base = minimodel.build_model(processor, seed=1).requires_grad_(False)
     rows = []
     for i in range(4):
-        Image.linear_gradient("L").rotate(90 * i).resize((96, 96)).convert("RGB").save(tmp_path / f"{i}.png")
-        rows.append(dist.Picture(str(i), "Velora jar", tmp_path / f"{i}.png", "red and plain" + ", round" * i))
+        Image.linear_gradient("L").rotate(90 * i).resize((96, 96)).convert("RGB").save(
+            tmp_path / f"{i}.png"
+        )
+        rows.append(
+            dist.Picture(
+                str(i), "Velora jar", tmp_path / f"{i}.png", "red and plain" + ", round" * i
+            )
+        )
     profile = profile.model_copy(update={"distillation": stage})
     tuned = training.add_adapter(base, LORA, dist.VISION_LINEAR)
-    arguments = training.training_arguments(tmp_path / f"{batch}", stage, 0, save_strategy="no", logging_steps=1)
-    return tuned, dict(model=tuned, processing_class=processor.tokenizer, train_dataset=rows, args=arguments,
-                       data_collator=dist.StudentCollator(base, processor, profile, dist.Pictures(processor, True)))
+    arguments = training.training_arguments(
+        tmp_path / f"{batch}", stage, 0, save_strategy="no", logging_steps=1
+    )
+    return tuned, dict(
+        model=tuned,
+        processing_class=processor.tokenizer,
+        train_dataset=rows,
+        args=arguments,
+        data_collator=dist.StudentCollator(
+            base, processor, profile, dist.Pictures(processor, True)
+        ),
+    )
 
 
 def test_accumulated_batches_equal_one_batch(processor, tmp_path):
@@ -161,11 +214,13 @@ def test_accumulated_batches_equal_one_batch(processor, tmp_path):
         trainer.train()
         first = trainer.state.log_history[0]
         return first["loss"], first["grad_norm"]
+
     whole, parts = once(dist.StudentTrainer, 4, 1), once(dist.StudentTrainer, 1, 4)
     assert parts == pytest.approx(whole, rel=1e-4)
 
     class Left(dist.StudentTrainer):
         loss_is_scaled_for_ga = None  # the Trainer's own guess: it adds the four batches up
+
     assert once(Left, 1, 4)[1] == pytest.approx(4 * whole[1], rel=1e-3)
 
 
@@ -203,8 +258,15 @@ def test_the_7b_profiles_name_a_pinned_model_and_the_papers_batch(name):
     profile = load_profile(name)
     assert profile.model == "llava-hf/llava-v1.6-mistral-7b-hf" and len(profile.revision) == 40
     one, two = profile.distillation, profile.recommendation
-    assert one.batch_size * one.gradient_accumulation == 4 and two.batch_size * two.gradient_accumulation == 1
-    assert two.gradient_checkpointing and profile.dtype == "half" and profile.quantize_4bit is (name == "t4")
+    assert (
+        one.batch_size * one.gradient_accumulation == 4
+        and two.batch_size * two.gradient_accumulation == 1
+    )
+    assert (
+        two.gradient_checkpointing
+        and profile.dtype == "half"
+        and profile.quantize_4bit is (name == "t4")
+    )
 
 
 def test_a_model_that_cannot_be_had_is_one_line_with_size_and_command(monkeypatch):
@@ -220,8 +282,10 @@ def test_four_bits_without_a_card_is_one_line(monkeypatch):
         vision.load_model(load_profile("t4"))
 
 
-@pytest.mark.parametrize(("capability", "dtype", "kernel"), [
-    ((7, 5), torch.float16, "sdpa"), ((8, 0), torch.bfloat16, "flash_attention_2")])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kernel"),
+    [((7, 5), torch.float16, "sdpa"), ((8, 0), torch.bfloat16, "flash_attention_2")],
+)
 def test_precision_and_attention_follow_the_card(monkeypatch, capability, dtype, kernel):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -234,5 +298,11 @@ def test_precision_and_attention_follow_the_card(monkeypatch, capability, dtype,
 
 def test_the_mini_profile_keeps_its_settings():
     profile = load_profile("mini")
-    assert json.loads(profile.model_dump_json())["dtype"] == "float32" and profile.distillation.teacher_batch_size == 48
-    assert profile.distillation.eval_batch_size == 64 and not profile.recommendation.gradient_checkpointing
+    assert (
+        json.loads(profile.model_dump_json())["dtype"] == "float32"
+        and profile.distillation.teacher_batch_size == 48
+    )
+    assert (
+        profile.distillation.eval_batch_size == 64
+        and not profile.recommendation.gradient_checkpointing
+    )

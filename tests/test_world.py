@@ -14,22 +14,40 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavic_utils import wording, world
 from lavic_utils.config import DOMAINS, UserError, World
-from lavic_utils.draw import draw_product
+from lavic_utils.mini import words as wording
+from lavic_utils.mini import world
+from lavic_utils.mini.drawing import draw_product
 
-TINY = World(image_side=48, train_shards=1, shard_items=64, stage1_valid_items=12, train_dialogues=40,
-             valid_dialogues=10, test_dialogues=60, p_extra_image=0.2, missing_images=3, corrupt_images=4)
+TINY = World(
+    image_side=48,
+    train_shards=1,
+    shard_items=64,
+    stage1_valid_items=12,
+    train_dialogues=40,
+    valid_dialogues=10,
+    test_dialogues=60,
+    p_extra_image=0.2,
+    missing_images=3,
+    corrupt_images=4,
+)
 VISUAL = {word for values in wording.ATTRIBUTES.values() for word in values}
 
 
 def digest(root: Path) -> dict[str, str]:
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def rows_of(root: Path, domain: str, split: str) -> list[dict]:
-    return [json.loads(line) for line in (root / DOMAINS[domain] / f"{split}.jsonl").read_text().split("\n") if line]
+    return [
+        json.loads(line)
+        for line in (root / DOMAINS[domain] / f"{split}.jsonl").read_text().split("\n")
+        if line
+    ]
 
 
 def opens(path: Path) -> bool:
@@ -75,7 +93,9 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(mini: Path, tmp_path:
     assert same == []
 
 
-def test_finished_world_is_reused_and_other_data_is_never_replaced(mini: Path, tmp_path: Path) -> None:
+def test_finished_world_is_reused_and_other_data_is_never_replaced(
+    mini: Path, tmp_path: Path
+) -> None:
     stamp = (mini / world.FACTS).stat().st_mtime_ns
     assert world.make_world(mini, TINY) == mini and (mini / world.FACTS).stat().st_mtime_ns == stamp
     assert world.world_key(TINY) != world.world_key(TINY.model_copy(update={"image_side": 50}))
@@ -87,7 +107,9 @@ def test_finished_world_is_reused_and_other_data_is_never_replaced(mini: Path, t
         world.read_facts(tmp_path)
 
 
-def test_failure_leaves_the_old_world_and_no_scraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_leaves_the_old_world_and_no_scraps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "mini"
     root.mkdir()
     (root / world.FACTS).write_text('{"key": "old"}')
@@ -98,7 +120,9 @@ def test_failure_leaves_the_old_world_and_no_scraps(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(world, "_fill", broken)
     with pytest.raises(RuntimeError):
         world.make_world(root, TINY)
-    assert [path.name for path in tmp_path.iterdir()] == ["mini"] and world.read_facts(root) == {"key": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["mini"] and world.read_facts(root) == {
+        "key": "old"
+    }
 
 
 def test_rows_have_the_published_format(mini: Path, facts: dict) -> None:
@@ -108,7 +132,9 @@ def test_rows_have_the_published_format(mini: Path, facts: dict) -> None:
             rows = rows_of(mini, domain, split)
             assert len(rows) == count == len(facts["dialogues"][f"{domain}/{split}"])
             for row in rows:
-                assert 1 <= len(re.findall(r"<(submission|comment)>[^<]+</\1>\n", row["context"])) <= 6
+                assert (
+                    1 <= len(re.findall(r"<(submission|comment)>[^<]+</\1>\n", row["context"])) <= 6
+                )
                 for field in ("candidates_st", "candidates_gpt_large"):
                     assert len(set(row[field])) == 10 and set(row[field]) <= set(catalogue)
                 assert set(row["gt_items"]) <= set(catalogue) and row["gt"]
@@ -118,9 +144,19 @@ def test_rows_have_the_published_format(mini: Path, facts: dict) -> None:
 
 
 def test_splits_share_no_item_and_pools_are_balanced(mini: Path, facts: dict) -> None:
-    used = {split: {asin for row in rows_of(mini, "home", split) for asin in row["gt_items"] + row["candidates_st"]}
-            for split in ("train", "valid", "test")}
-    assert not (used["train"] & used["test"] or used["valid"] & used["test"] or used["train"] & used["valid"])
+    used = {
+        split: {
+            asin
+            for row in rows_of(mini, "home", split)
+            for asin in row["gt_items"] + row["candidates_st"]
+        }
+        for split in ("train", "valid", "test")
+    }
+    assert not (
+        used["train"] & used["test"]
+        or used["valid"] & used["test"]
+        or used["train"] & used["valid"]
+    )
     pool = world.make_items(TINY)["home/test"]
     assert used["test"] <= set(pool)
     assert set(Counter((item["kind"], item["feature"]) for item in pool.values()).values()) == {1}
@@ -128,16 +164,30 @@ def test_splits_share_no_item_and_pools_are_balanced(mini: Path, facts: dict) ->
 
 def test_every_wish_is_said_and_the_target_meets_it(mini: Path, facts: dict) -> None:
     for domain in DOMAINS:
-        for row, truth in zip(rows_of(mini, domain, "test"), facts["dialogues"][f"{domain}/test"], strict=True):
-            asked = [truth["kind"], *truth["wanted"].values(), *filter(None, (truth["feature"], truth["brand"]))]
+        for row, truth in zip(
+            rows_of(mini, domain, "test"), facts["dialogues"][f"{domain}/test"], strict=True
+        ):
+            asked = [
+                truth["kind"],
+                *truth["wanted"].values(),
+                *filter(None, (truth["feature"], truth["brand"])),
+            ]
             words = set(re.findall(r"[A-Za-z]+", row["context"]))
             assert set(asked) <= words
-            assert words & VISUAL == set(truth["wanted"].values())  # and no look that was not asked for
+            assert words & VISUAL == set(
+                truth["wanted"].values()
+            )  # and no look that was not asked for
             assert all(world.satisfies(facts["items"][asin], truth) for asin in row["gt_items"])
 
 
 def test_satisfies_rejects_an_item_that_misses_one_wish() -> None:
-    item = {"kind": "mug", "feature": "rustic", "brand": "Tivoli", "colour": "red", "pattern": "plain"}
+    item = {
+        "kind": "mug",
+        "feature": "rustic",
+        "brand": "Tivoli",
+        "colour": "red",
+        "pattern": "plain",
+    }
     truth = {"kind": "mug", "feature": "rustic", "brand": None, "wanted": {"colour": "red"}}
     assert world.satisfies(item, truth)
     assert not world.satisfies(item | {"colour": "blue"}, truth)
@@ -146,16 +196,26 @@ def test_satisfies_rejects_an_item_that_misses_one_wish() -> None:
 
 
 def test_looks_show_in_no_text_of_the_catalogue(mini: Path, facts: dict) -> None:
-    text = (mini / "item2meta_train.json").read_text() + (mini / "item2meta_valid.jsonl").read_text()
+    text = (mini / "item2meta_train.json").read_text() + (
+        mini / "item2meta_valid.jsonl"
+    ).read_text()
     assert not VISUAL & set(re.findall(r"[a-z]+", text))
     item = next(iter(facts["items"].values()))
-    said = wording.description(*(item[name] for name in ("colour", "pattern", "shape", "accent")), "lid")
-    assert len(VISUAL & set(re.findall(r"[a-z]+", said))) == 4  # the same check finds looks where there are some
+    said = wording.description(
+        *(item[name] for name in ("colour", "pattern", "shape", "accent")), "lid"
+    )
+    assert (
+        len(VISUAL & set(re.findall(r"[a-z]+", said))) == 4
+    )  # the same check finds looks where there are some
 
 
 def test_new_wordings_only_in_test(mini: Path, facts: dict) -> None:
-    share = {split: np.mean([t["new_wording"] for d in DOMAINS for t in facts["dialogues"][f"{d}/{split}"]])
-             for split in ("train", "valid", "test")}
+    share = {
+        split: np.mean(
+            [t["new_wording"] for d in DOMAINS for t in facts["dialogues"][f"{d}/{split}"]]
+        )
+        for split in ("train", "valid", "test")
+    }
     assert share["train"] == share["valid"] == 0 and 0.15 < share["test"] < 0.45
     marks = [text.split("{")[0] for text in wording.OPENINGS["new"]]
     for split, found in (("train", False), ("test", True)):
@@ -164,45 +224,70 @@ def test_new_wordings_only_in_test(mini: Path, facts: dict) -> None:
 
 
 def test_images_open_unless_listed(mini: Path, facts: dict) -> None:
-    links = [Path(image["large"]).name for item in json.loads((mini / "item2meta_train.json").read_text()).values()
-             for image in item["images"]]
+    links = [
+        Path(image["large"]).name
+        for item in json.loads((mini / "item2meta_train.json").read_text()).values()
+        for image in item["images"]
+    ]
     unreadable = {name for name in links if not opens(mini / "train_images" / name)}
     assert unreadable == set(facts["missing"]) | set(facts["corrupt"])
     assert len(facts["missing"]) == 3 and len(facts["corrupt"]) == 4
     assert not any((mini / "train_images" / name).exists() for name in facts["missing"])
     assert all((mini / "train_images" / name).exists() for name in facts["corrupt"])
-    stage1 = [json.loads(line) for line in (mini / "item2meta_valid.jsonl").read_text().split("\n") if line]
+    stage1 = [
+        json.loads(line)
+        for line in (mini / "item2meta_valid.jsonl").read_text().split("\n")
+        if line
+    ]
     assert stage1 and all(opens(mini / "valid_images" / row["image_name"]) for row in stage1)
 
 
 def test_oracles_are_ordered_and_notice_wrong_truths(mini: Path, tmp_path: Path) -> None:
     rows = world.oracles(mini)
-    mean = {name: np.mean([row[name] for row in rows]) for name in ("chance", "text", "vision", "recall")}
+    mean = {
+        name: np.mean([row[name] for row in rows])
+        for name in ("chance", "text", "vision", "recall")
+    }
     assert mean["chance"] < mean["text"] <= mean["vision"] <= mean["recall"]
     copy = tmp_path / "wrong"
     for domain, folder in DOMAINS.items():
         lines = rows_of(mini, domain, "test")
         (copy / folder).mkdir(parents=True)
         shifted = [line | {"gt_items": lines[i - 1]["gt_items"]} for i, line in enumerate(lines)]
-        (copy / folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shifted))
+        (copy / folder / "test.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in shifted)
+        )
     (copy / world.FACTS).write_text((mini / world.FACTS).read_text())
     assert np.mean([row["vision"] for row in world.oracles(copy)]) < 0.5 * mean["vision"]
 
 
 def test_the_mini_tokenizer_knows_every_word(mini: Path) -> None:
-    from lavic_utils import minimodel
+    from lavic_utils.mini import model as minimodel
 
     tokenizer = minimodel.build_tokenizer()
-    rows = [row for domain in DOMAINS for split in ("train", "test") for row in rows_of(mini, domain, split)]
-    texts = {re.sub(r"<[^>]+>", "", row["context"]) + f"{row['gt']} {row['candidates_st'][0]}" for row in rows}
+    rows = [
+        row
+        for domain in DOMAINS
+        for split in ("train", "test")
+        for row in rows_of(mini, domain, split)
+    ]
+    texts = {
+        re.sub(r"<[^>]+>", "", row["context"]) + f"{row['gt']} {row['candidates_st'][0]}"
+        for row in rows
+    }
     assert not any(tokenizer.unk_token_id in tokenizer(text)["input_ids"] for text in texts)
     assert tokenizer.unk_token_id in tokenizer("a zeppelin")["input_ids"]
 
 
-@pytest.mark.parametrize(("text", "fixed"), [
-    ("a insulated hat", "an insulated hat"), ("a rustic mug", "a rustic mug"), ("a good good mug", "a good mug"),
-    ("plaza insulated", "plaza insulated"),
-])
+@pytest.mark.parametrize(
+    ("text", "fixed"),
+    [
+        ("a insulated hat", "an insulated hat"),
+        ("a rustic mug", "a rustic mug"),
+        ("a good good mug", "a good mug"),
+        ("plaza insulated", "plaza insulated"),
+    ],
+)
 def test_polish(text: str, fixed: str) -> None:
     assert world.polish(text) == fixed
 
@@ -210,17 +295,29 @@ def test_polish(text: str, fixed: str) -> None:
 def test_drawings_differ_by_each_attribute_and_only_by_the_seed_otherwise() -> None:
     base = {"shape": "boxy", "colour": "blue", "pattern": "dotted", "accent": "lime"}
     for kind in wording.PARTS:
-        picture = np.asarray(draw_product(kind, **base, size=(96, 72), rng=random.Random(3)), dtype=int)
+        picture = np.asarray(
+            draw_product(kind, **base, size=(96, 72), rng=random.Random(3)), dtype=int
+        )
         assert picture.shape == (72, 96, 3)
-        assert np.array_equal(picture, np.asarray(draw_product(kind, **base, size=(96, 72), rng=random.Random(3))))
+        assert np.array_equal(
+            picture, np.asarray(draw_product(kind, **base, size=(96, 72), rng=random.Random(3)))
+        )
         for name, values in wording.ATTRIBUTES.items():
             for value in set(values) - {base[name]}:
-                other = draw_product(kind, **(base | {name: value}), size=(96, 72), rng=random.Random(3))
+                other = draw_product(
+                    kind, **(base | {name: value}), size=(96, 72), rng=random.Random(3)
+                )
                 changed = np.abs(np.asarray(other, dtype=int) - picture).max(axis=2) > 40
-                assert changed.mean() > 0.015, (kind, name, value)  # least: toes of shoes, round against boxy
+                assert changed.mean() > 0.015, (
+                    kind,
+                    name,
+                    value,
+                )  # least: toes of shoes, round against boxy
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "boat"}, {"colour": "white"}, {"accent": "red"}, {"pattern": "zigzag"}])
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "boat"}, {"colour": "white"}, {"accent": "red"}, {"pattern": "zigzag"}]
+)
 def test_unknown_words_are_refused(wrong: dict[str, str]) -> None:
     good = {"kind": "mug", "shape": "round", "colour": "red", "pattern": "plain", "accent": "white"}
     with pytest.raises(ValueError, match="is not one of"):

@@ -12,8 +12,15 @@ from typing import NoReturn
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def unavailable(reason: str) -> NoReturn:
@@ -28,11 +35,15 @@ def browser() -> Iterator:
     """One headless Chromium for the whole run (`playwright.sync_api.Browser`)."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
-        unavailable(f"no browser: none of {', '.join(NAMES)} is on the PATH (Debian: apt-get install chromium)")
+        unavailable(
+            f"no browser: none of {', '.join(NAMES)} is on the PATH (Debian: apt-get install chromium)"
+        )
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        unavailable("no browser: Python's playwright is not installed (it is in requirements.lock: make install)")
+        unavailable(
+            "no browser: Python's playwright is not installed (it is in requirements.lock: make install)"
+        )
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=program, args=FLAGS)
         yield started
@@ -47,11 +58,16 @@ def errors() -> list[str]:
 
 def watch(page, errors: list[str]):
     """Append to `errors` whatever goes wrong in the page from now on; returns the page."""
-    page.on("console", lambda said: errors.append(f"console: {said.text}") if said.type == "error" else None)
+    page.on(
+        "console",
+        lambda said: errors.append(f"console: {said.text}") if said.type == "error" else None,
+    )
     page.on("pageerror", lambda raised: errors.append(f"exception: {raised}"))
 
     def failed(request) -> None:
-        if request.failure != "net::ERR_ABORTED":  # the test itself left the page before an icon had come
+        if (
+            request.failure != "net::ERR_ABORTED"
+        ):  # the test itself left the page before an icon had come
             errors.append(f"request failed: {request.url} ({request.failure})")
 
     page.on("requestfailed", failed)

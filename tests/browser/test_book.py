@@ -124,7 +124,11 @@ def broken_links(folder: Path) -> list[str]:
             if parts.scheme or parts.netloc:
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            there = target.is_file() and target.is_relative_to(folder) and not parts.path.startswith("/")
+            there = (
+                target.is_file()
+                and target.is_relative_to(folder)
+                and not parts.path.startswith("/")
+            )
             anchor = unquote(parts.fragment)
             if not there or (anchor and target in pages and anchor not in pages[target].ids):
                 wrong.append(f"{path.relative_to(folder)}: {link}")
@@ -133,7 +137,11 @@ def broken_links(folder: Path) -> list[str]:
 
 def mute_pictures(folder: Path) -> list[str]:
     """Pictures without alternative text."""
-    return [f"{p.relative_to(folder)}: {src}" for p, page in sources(folder).items() for src in page.mute]
+    return [
+        f"{p.relative_to(folder)}: {src}"
+        for p, page in sources(folder).items()
+        for src in page.mute
+    ]
 
 
 def without_language(folder: Path) -> list[str]:
@@ -150,7 +158,9 @@ def site() -> Path:
 
 @pytest.fixture(scope="module")
 def names(site: Path) -> list[str]:
-    return sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html") if "_static" not in p.parts)
+    return sorted(
+        p.relative_to(site).as_posix() for p in site.rglob("*.html") if "_static" not in p.parts
+    )
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +180,9 @@ def address(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         server.shutdown()
 
 
-def on_every_page(page, errors: list[str], base: str, names: list[str], look: Callable[[], list[str]]) -> list[str]:
+def on_every_page(
+    page, errors: list[str], base: str, names: list[str], look: Callable[[], list[str]]
+) -> list[str]:
     """Open each page; returns its errors, its requests outside `base`, and what `look` finds in it."""
     wrong: list[str] = []
     requested: list[str] = []
@@ -191,15 +203,22 @@ def test_links_pictures_and_language(site: Path) -> None:
 
 
 def test_the_checks_of_the_source_see_what_is_wrong(tmp_path: Path) -> None:
-    (tmp_path / "a.html").write_text('<html><p id="x"><a href="b.html#y">1</a><a href="c.html">2</a><a href="/a.html">3</a>'
-                                     '<a href="#x">fine</a><img src="b.html"><img src="b.html" alt="fine">', encoding="utf-8")
-    (tmp_path / "b.html").write_text('<html lang="en"><a href="a.html#x">fine</a>', encoding="utf-8")
+    (tmp_path / "a.html").write_text(
+        '<html><p id="x"><a href="b.html#y">1</a><a href="c.html">2</a><a href="/a.html">3</a>'
+        '<a href="#x">fine</a><img src="b.html"><img src="b.html" alt="fine">',
+        encoding="utf-8",
+    )
+    (tmp_path / "b.html").write_text(
+        '<html lang="en"><a href="a.html#x">fine</a>', encoding="utf-8"
+    )
     assert broken_links(tmp_path) == ["a.html: b.html#y", "a.html: c.html", "a.html: /a.html"]
     assert mute_pictures(tmp_path) == ["a.html: b.html"]
     assert without_language(tmp_path) == ["a.html"]
 
 
-def test_every_page_from_the_file_system(page, errors: list[str], site: Path, names: list[str]) -> None:
+def test_every_page_from_the_file_system(
+    page, errors: list[str], site: Path, names: list[str]
+) -> None:
     """No error, no request beyond the site; headings in order, controls named, contrast in both modes, narrow screens."""
     assert len(names) > 20
 
@@ -221,7 +240,9 @@ def test_every_page_from_the_file_system(page, errors: list[str], site: Path, na
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_page_under_a_sub_path(page, errors: list[str], address: str, names: list[str]) -> None:
+def test_every_page_under_a_sub_path(
+    page, errors: list[str], address: str, names: list[str]
+) -> None:
     wrong = on_every_page(page, errors, address, names, lambda: [])
     assert not wrong, "\n".join(wrong)
 
@@ -247,9 +268,17 @@ def test_the_checks_in_the_page_see_what_is_wrong(page, check: str, bad: str, go
 
 
 def test_a_page_that_fails_is_noticed(page, errors: list[str], tmp_path: Path) -> None:
-    (tmp_path / "bad.html").write_text('<script>oops()</script><img src="http://127.0.0.1:9/x.png">', encoding="utf-8")
-    found = " ".join(on_every_page(page, errors, tmp_path.as_uri(), ["bad.html"], lambda: ["looked"]))
-    assert "oops is not defined" in found and "asks for http://127.0.0.1:9/x.png" in found and "looked" in found
+    (tmp_path / "bad.html").write_text(
+        '<script>oops()</script><img src="http://127.0.0.1:9/x.png">', encoding="utf-8"
+    )
+    found = " ".join(
+        on_every_page(page, errors, tmp_path.as_uri(), ["bad.html"], lambda: ["looked"])
+    )
+    assert (
+        "oops is not defined" in found
+        and "asks for http://127.0.0.1:9/x.png" in found
+        and "looked" in found
+    )
 
 
 def test_the_ledger_sorts_and_filters_by_keyboard(page, errors: list[str], site: Path) -> None:
@@ -258,7 +287,9 @@ def test_the_ledger_sorts_and_filters_by_keyboard(page, errors: list[str], site:
     rows = table.locator("tbody tr")
     total = rows.count()
     assert total > 100
-    published = [h.strip(" ↕") for h in table.locator("thead th").all_inner_texts()].index("published")
+    published = [h.strip(" ↕") for h in table.locator("thead th").all_inner_texts()].index(
+        "published"
+    )
 
     def column() -> list[float]:
         shown = table.locator(f"tbody tr td:nth-child({published + 1})").all_inner_texts()
@@ -271,7 +302,10 @@ def test_the_ledger_sorts_and_filters_by_keyboard(page, errors: list[str], site:
         page.keyboard.press("Enter")
         assert head.get_attribute("aria-sort") == sense
         numbers = [v for v in column() if v == v]
-        assert numbers == sorted(numbers, reverse=not ascending) and column()[:len(numbers)] == numbers  # empty ones last
+        assert (
+            numbers == sorted(numbers, reverse=not ascending)
+            and column()[: len(numbers)] == numbers
+        )  # empty ones last
     form = page.locator("form.filters").first
     form.get_by_label("domain").select_option("beauty")
     assert rows.locator("visible=true").count() == total // 3
@@ -285,7 +319,9 @@ def test_the_ledger_sorts_and_filters_by_keyboard(page, errors: list[str], site:
 def test_search_finds_from_the_file_system(page, errors: list[str], site: Path) -> None:
     page.goto(f"{site.as_uri()}/search.html?q=perplexity")
     page.locator("#search-results li a").first.wait_for(timeout=10_000)
-    assert "glossary" in " ".join(a.get_attribute("href") for a in page.locator("#search-results li a").all())
+    assert "glossary" in " ".join(
+        a.get_attribute("href") for a in page.locator("#search-results li a").all()
+    )
     page.goto(f"{site.as_uri()}/search.html?q=qqqqzzzz")
     page.get_by_text("did not match any documents").wait_for(timeout=10_000)
     assert errors == []
@@ -302,14 +338,23 @@ def test_answers_and_solutions_are_folded(page, site: Path) -> None:
     """A reader meets the question first; every folded cell is there, once opened."""
     for path in sorted((site.parents[2] / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        hidden = [c for c in cells if {"hide-cell", "hide-input"} & set(c["metadata"].get("tags", []))
-                  and "colab.py" not in "".join(c["source"])]  # Colab's cell is not in the site
+        hidden = [
+            c
+            for c in cells
+            if {"hide-cell", "hide-input"} & set(c["metadata"].get("tags", []))
+            and "colab.py" not in "".join(c["source"])
+        ]  # Colab's cell is not in the site
         page.goto(f"{site.as_uri()}/notebooks/{path.stem}.html")
         assert page.locator("article details[open]").count() == 0
         folded = page.locator("article details.hide")
         assert folded.count() == len(hidden)
         for fold, cell in zip(folded.all(), hidden, strict=True):
             assert not fold.locator("pre").first.is_visible()
-            assert ("solution" in fold.locator("summary").inner_text()) == ("solution" in cell["metadata"]["tags"])
+            assert ("solution" in fold.locator("summary").inner_text()) == (
+                "solution" in cell["metadata"]["tags"]
+            )
             fold.locator("summary").click()
-            assert fold.locator("pre").first.inner_text().splitlines()[0] == "".join(cell["source"]).splitlines()[0]
+            assert (
+                fold.locator("pre").first.inner_text().splitlines()[0]
+                == "".join(cell["source"]).splitlines()[0]
+            )

@@ -33,15 +33,26 @@ def reached() -> list[str]:
 def url(browser, reached) -> Iterator[str]:
     """A served page on a free port of this machine."""
     if importlib.util.find_spec("gradio") is None:
-        unavailable("gradio is not installed (make demo installs it, or pip install --no-deps -r requirements-demo.lock)")
+        unavailable(
+            "gradio is not installed (make demo installs it, or pip install --no-deps -r requirements-demo.lock)"
+        )
     with pytest.MonkeyPatch.context() as patch:
         fresh = ROOT / ".cache" / "test"
-        if "LAVIC_RESULTS" not in os.environ and (fresh / "results" / "mini" / "seed42" / "stage2").is_dir():
+        if (
+            "LAVIC_RESULTS" not in os.environ
+            and (fresh / "results" / "mini" / "seed42" / "stage2").is_dir()
+        ):
             patch.setenv("LAVIC_RESULTS", str(fresh / "results"))
             patch.setenv("LAVIC_WORLD", str(fresh / "data"))
-        place = Path(os.environ.get("LAVIC_RESULTS", ROOT / "results")) / "mini" / f"seed{load_profile('mini').seed}"
+        place = (
+            Path(os.environ.get("LAVIC_RESULTS", ROOT / "results"))
+            / "mini"
+            / f"seed{load_profile('mini').seed}"
+        )
         if not (place / "stage1" / "result.json").is_file():
-            unavailable("no trained adapters of the mini profile (make reproduce or make test makes them)")
+            unavailable(
+                "no trained adapters of the mini profile (make reproduce or make test makes them)"
+            )
         real, look_up = socket.socket.connect, socket.getaddrinfo
 
         def connect(self, address):
@@ -51,9 +62,10 @@ def url(browser, reached) -> Iterator[str]:
         def getaddrinfo(host, *more, **options):
             reached.append(str(host))
             return look_up(host, *more, **options)
+
         patch.setattr(socket.socket, "connect", connect)
         patch.setattr(socket, "getaddrinfo", getaddrinfo)
-        from lavic_utils.demo import serve
+        from lavic_utils.demo.page import serve
 
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -80,10 +92,14 @@ def click_and_wait(page, click, other: str = "#answer") -> None:
     """Do something and wait until that part of the page is another."""
     before = page.locator(other).inner_html()
     click()
-    page.wait_for_function("([where, old]) => document.querySelector(where).innerHTML != old", arg=[other, before])
+    page.wait_for_function(
+        "([where, old]) => document.querySelector(where).innerHTML != old", arg=[other, before]
+    )
 
 
-def test_an_example_is_answered_within_seconds_with_ten_pictures(page, url, errors, reached, capsys):
+def test_an_example_is_answered_within_seconds_with_ten_pictures(
+    page, url, errors, reached, capsys
+):
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     start = time.monotonic()
@@ -92,13 +108,19 @@ def test_an_example_is_answered_within_seconds_with_ten_pictures(page, url, erro
     first = time.monotonic() - start
     page.get_by_label("home").check()
     start = time.monotonic()
-    page.wait_for_function("document.querySelector('.talk').innerText.match(/mug|lamp|cushion|chair/)")
+    page.wait_for_function(
+        "document.querySelector('.talk').innerText.match(/mug|lamp|cushion|chair/)"
+    )
     second = time.monotonic() - start
     with capsys.disabled():
-        print(f"\ndemo: first answer {first:.1f} s after the address was opened, another domain's {second:.1f} s (aim: 5)")
+        print(
+            f"\ndemo: first answer {first:.1f} s after the address was opened, another domain's {second:.1f} s (aim: 5)"
+        )
     assert max(first, second) < WITHIN
     pictures = page.locator(f"{SHOP} img")
-    assert pictures.count() == 10 and all(pictures.nth(i).evaluate("p => p.complete && p.naturalWidth > 20") for i in range(10))
+    assert pictures.count() == 10 and all(
+        pictures.nth(i).evaluate("p => p.complete && p.naturalWidth > 20") for i in range(10)
+    )
     assert all(pictures.nth(i).get_attribute("alt").startswith("picture at ") for i in range(10))
     assert all(re.search(r"LaViC\s+\d\.\d\d", text) for text in shown(page))
     assert "a tiny model on a rendered catalogue" in page.inner_text("body")
@@ -112,18 +134,26 @@ def test_click_an_item_swap_hide_and_put_back(shop, errors):
     assert chosen in shop.inner_text(".item")  # the page begins with LaViC's choice
     said = shop.inner_text("#said")
     click_and_wait(shop, shop.locator(SHOP).nth(1).click, "#said")
-    assert shop.inner_text("#said").startswith("The student of stage 1 sees: ") and shop.inner_text("#said") != said
+    assert (
+        shop.inner_text("#said").startswith("The student of stage 1 sees: ")
+        and shop.inner_text("#said") != said
+    )
     shop.locator(f"{SHOP}[data-item={chosen}]").focus()
     click_and_wait(shop, lambda: shop.keyboard.press("Enter"), "#said")  # by keyboard too
     assert shop.inner_text("#said") == said
     click_and_wait(shop, shop.get_by_role("button", name="Swap the two pictures").click)
     shop.wait_for_selector(".badge:has-text('picture changed')")
-    assert sum("picture changed" in text for text in shown(shop)) == 2 and any("→" in text for text in shown(shop))
+    assert sum("picture changed" in text for text in shown(shop)) == 2 and any(
+        "→" in text for text in shown(shop)
+    )
     assert shop.inner_text("#said") != said
     click_and_wait(shop, shop.get_by_role("button", name="Put everything back").click)
     assert shown(shop) == first
     click_and_wait(shop, shop.get_by_label("whole").check)
-    assert shop.locator(".tiles .gone").count() == 1 and sum("picture changed" in text for text in shown(shop)) == 1
+    assert (
+        shop.locator(".tiles .gone").count() == 1
+        and sum("picture changed" in text for text in shown(shop)) == 1
+    )
     assert not errors
 
 
@@ -132,11 +162,16 @@ def test_a_request_with_an_unknown_word_is_answered_and_the_word_named(shop, err
     click_and_wait(shop, shop.get_by_role("button", name="Ask").click)
     notes = shop.locator(".note").all_inner_texts()
     assert "what BM25 finds" in notes[0] and notes[1].endswith("answers from the rest: quantum.")
-    assert sum("handbag" in text for text in shown(shop)) == 10 and not any("right answer" in text for text in shown(shop))
+    assert sum("handbag" in text for text in shown(shop)) == 10 and not any(
+        "right answer" in text for text in shown(shop)
+    )
     before = shown(shop)
     shop.get_by_label("Or your own request").fill("")
     click_and_wait(shop, shop.get_by_role("button", name="Ask").click)
-    assert "a request of 1 to 200 words" in shop.locator(".note").first.inner_text() and shown(shop) == before
+    assert (
+        "a request of 1 to 200 words" in shop.locator(".note").first.inner_text()
+        and shown(shop) == before
+    )
     assert not errors
 
 
@@ -144,9 +179,22 @@ def test_a_picture_is_taken_and_a_text_with_its_name_is_not(shop, errors):
     given, png = shop.locator("input[type=file]"), io.BytesIO()
     Image.new("RGB", (60, 40), "purple").save(png, "PNG")
     before = shown(shop)
-    click_and_wait(shop, lambda: given.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"only text"}))
-    assert "not a whole PNG, JPEG or WebP" in shop.locator(".note").first.inner_text() and shown(shop) == before
-    click_and_wait(shop, lambda: given.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": png.getvalue()}))
+    click_and_wait(
+        shop,
+        lambda: given.set_input_files(
+            {"name": "a.png", "mimeType": "image/png", "buffer": b"only text"}
+        ),
+    )
+    assert (
+        "not a whole PNG, JPEG or WebP" in shop.locator(".note").first.inner_text()
+        and shown(shop) == before
+    )
+    click_and_wait(
+        shop,
+        lambda: given.set_input_files(
+            {"name": "a.png", "mimeType": "image/png", "buffer": png.getvalue()}
+        ),
+    )
     assert sum("picture changed" in text for text in shown(shop)) == 1
     assert not errors
 
@@ -162,7 +210,9 @@ def test_two_visitors_at_once_see_their_own(browser, url, errors):
     for page in (one, other, one, other):
         page.get_by_role("button", name="Ask").click()
     for page, word in ((one, "shoe"), (other, "hat")):
-        page.wait_for_function("word => document.querySelector('.talk').innerText.includes(word)", arg=word)
+        page.wait_for_function(
+            "word => document.querySelector('.talk').innerText.includes(word)", arg=word
+        )
         page.wait_for_timeout(1500)
         assert word in page.inner_text(".talk") and any(word in text for text in shown(page))
     click_and_wait(one, one.get_by_role("button", name="Swap the two pictures").click)
@@ -173,7 +223,9 @@ def test_two_visitors_at_once_see_their_own(browser, url, errors):
 
 
 def test_it_can_be_read_on_a_phone_and_every_control_has_a_name(browser, url):
-    context = browser.new_context(viewport={"width": 390, "height": 800}, is_mobile=True, has_touch=True)
+    context = browser.new_context(
+        viewport={"width": 390, "height": 800}, is_mobile=True, has_touch=True
+    )
     page = context.new_page()
     page.goto(url)
     page.wait_for_selector(SHOP)

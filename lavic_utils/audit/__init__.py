@@ -1,0 +1,1 @@
+"""What follows from the published figures, files and answers: reading, scoring and comparing them."""

@@ -1,0 +1,1 @@
+"""A page to try the trained models: requests, pictures, likelihoods."""

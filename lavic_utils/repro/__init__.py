@@ -1,0 +1,1 @@
+"""Making it again: the driver of the notebooks, their stamps, the README, the environment."""
