@@ -1,11 +1,49 @@
-"""LaViC companion: one small module a stage, from data to tables (Jeon et al., KDD 2025)."""
+"""LaViC, a companion of the KDD 2025 paper: adapting large vision-language models to visually-aware
+conversational recommendation.
 
-import os
-import warnings
+    import lavic_utils as lavic
 
-# Said by libraries about themselves (transformers' own deprecation, tqdm without widgets); they would stand in notebooks.
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-warnings.filterwarnings("ignore", message=".*IProgress.*")
-os.environ.setdefault(
-    "TRANSFORMERS_VERBOSITY", "error"
-)  # e.g. "sequence longer than": prompts are measured and cut here
+    run = lavic.Experiment("mini").prepare()  # what one profile and seed reads, and its results
+    run.distil()                              # stage 1: [CLS] tokens that the language model reads
+    run.tune("LaViC", "beauty")               # stage 2: answer a dialogue with one candidate's id
+    run.score("LaViC", "beauty")              # HR@1 and VR on the test dialogues
+
+The same, step by step and without anything kept: `cls_tokens`, `full_tokens`, `describe`,
+`train_student` (stage 1), `train_recommender` (stage 2), `score`, `comparison` (the paper's tables
+beside ours). For a request of your own: `recommend(dialogue, candidates)`.
+
+The package reads from top to bottom, each file importing only files before it: config, provenance,
+hub, data, vision, store, prompts, training, distillation, recommendation, evaluation, retrieval,
+ranking, methods, experiment, report, figures. Rooms beside it hold what is not the method: mini (a
+rendered world and its model), audit (files, answers, published figures), remote (what comes over a
+network), bench (measuring), demo (a page), teaching (what notebooks show of prompts), repro (to run
+it all again).
+"""
+
+import importlib
+
+_PLACES = {
+    "load_profile": "config",
+    "UserError": "config",
+    "cls_tokens": "vision",
+    "full_tokens": "vision",
+    "describe": "distillation",
+    "train_student": "distillation",
+    "train_recommender": "recommendation",
+    "score": "evaluation",
+    "Experiment": "experiment",
+    "recommend": "experiment",
+    "comparison": "report",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> object:
+    """Names are imported when they are asked for: the command line starts without torch."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

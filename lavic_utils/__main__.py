@@ -80,9 +80,9 @@ def methods(profile: ProfileOption = "mini", as_json: JsonOption = False) -> Non
     import json
 
     from lavic_utils.methods import listing
-    from lavic_utils.runs import Run
+    from lavic_utils.experiment import Experiment
 
-    rows = listing(Run(profile))
+    rows = listing(Experiment(profile))
     columns = ("name", "family", "inputs", "runnable", "needs")
     print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, columns, "reason")
 
@@ -122,9 +122,9 @@ def run(
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
     from lavic_utils.methods import find
     from lavic_utils.remote.chat_api import Settings
-    from lavic_utils.runs import Run, run_method
+    from lavic_utils.experiment import Experiment, run_method
 
-    asked = Run(
+    asked = Experiment(
         profile,
         seed,
         data_folder,
@@ -153,9 +153,9 @@ def table(
     import json
 
     from lavic_utils.report import table_rows
-    from lavic_utils.runs import Run
+    from lavic_utils.experiment import Experiment
 
-    rows = table_rows(Run(profile), name)
+    rows = table_rows(Experiment(profile), name)
     print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, tuple(rows[0])[:-1], "note")
 
 

@@ -1,10 +1,10 @@
-"""Typed, validated configuration. A profile is a YAML file; what differs between profiles is configuration, never code."""
+"""Configuration, typed and checked: a profile is a YAML file; profiles differ in nothing else."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -15,7 +15,7 @@ DOMAINS = {"beauty": "all_beauty", "fashion": "amazon_fashion", "home": "amazon_
 
 
 class UserError(Exception):
-    """Bad input: one clear line (what, where, what to do). The command line prints it and exits with code 2."""
+    """Bad input: one clear line (what, where, what to do); the command line exits with code 2."""
 
 
 class Section(BaseModel):
@@ -23,8 +23,8 @@ class Section(BaseModel):
 
 
 class Prompts(Section):
-    """Text templates. `candidate` must hold {id} and {title}; `image` is left out for methods without images. `chat` is
-    the model's own form of a conversation, put around the message of `describe` and `recommend`."""
+    """Text templates. `candidate` holds {id}, {title}, {image}. `chat` is the model's own form of a
+    conversation, put around the message of `describe` and `recommend`."""
 
     chat: Annotated[str, StringConstraints(pattern=r"\{message\}")] = "{message}"
     describe: str
@@ -66,6 +66,9 @@ class Lora(Section):
 class Stage(Section):
     """What both stages set."""
 
+    # Settings of time and memory alone: changing one of them throws no result away.
+    ONLY_SPEED: ClassVar = ("gradient_checkpointing", "eval_batch_size")
+
     lora: Lora = Lora()
     learning_rate: float = Field(gt=0)
     weight_decay: float = 1e-5
@@ -78,9 +81,15 @@ class Stage(Section):
     schedule: str = "constant"
     warmup_steps: int = 0
 
+    def deciding(self) -> dict[str, Any]:
+        """The settings that can change a result."""
+        return self.model_dump(mode="json", exclude=set(self.ONLY_SPEED))
+
 
 class Distillation(Stage):
     """Stage 1 (method: visual knowledge self-distillation)."""
+
+    ONLY_SPEED: ClassVar = (*Stage.ONLY_SPEED, "teacher_batch_size", "keep_pixels")
 
     teacher_batch_size: int = Field(48, ge=1)  # images described at once
     eval_batch_size: int = Field(64, ge=1)
@@ -96,6 +105,8 @@ class Distillation(Stage):
 
 class Recommendation(Stage):
     """Stage 2 (method: recommendation fine-tuning) and inference."""
+
+    ONLY_SPEED: ClassVar = (*Stage.ONLY_SPEED, "save_steps")
 
     eval_batch_size: int = Field(ge=1)
     save_steps: int | None = (
@@ -128,7 +139,7 @@ class Profile(Section):
 
 
 def load_profile(name: str = "mini") -> Profile:
-    """Read `lavic_utils/profiles/NAME.yaml` (or a path to a YAML file). Raises UserError naming file and field."""
+    """Read `lavic_utils/profiles/NAME.yaml`, or a path to a YAML file. UserError: file, field."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else PACKAGE / "profiles" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (PACKAGE / "profiles").glob("*.yaml")))
@@ -148,28 +159,26 @@ def load_profile(name: str = "mini") -> Profile:
 
 
 def results_dir(profile: Profile) -> Path:
-    """Where everything a run makes goes: `results/<profile>/`, or under LAVIC_RESULTS if it is set."""
+    """Where everything a run makes goes: `results/<profile>/`, or under LAVIC_RESULTS."""
     return Path(os.environ.get("LAVIC_RESULTS", ROOT / "results")) / profile.name
 
 
 def figures_dir(profile: Profile) -> Path:
-    """Where figures go: `results/<profile>/figures/`, or the committed `figures/` while `notebooks execute` says so by
-    LAVIC_COMMIT, so that a run of your own changes none of the committed pictures."""
-    return (
-        ROOT / "figures"
-        if os.environ.get("LAVIC_COMMIT") == "1"
-        else results_dir(profile) / "figures"
-    )
+    """Where figures go: `results/<profile>/figures/`, or the committed `figures/` while `notebooks
+    execute` says so by LAVIC_COMMIT: a run of your own changes none of the committed pictures."""
+    if os.environ.get("LAVIC_COMMIT") == "1":
+        return ROOT / "figures"
+    return results_dir(profile) / "figures"
 
 
 def real_data_dir() -> Path | None:
-    """The folder with the published Reddit-Amazon files (LAVIC_DATA), or None where the variable is unset."""
+    """The folder with the published Reddit-Amazon files (LAVIC_DATA), or None where it is unset."""
     value = os.environ.get("LAVIC_DATA")
     return Path(value) if value else None
 
 
 def use_data(folder: Path | None) -> None:
-    """Let a folder given on the command line stand for LAVIC_DATA, for what is started from here too."""
+    """Let a folder given on the command line stand for LAVIC_DATA, for child processes too."""
     if folder and not folder.is_dir():
         raise UserError(f"--data {folder}: no such folder; give the one with the published files")
     if folder:
@@ -177,6 +186,6 @@ def use_data(folder: Path | None) -> None:
 
 
 def replications_dir() -> Path | None:
-    """The folder with answers of real 7B models (LAVIC_REPLICATIONS), or None where the variable is unset."""
+    """The folder with answers of real 7B models (LAVIC_REPLICATIONS), or None where it is unset."""
     value = os.environ.get("LAVIC_REPLICATIONS")
     return Path(value) if value else None

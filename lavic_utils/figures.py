@@ -16,7 +16,7 @@ from lavic_utils.config import DOMAINS, figures_dir
 from lavic_utils.evaluation import summary_by_seed
 from lavic_utils.provenance import save_figure
 from lavic_utils.report import published, published_rows
-from lavic_utils.runs import Run
+from lavic_utils.experiment import Experiment
 
 style.use()
 
@@ -37,7 +37,7 @@ class Kept:
 def keep(
     fig,
     name: str,
-    run: Run,
+    run: Experiment,
     tier: str | None = None,
     seeds: Sequence[int] | None = None,
     alt: str = "",
@@ -58,7 +58,7 @@ def _short(title: str, width: int) -> str:
 
 
 def gallery(
-    run: Run,
+    run: Experiment,
     asins: Sequence[str],
     labels: Sequence[str] = (),
     highlight: Sequence[str] = (),
@@ -83,7 +83,7 @@ def gallery(
     return np.atleast_1d(axes)[0].figure
 
 
-def task_figure(run: Run, dialogue: data.Dialogue):
+def task_figure(run: Experiment, dialogue: data.Dialogue):
     """The task: a dialogue, ten candidates with id, title and picture; the ground truth framed."""
     names = dialogue.candidates_st
     fig, axes = plt.subplots(
@@ -102,7 +102,7 @@ def task_figure(run: Run, dialogue: data.Dialogue):
     return fig
 
 
-def token_budget(run: Run, tokens_full: int, tokens_cls: int):
+def token_budget(run: Experiment, tokens_full: int, tokens_cls: int):
     """Visual tokens of ten candidates against the context window: the paper's model (published) and this profile's."""
     facts, window = published()["token_facts"], run.profile.recommendation.max_length
     fig, axes = plt.subplots(1, 2, figsize=(8, 2))
@@ -338,7 +338,7 @@ def extended_figure(beyond: Mapping, metrics: Mapping):
     return fig
 
 
-def case_figure(run: Run, dialogue: data.Dialogue, answers: Mapping[str, Mapping]):
+def case_figure(run: Experiment, dialogue: data.Dialogue, answers: Mapping[str, Mapping]):
     """A case: the ten candidate images and, for each method, the share of likelihood it gives every candidate."""
     names = dialogue.candidates_st
     fig, axes = plt.subplots(

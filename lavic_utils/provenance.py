@@ -1,20 +1,25 @@
-"""Where a result comes from: hashes of code and data, versions, machine, time; atomic writing of files."""
+"""Where a result comes from: hashes of inputs and code, versions, machine, time; atomic files."""
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
+import io
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import tokenize
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lavic_utils.config import PACKAGE, ROOT, Profile, UserError, real_data_dir
+from lavic_utils.config import PACKAGE, ROOT, Profile, real_data_dir
 
+# The libraries that can change a number: recorded beside every result.
 PACKAGES = (
     "torch",
     "transformers",
@@ -25,39 +30,11 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-ROW_FIELDS = (
-    "method", "domain", "seed", "conversations", "pairs", "hits", "valid",
-    "hit_ratio_pairs", "hit_ratio_conversations", "validity_ratio", "ci95",
-)  # fmt: skip
-# Modules whose code can change a number; the command line, the driver and the drawing of tables and figures cannot.
-NUMBERS = (
-    "config",
-    "mini/words",
-    "mini/drawing",
-    "mini/world",
-    "rows",
-    "data",
-    "retrieval",
-    "encoders",
-    "prompts",
-    "vision",
-    "store",
-    "training",
-    "distillation",
-    "recommendation",
-    "openmodels",
-    "remote/chat_api",
-    "remote/proprietary",
-    "methods",
-    "inputs",
-    "runs",
-    "evaluation",
-)
-TEXT = {".py", ".yaml", ".yml", ".json", ".jsonl", ".md", ".txt"}
 
 
+# ------------------------------------------------------------ hashes of inputs
 def _plain(value: Any) -> Any:
-    """JSON form of numpy scalars and arrays, paths and tuples (for `json.dumps(default=...)`)."""
+    """JSON form of numpy scalars and arrays, and of paths (for `json.dumps(default=...)`)."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Path):
@@ -66,46 +43,44 @@ def _plain(value: Any) -> Any:
 
 
 def key(**parts: Any) -> str:
-    """Stable 16-hex key of a JSON-able dict: the same parts give the same key in every process and order."""
+    """16 hex digits of a JSON-able dict: equal parts give the same key in every process."""
     text = json.dumps(parts, sort_keys=True, default=_plain, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def code_hash(package: Path = PACKAGE, only: Sequence[str] | None = None) -> str:
-    """12 hex over the package: *.py (or only these modules), profiles/*.yaml and mini_model/* (weights by content);
-    line ends normalised."""
-    code = package.rglob("*.py") if only is None else [package / f"{name}.py" for name in only]
-    weights = (
-        p for p in package.glob("mini_model/*") if p.name not in ("README.md", "abilities.json")
-    )
-    files = [*code, *([] if only else package.glob("profiles/*.yaml")), *weights]
-    digest = hashlib.sha256()
-    for path in sorted(set(files), key=lambda p: p.relative_to(package).as_posix()):
-        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("."):
-            content = path.read_bytes()
-            if path.suffix in TEXT:
-                content = content.replace(b"\r\n", b"\n")
-            digest.update(
-                f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content
-            )
-    return digest.hexdigest()[:12]
+@functools.cache
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hash(path: Path) -> str | None:
+    """sha256 of a file, read once a process while its size and time stay; None for no file."""
+    if not path.is_file():
+        return None
+    about = path.stat()
+    return _file_hash(path, about.st_size, about.st_mtime_ns)
+
+
+def folder_hash(folder: Path | str) -> list[tuple[str, str | None]]:
+    """(name, sha256) of the files in a folder, sorted; empty where there is no such folder."""
+    return [(p.name, file_hash(p)) for p in sorted(Path(folder).glob("*")) if p.is_file()]
 
 
 def tree_hash(folder: Path | None) -> str:
-    """16 hex over names, sizes and times of the JSON files below a folder; 'unset' or 'absent' where there is none."""
+    """16 hex over names, sizes and times of the JSON files below a folder; 'unset' or 'absent'
+    where there is none."""
     if folder is None or not folder.is_dir():
         return "unset" if folder is None else "absent"
-    files = sorted(p for p in folder.rglob("*.json*") if p.is_file())
-    return key(
-        files=[
-            (p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
-            for p in files
-        ]
-    )
+    files = []
+    for path in sorted(p for p in folder.rglob("*.json*") if p.is_file()):
+        about = path.stat()
+        files.append((path.relative_to(folder).as_posix(), about.st_size, about.st_mtime_ns))
+    return key(files=files)
 
 
 def world_dir(profile: Profile) -> Path:
-    """Folder of the profile's rendered world: data/<profile>/, or under LAVIC_WORLD if it is set."""
+    """Folder of the profile's rendered world: data/<profile>/, or under LAVIC_WORLD."""
     return Path(os.environ.get("LAVIC_WORLD", ROOT / "data")) / profile.name
 
 
@@ -119,7 +94,87 @@ def profile_data_hash(profile: Profile) -> str:
     return data_hash(root)
 
 
-def _processor() -> str:
+# ------------------------------------------------------------ hashes of code
+def plain_code(text: str) -> str:
+    """Python source without what no result can depend on: comments, docstrings, blank lines."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            docstring = node.body[0]
+            for row in range(docstring.lineno, docstring.end_lineno + 1):
+                lines[row - 1] = ""
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+@functools.cache
+def _source_hash(path: Path, changed: int) -> str:
+    return hashlib.sha256(plain_code(path.read_text(encoding="utf-8")).encode()).hexdigest()[:16]
+
+
+def source_hash(path: Path) -> str:
+    """16 hex digits of a source file's `plain_code`."""
+    return _source_hash(path, path.stat().st_mtime_ns)
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Modules of the package that a source file imports at its top."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
+            inside = node.module.removeprefix(PACKAGE.name).lstrip(".")
+            yield inside  # from lavic_utils.data import ...
+            for name in node.names:  # from lavic_utils import data
+                yield f"{inside}.{name.name}".lstrip(".")
+
+
+def code_of(module: str) -> dict[str, str]:
+    """{module: hash} of a module of the package and of all that it imports from the package, so
+    that folders and imports decide what a stage's code is, not a list kept by hand."""
+    found: dict[str, str] = {}
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        path = PACKAGE / f"{name.replace('.', '/')}.py"
+        if name and name not in found and path.is_file():
+            found[name] = source_hash(path)
+            todo += _imported(path)
+    return found
+
+
+def code_hash(package: Path = PACKAGE) -> str:
+    """12 hex over the whole package: its code, its profiles and the mini model's files."""
+    digest = hashlib.sha256()
+    files = [
+        *package.rglob("*.py"),
+        *package.glob("profiles/*.yaml"),
+        *package.glob("mini_model/*"),
+    ]
+    for path in sorted(files, key=lambda p: p.relative_to(package).as_posix()):
+        if path.name in ("README.md", "abilities.json") or path.name.startswith("."):
+            continue
+        content = source_hash(path) if path.suffix == ".py" else file_hash(path)
+        digest.update(f"{path.relative_to(package).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+# ------------------------------------------------------------ what stands beside every result
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name).split("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Installed versions, None for a package that is absent."""
+    return {name: _version(name) for name in names}
+
+
+def processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(
@@ -129,33 +184,26 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name).split("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def versions(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:
-    """Installed versions of the packages that can change a number, None for one that is absent."""
-    return {name: _version(name) for name in names}
-
-
 def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
-    """What every file under results/ carries. No host name, no user name, no path."""
+    """What every file under results/ carries. No host name, no user name, no path.
+
+    `code_hash` is of the whole package; `numbers_hash` of the settings and of the code that makes,
+    scores and ranks answers: rows of two different ones never stand in one metrics.json.
+    """
     import psutil
 
+    settings = profile.model_dump(mode="json")
     return {
         "profile": profile.name,
         "seed": seed,
         "tier": profile.tier,
         "code_hash": code_hash(),
-        "numbers_hash": key(code=code_hash(only=NUMBERS), settings=profile.model_dump(mode="json")),
+        "numbers_hash": key(code=code_of("report"), settings=settings),
         "data_hash": data_hash,
         "versions": versions(),
         "python": platform.python_version(),
         "machine": {
-            "processor": _processor(),
+            "processor": processor_name(),
             "cores": psutil.cpu_count(logical=True),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         },
@@ -163,9 +211,10 @@ def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
     }
 
 
+# ------------------------------------------------------------ files
 @contextmanager
-def _temporary(path: Path):
-    """A sibling temp path that replaces `path` when the block ends well, and is removed when it does not."""
+def _temporary(path: Path) -> Iterator[Path]:
+    """A temporary sibling that replaces `path` when the block ends well, and goes when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -183,9 +232,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, obj: Any) -> None:
     """Atomic, deterministic JSON. NaN or infinity raise ValueError."""
-    write_text(
-        path, json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
-    )
+    text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
+    write_text(path, text + "\n")
 
 
 def footer(provenance: Mapping[str, Any]) -> str:
@@ -194,66 +242,23 @@ def footer(provenance: Mapping[str, Any]) -> str:
     label = "seed" if len(seeds) == 1 else "seeds"
     shown = ", ".join(str(seed) for seed in seeds)
     code = str(provenance["code_hash"])[:7]
-    return f"tier: {provenance['tier']} · profile {provenance['profile']} · {label} {shown} · code {code}"
+    return (
+        f"tier: {provenance['tier']} · profile {provenance['profile']} · {label} {shown} · "
+        f"code {code}"
+    )
 
 
 def save_figure(fig: Any, path: Path, tier: str, provenance: Mapping[str, Any]) -> None:
-    """Atomic PNG/PDF/SVG of a matplotlib figure, with the tier in a footer line and in the file's metadata."""
+    """Atomic PNG, PDF or SVG of a figure, its tier in a footer and in the file's metadata."""
     line = footer({**provenance, "tier": tier})
     for old in [text for text in fig.texts if text.get_gid() == "lavic-footer"]:
         old.remove()
     fig.text(0.005, 0.0, line, fontsize=6, color="0.4", ha="left", va="top", gid="lavic-footer")
     path = Path(path)
     kind = path.suffix.lstrip(".") or "png"
-    about = {"Title": path.stem, "Description": line} if kind == "png" else {"Title": line}
+    about = {"Title": line}
     if kind == "png":
-        about["Comment"] = json.dumps(
-            {**provenance, "tier": tier}, default=_plain, ensure_ascii=True
-        )
+        comment = json.dumps({**provenance, "tier": tier}, default=_plain, ensure_ascii=True)
+        about = {"Title": path.stem, "Description": line, "Comment": comment}
     with _temporary(path) as temp:
         fig.savefig(temp, format=kind, metadata=about, bbox_inches="tight", dpi=150)
-
-
-def _read_metrics(path: Path) -> dict[str, Any]:
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        return {"provenance": dict(old["provenance"]), "rows": list(old["rows"])}
-    except FileNotFoundError:
-        return {"provenance": {}, "rows": []}
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not a metrics file ({what}); delete it and run again") from None
-
-
-def upsert_metrics(
-    path: Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Put rows into metrics.json, one for each (method, domain, seed); returns what was written.
-
-    Rows of other keys stay only where the file's numbers_hash and data_hash are the new ones, so one file never mixes
-    two states of code or data. A row without one of ROW_FIELDS raises ValueError.
-    """
-    path, new = Path(path), [dict(row) for row in rows]
-    for row in new:
-        missing = [field for field in ROW_FIELDS if field not in row]
-        if missing:
-            raise ValueError(f"metrics row of {row.get('method')!r}: missing {', '.join(missing)}")
-    old = _read_metrics(path)
-    same = all(
-        old["provenance"].get(name) == provenance[name] for name in ("numbers_hash", "data_hash")
-    )
-    merged = {_row_key(row): row for row in [*(old["rows"] if same else []), *new]}
-    ordered = [merged[row_key] for row_key in sorted(merged)]
-    seeds = sorted({row["seed"] for row in ordered if row["seed"] is not None})
-    out = {"provenance": {**provenance, "seeds": seeds}, "rows": [_ordered(row) for row in ordered]}
-    write_json(path, out)
-    return out
-
-
-def _row_key(row: Mapping[str, Any]) -> tuple[str, str, int]:
-    return (row["method"], row["domain"], -1 if row["seed"] is None else int(row["seed"]))
-
-
-def _ordered(row: Mapping[str, Any]) -> dict[str, Any]:
-    extra: Sequence[str] = sorted(set(row) - set(ROW_FIELDS))
-    return {field: row[field] for field in (*ROW_FIELDS, *extra)}

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lavic_utils.provenance import code_hash, key, versions, write_json
+from lavic_utils.provenance import code_of, key, versions, write_json
 
 log = logging.getLogger(__name__)
 GROUP, SHARD = 64, 256  # images encoded at once, and in a file: what a kill can lose
@@ -63,7 +63,7 @@ def key_of(
         dtype=str(dtype),
         processor=json.loads(processor.image_processor.to_json_string()),
         kind=kind,
-        code=code_hash(only=("store", "vision")),
+        code=code_of("vision"),
         versions=versions(("torch", "transformers", "peft", "pillow")),
     )
 

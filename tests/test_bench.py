@@ -20,7 +20,7 @@ from lavic_utils.bench import reference as direct
 from lavic_utils.bench import speed as bench
 from lavic_utils.bench import stages as bench_model
 from lavic_utils.config import PACKAGE, UserError
-from lavic_utils.runs import Run
+from lavic_utils.experiment import Experiment
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def profile(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def measured(profile) -> bench_model.Bench:
-    made = bench_model.Bench(Run(profile), count=9, rounds=2)
+    made = bench_model.Bench(Experiment(profile), count=9, rounds=2)
     assert len(made.rows) == 9
     return made
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import TrainerState
 
-from lavic_utils import runs, training
+from lavic_utils import experiment, training
 from lavic_utils.__main__ import main
 from lavic_utils.config import World, load_profile
 from lavic_utils.mini.world import make_world
@@ -60,8 +60,8 @@ def go(what: str, place: Path, results: Path, dies_at_save: int = 0) -> None:
     (place / "began").touch()
     os.environ["LAVIC_RESULTS"] = str(results)
     torch.set_num_threads(1)
-    pictures, save, saves = runs.Run.pictures, TrainerState.save_to_json, []
-    runs.Run.pictures = lambda self, split: pictures(self, split)[:36]
+    pictures, save, saves = experiment.Experiment.pictures, TrainerState.save_to_json, []
+    experiment.Experiment.pictures = lambda self, split: pictures(self, split)[:36]
 
     def half(self, path: str) -> None:
         saves.append(path)
@@ -78,7 +78,7 @@ def go(what: str, place: Path, results: Path, dies_at_save: int = 0) -> None:
         )
         assert code == 0
     else:
-        run = runs.Run(str(profile), None, data)
+        run = experiment.Experiment(str(profile), None, data)
         run.distil() if what == "distil" else run.tune("LaViC", "beauty")
 
 
@@ -97,7 +97,7 @@ def finish(*arguments) -> None:
 # ---------------------------------------------------------------- what is compared
 def outcome(results: Path) -> dict[str, object]:
     """Everything a run leaves, but for seconds and memory; nothing of a checkpoint is left."""
-    assert not [p for p in results.rglob("*") if p.name in ("checkpoints", runs.BEGUN)]
+    assert not [p for p in results.rglob("*") if p.name in ("checkpoints", experiment.BEGUN)]
     found: dict[str, object] = {
         str(p.relative_to(results)): p.read_bytes() for p in results.rglob("*.jsonl")
     }
@@ -216,7 +216,7 @@ def test_a_half_written_checkpoint_is_not_continued_from(place, whole, what, spo
 def test_checkpoints_of_another_key_are_thrown_away(place, monkeypatch, tmp_path):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     run, folder, seen = (
-        runs.Run(str(place / "small.yaml"), None, place / "world"),
+        experiment.Experiment(str(place / "small.yaml"), None, place / "world"),
         tmp_path / "stage",
         [],
     )

@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 
 from lavic_utils import recommendation
-from lavic_utils.runs import Run
+from lavic_utils.experiment import Experiment
 from lavic_utils.teaching import lessons
 
 
 @pytest.fixture(scope="module")
 def run():
-    return Run("mini", 42)
+    return Experiment("mini", 42).prepare()
 
 
 @pytest.fixture(scope="module")

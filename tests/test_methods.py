@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from lavic_utils import methods, openmodels, prompts, recommendation, report, runs, vision
+from lavic_utils import experiment, methods, openmodels, prompts, recommendation, report, vision
 from lavic_utils.__main__ import main
 from lavic_utils.audit import answer_files as answers
 from lavic_utils.config import UserError, World, load_profile
@@ -144,14 +144,14 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, world, folders) -> runs.Run:
+def run(monkeypatch, tmp_path, world, folders) -> experiment.Experiment:
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path / "results"))
     monkeypatch.delenv(endpoint.KEY, raising=False)
     profile = load_profile("mini")
     long = profile.recommendation.model_copy(
         update={"max_length": 1200}
     )  # the mini tokenizer spells other models' prompts
-    return runs.Run(
+    return experiment.Experiment(
         profile.model_copy(update={"models": folders, "recommendation": long}), 42, world
     )
 
@@ -228,7 +228,7 @@ def test_a_new_method_is_one_class_and_one_entry(run, monkeypatch, capsys):
             return [recommendation.Answer(f"{names[-1]}", names[-1], names) for names in lists]
 
     monkeypatch.setitem(methods.METHODS, "Last candidate", Last("Last candidate"))
-    said = runs.run_method(run, "last candidate", "home")
+    said = experiment.run_method(run, "last candidate", "home")
     path = Path(said.split("\n")[1])
     assert main(["evaluate", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -256,7 +256,7 @@ def test_a_new_method_is_one_class_and_one_entry(run, monkeypatch, capsys):
     ],
 )
 def test_open_rows_run_and_evaluate_reads_them(run, name):
-    path = Path(runs.run_method(run, name, "beauty", limit=6).split("\n")[1])
+    path = Path(experiment.run_method(run, name, "beauty", limit=6).split("\n")[1])
     rows, method = answers.read_answers(path), methods.find(name)
     assert len(rows) == 6
     key = "st" if method.chooses else methods.slug(name)
@@ -276,11 +276,11 @@ def test_open_rows_run_and_evaluate_reads_them(run, name):
 def test_a_profile_that_names_a_folder_without_a_model_says_so(run, tmp_path):
     run.profile = run.profile.model_copy(update={"models": {"Vicuna-v1.5": str(tmp_path)}})
     with pytest.raises(UserError, match=r"no config.json in it.*`models`"):
-        runs.run_method(run, "Vicuna-v1.5", "beauty")
+        experiment.run_method(run, "Vicuna-v1.5", "beauty")
 
 
 def test_candidate_lists_can_be_any_retrieval_methods_own(run, world):
-    other = runs.Run(run.profile, 42, world, lists="bm25")
+    other = experiment.Experiment(run.profile, 42, world, lists="bm25")
     rows, plain = other.dialogues("beauty", "test"), run.dialogues("beauty", "test")
     first = [set(a["candidates"]) for a in run.answers("BM25", "beauty")]
     assert [set(d.candidates_st) for d in rows] == first != [set(d.candidates_st) for d in plain]
@@ -290,7 +290,7 @@ def test_candidate_lists_can_be_any_retrieval_methods_own(run, world):
     found = other.answers("LLaVA-v1.6 (title)", "beauty")
     assert all(set(a["candidates"]) == ten for a, ten in zip(found, first, strict=True))
     with pytest.raises(UserError, match="ranks no catalogue"):
-        runs.Run(run.profile, 42, world, lists="LaViC")
+        experiment.Experiment(run.profile, 42, world, lists="LaViC")
 
 
 # ---------------------------------------------------------------- prompts: golden
@@ -454,7 +454,7 @@ def test_the_order_of_candidates_is_seeded_recorded_and_changes_nothing_else(run
     assert [d.candidates_st for d in plain] != [d.candidates_st for d in again]
     for a, b in zip(plain, again, strict=True):
         assert sorted(a.candidates_st) == sorted(b.candidates_st) and a.context == b.context
-    path = Path(runs.run_method(run, "LLaVA-v1.6 (title)", "home", order=1).split("\n")[1])
+    path = Path(experiment.run_method(run, "LLaVA-v1.6 (title)", "home", order=1).split("\n")[1])
     assert [tuple(line["candidates_st"]) for line in read(path)] == [d.candidates_st for d in again]
     assert read(path)[0]["gt_items"] == list(plain[0].gt_items)
 
@@ -528,7 +528,7 @@ def test_proprietary_rows_ask_a_service_once(run, service, name):
     run.api = endpoint.Settings(
         max_usd=1.0, base_url=f"http://127.0.0.1:{service.server_port}/v1", served="tiny"
     )
-    path = Path(runs.run_method(run, name, "home", limit=3).split("\n")[1])
+    path = Path(experiment.run_method(run, name, "home", limit=3).split("\n")[1])
     assert [line["recommended_st"] for line in read(path)] == [row.candidates_st[2]] * 3
     asked = service.asked[0]["messages"][0]["content"]
     text = asked if isinstance(asked, str) else asked[0]["text"]
@@ -541,9 +541,9 @@ def test_proprietary_rows_ask_a_service_once(run, service, name):
         a["model"] for a in service.asked
     } == {"tiny"}
     before = len(service.asked)
-    runs.run_method(run, name, "home", limit=3)
+    experiment.run_method(run, name, "home", limit=3)
     assert len(service.asked) == before == 3
-    runs.run_method(
+    experiment.run_method(
         run, name, "home", limit=3, order=1
     )  # negative control: another order is another question
     assert len(service.asked) > before

@@ -18,7 +18,7 @@ import torch
 from packaging.requirements import Requirement
 from PIL import Image
 
-from lavic_utils import distillation, methods, recommendation, retrieval, runs, training, vision
+from lavic_utils import distillation, experiment, methods, recommendation, retrieval, training, vision
 from lavic_utils.__main__ import main
 from lavic_utils.config import ROOT, UserError, World, load_profile
 from lavic_utils.demo import panel
@@ -38,14 +38,14 @@ TINY = World(
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> runs.Run:
+def run(tmp_path_factory) -> experiment.Experiment:
     folder = tmp_path_factory.mktemp("panel")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAVIC_RESULTS", str(folder / "results"))
-        return runs.Run(load_profile("mini"), 42, make_world(folder / "world", TINY))
+        return experiment.Experiment(load_profile("mini"), 42, make_world(folder / "world", TINY))
 
 
-def random_adapter(run: runs.Run, target: str, folder: Path, seed: int) -> None:
+def random_adapter(run: experiment.Experiment, target: str, folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     tuned = training.add_adapter(run.model(), run.profile.recommendation.lora, target)
     for name, weights in tuned.named_parameters():
@@ -183,7 +183,7 @@ def test_visitors_at_once_do_not_mix(shop):
 def test_a_panel_without_adapters_says_which_is_missing(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     with pytest.raises(UserError, match="there is no adapter"):
-        panel.Panel(runs.Run("mini", 42, run.root))
+        panel.Panel(experiment.Experiment("mini", 42, run.root))
 
 
 # ---------------------------------------------------------------- requests
@@ -308,7 +308,7 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys, results):
 
 def test_what_is_not_there_is_made_and_said(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
-    fresh, made, said = runs.Run("mini", 42, run.root), [], []
+    fresh, made, said = experiment.Experiment("mini", 42, run.root), [], []
     monkeypatch.setattr(
         fresh, "distil", lambda: fresh.kept(fresh.folder / "stage1", dict, stage="distil")
     )

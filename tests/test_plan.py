@@ -17,7 +17,7 @@ from transformers import LlavaNextForConditionalGeneration
 
 from lavic_utils import distillation as dist
 from lavic_utils import recommendation as rec
-from lavic_utils import runs, training, vision
+from lavic_utils import experiment, training, vision
 from lavic_utils.__main__ import main
 from lavic_utils.bench import memory, plan
 from lavic_utils.config import UserError, load_profile
@@ -265,13 +265,13 @@ def test_a_stage_is_refused_before_anything_is_read(
     """On a faked card that is too small, in one line; on a large one or none (controls) data or model are asked for; training
     that is spread over cards (FSDP) is not judged."""
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
-    monkeypatch.setattr(runs.Run, "data_hash", "steady")
-    run = runs.Run("mini")
+    monkeypatch.setattr(experiment.Experiment, "data_hash", "steady")
+    run = experiment.Experiment("mini")
 
     def reached(*_):
         raise UserError("reached")
 
-    monkeypatch.setattr(runs.Run, "root", property(reached))
+    monkeypatch.setattr(experiment.Experiment, "root", property(reached))
     monkeypatch.setattr(vision, "load_model", reached)
     if gib:
         card = SimpleNamespace(name="Small", total_memory=gib * 2**30)
@@ -293,7 +293,7 @@ def test_a_stage_is_refused_before_anything_is_read(
 
 def test_a_refused_run_ends_with_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
-    monkeypatch.setattr(runs.Run, "data_hash", "steady")
+    monkeypatch.setattr(experiment.Experiment, "data_hash", "steady")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         torch.cuda,

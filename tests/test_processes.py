@@ -22,7 +22,7 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    from lavic_utils import runs, training
+    from lavic_utils import experiment, training
     from lavic_utils.config import World, load_profile
 
     os.environ |= {"LAVIC_RESULTS": str(results), "LAVIC_WORLD": str(place)}
@@ -60,8 +60,8 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
         "warmup_steps": 2,
         "save_steps": 3,
     }
-    pictures, fit, rank = runs.Run.pictures, training.StageTrainer.fit, os.environ.get("RANK", "0")
-    runs.Run.pictures = lambda self, split: pictures(self, split)[: 80 if split == "train" else 16]
+    pictures, fit, rank = experiment.Experiment.pictures, training.StageTrainer.fit, os.environ.get("RANK", "0")
+    experiment.Experiment.pictures = lambda self, split: pictures(self, split)[: 80 if split == "train" else 16]
 
     def watched(self, folder: Path) -> None:
         fit(self, folder)
@@ -85,8 +85,8 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
     results.mkdir(exist_ok=True)
     share: dict[str, float] = {}  # of the weights that this process holds, by stage
     units: dict[str, list[str]] = {}  # modules that are gathered and freed one by one
-    run = runs.Run(load_profile("mini").model_validate(profile))
-    told = {"said": bool(runs.run_method(run, "LaViC", "beauty"))} if what == "run" else {}
+    run = experiment.Experiment(load_profile("mini").model_validate(profile))
+    told = {"said": bool(experiment.run_method(run, "LaViC", "beauty"))} if what == "run" else {}
     told |= {
         "history": run.distil()["history"],
         "log": run.tune("LaViC", "beauty")["log"] if what != "distil" else [],

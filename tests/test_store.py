@@ -26,7 +26,7 @@ from lavic_utils.bench import reference as direct
 from lavic_utils.config import PACKAGE
 from lavic_utils.distillation import VISION_LINEAR
 from lavic_utils.mini import model as minimodel
-from lavic_utils.runs import Run
+from lavic_utils.experiment import Experiment
 
 DOMAIN = "fashion"
 
@@ -51,7 +51,7 @@ def run(tmp_path_factory):
     patch.setenv("LAVIC_RESULTS", str(folder / "results"))
     patch.setenv("LAVIC_WORLD", str(folder / "data"))
     patch.setattr(Run, "distil", lambda self: {})
-    made = Run(str(folder / "small.yaml"))
+    made = Experiment(str(folder / "small.yaml"))
     torch.manual_seed(0)
     tuned = training.add_adapter(made.model(), made.profile.distillation.lora, VISION_LINEAR)
     for name, parameter in tuned.named_parameters():
@@ -160,7 +160,7 @@ def test_what_training_prompts_lost_is_in_the_result_of_stage_two(run, monkeypat
     assert run.tune("LaViC", DOMAIN)["cut"] == {"prompts": 0, "dialogue_tokens": 0, "images": 0}
     stage = run.profile.recommendation
     tight = stage.model_copy(update={"max_length": whole[-1] - 1 + stage.max_new_tokens})
-    tight = Run(run.profile.model_copy(update={"recommendation": tight}))
+    tight = Experiment(run.profile.model_copy(update={"recommendation": tight}))
     found = tight.tune("LaViC", DOMAIN)
     assert found["cut"]["prompts"] == whole.count(whole[-1]) < len(whole) == found["examples"]
     assert (

@@ -20,7 +20,7 @@ from lavic_utils.data import Dialogue
 from lavic_utils.distillation import IGNORE, VISION_LINEAR, Picture, lora_config, pad_left
 from lavic_utils.prompts import describe_prompt, encode
 from lavic_utils.recommendation import LANGUAGE_LINEAR, Example
-from lavic_utils.runs import Run
+from lavic_utils.experiment import Experiment
 
 See = Callable[[Sequence[str]], dict[str, Tensor]]
 BATCH = 4  # images a step in stage 1 (paper, section 5.1)
@@ -49,7 +49,7 @@ def cls_of_five(model, processor, images: Sequence[Image.Image]) -> list[Tensor]
     ]
 
 
-def look(run: Run, model) -> See:
+def look(run: Experiment, model) -> See:
     """Opens, prepares and encodes the first images of the items named, each time; unreadable ones are left out."""
 
     def see(names: Sequence[str]) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def place(model, ids: Tensor, visual: Sequence[Tensor]) -> Tensor:
 
 
 # ---------------------------------------------------------------- stage 2 and inference
-def recommendation_loss(run: Run, model, see: See, example: Example) -> Tensor:
+def recommendation_loss(run: Experiment, model, see: See, example: Example) -> Tensor:
     """The model's own loss, from logits over the whole prompt, of one example."""
     visual = see(example.candidates)
     row = run.prompter(visual).row(example)
@@ -85,7 +85,7 @@ def recommendation_loss(run: Run, model, see: See, example: Example) -> Tensor:
     ).loss
 
 
-def train_recommender(run: Run, model, see: See, examples: Iterable[Example]) -> None:
+def train_recommender(run: Experiment, model, see: See, examples: Iterable[Example]) -> None:
     tuned = get_peft_model(
         model, lora_config(run.profile.recommendation.lora, LANGUAGE_LINEAR)
     ).train()
@@ -97,7 +97,7 @@ def train_recommender(run: Run, model, see: See, examples: Iterable[Example]) ->
 
 
 @torch.inference_mode()
-def answer(run: Run, model, see: See, dialogue: Dialogue) -> str:
+def answer(run: Experiment, model, see: See, dialogue: Dialogue) -> str:
     candidates, tokenizer = getattr(dialogue, run.profile.candidates), run.processor.tokenizer
     visual = see(candidates)
     prompt = run.prompter(visual).prompt(dialogue, candidates)
@@ -113,7 +113,7 @@ def answer(run: Run, model, see: See, dialogue: Dialogue) -> str:
 
 
 # ---------------------------------------------------------------- stage 1
-def description_loss(run: Run, model, rows: Sequence[Picture]) -> Tensor:
+def description_loss(run: Experiment, model, rows: Sequence[Picture]) -> Tensor:
     """The model's own loss, from logits over whole rows, of some images opened and prepared here."""
     images = [data.open_image(row.path) for row in rows]
     visual, ids, labels, tokenizer = (
@@ -135,7 +135,7 @@ def description_loss(run: Run, model, rows: Sequence[Picture]) -> Tensor:
     ).loss
 
 
-def train_student(run: Run, model, rows: Sequence[Picture]) -> None:
+def train_student(run: Experiment, model, rows: Sequence[Picture]) -> None:
     student = get_peft_model(
         model, lora_config(run.profile.distillation.lora, VISION_LINEAR)
     ).train()

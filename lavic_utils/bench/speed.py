@@ -196,9 +196,9 @@ def bench(
 
     from lavic_utils.bench.growth import growth
     from lavic_utils.bench.stages import Bench
-    from lavic_utils.runs import Run
+    from lavic_utils.experiment import Experiment
 
-    size, run = QUICK if quick else FULL, Run(name)
+    size, run = QUICK if quick else FULL, Experiment(name).prepare()
     measured, wanted = Bench(run, size["count"], size["rounds"]), [only] if only else PARTS
     figures: dict[str, Any] = {"equality": measured.equal()}
     work = {

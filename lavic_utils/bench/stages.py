@@ -26,7 +26,7 @@ from transformers import PrinterCallback
 from lavic_utils import data, distillation, recommendation, vision
 from lavic_utils.bench import reference as direct
 from lavic_utils.config import DOMAINS
-from lavic_utils.runs import Run
+from lavic_utils.experiment import Experiment
 
 DOMAIN = "beauty"
 TOLERANCE = 1e-5
@@ -83,7 +83,7 @@ class Bench:
     Ours works on all of them; a direct side, whose steps are alike, on every third.
     """
 
-    def __init__(self, run: Run, count: int, rounds: int) -> None:
+    def __init__(self, run: Experiment, count: int, rounds: int) -> None:
         self.run, self.rounds, self.which = run, rounds, run.profile.candidates
         self.model = run.model()
         shuffled = recommendation.training_examples(

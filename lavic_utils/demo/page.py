@@ -16,7 +16,7 @@ from lavic_utils.config import UserError
 from lavic_utils.demo.cards import CSS, Visit, card, closer, tile_names
 from lavic_utils.demo.panel import Case, Panel, prepare
 from lavic_utils.demo.uploads import FORMATS, MAX_BYTES, read_upload
-from lavic_utils.runs import Run
+from lavic_utils.experiment import Experiment
 
 NEEDS = "the page needs gradio, which is not installed here: make demo, or pip install --no-deps -r requirements-demo.lock"
 TIER = {
@@ -186,7 +186,7 @@ def serve(
         import gradio as gr
     except ImportError:
         raise UserError(NEEDS) from None
-    run, start = Run(profile, seed, folder), time.monotonic()
+    run, start = Experiment(profile, seed, folder).prepare(), time.monotonic()
     prepare(run)
     blocks = page(Panel(run))
     theme = gr.themes.Default(

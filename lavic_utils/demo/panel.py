@@ -20,7 +20,7 @@ from torch import Tensor
 from lavic_utils import data, distillation, methods, recommendation, retrieval, training, vision
 from lavic_utils.config import DOMAINS, UserError
 from lavic_utils.recommendation import Answer
-from lavic_utils.runs import Run
+from lavic_utils.experiment import Experiment
 
 METHODS = {
     "LaViC": "distilled",
@@ -71,7 +71,7 @@ class Panel:
     """One run, ready to answer: one model with every adapter (the student's and each method's and domain's), used by one
     visitor at a time. Makes nothing: see `prepare`. Raises UserError where an adapter is missing or of another model."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Experiment) -> None:
         self.run, self.domains, self._lock = run, domains(run), threading.RLock()
         self.model = training.load_adapter(run.model(), run.folder / "stage1" / "adapter")
         for method in METHODS:
@@ -263,7 +263,7 @@ def _left(tiles: int, hidden: Iterable[int]) -> list[int]:
     return [k for k in range(tiles) if k not in hidden]
 
 
-def domains(run: Run) -> list[str]:
+def domains(run: Experiment) -> list[str]:
     """The domains that have test dialogues here. UserError where none has."""
     found = [d for d in DOMAINS if data.dialogue_file(run.root, d, "test").is_file()]
     if not found:
@@ -271,7 +271,7 @@ def domains(run: Run) -> list[str]:
     return found
 
 
-def prepare(run: Run, say: Callable[[str], None] = print) -> None:
+def prepare(run: Experiment, say: Callable[[str], None] = print) -> None:
     """Make what `Panel` reads and is not there, and say it: stage 1, then each method and domain. UserError where that
     cannot be made here: no data or no model."""
 

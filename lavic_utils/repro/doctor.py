@@ -25,7 +25,7 @@ from lavic_utils.config import (
     results_dir,
 )
 from lavic_utils.hub import HubModel
-from lavic_utils.provenance import NUMBERS, code_hash, key, world_dir
+from lavic_utils.provenance import code_of, key, world_dir
 from lavic_utils.repro import environment as packaging
 from lavic_utils.repro.machine import Facts, cpu, gpus, memory, network
 
@@ -102,7 +102,7 @@ def obstacle(profile: Profile, found: Facts) -> str | None:
 def state(profile: Profile, found: Facts) -> Facts:
     """Of a profile: its `obstacle`, whether its `world` is drawn (None: it has none), the command that downloads its `model`
     (None: it is here), and its trained stages: how many, and how many of this code and these settings."""
-    now = key(code=code_hash(only=NUMBERS), settings=profile.model_dump(mode="json"))
+    now = key(code=code_of("report"), settings=profile.model_dump(mode="json"))
     stages = [
         p
         for stage in ("stage1", "stage2/*/*")

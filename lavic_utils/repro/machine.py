@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from lavic_utils.provenance import _processor
+from lavic_utils.provenance import processor_name as _processor
 
 GIB = 2**30
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as /proc/cpuinfo calls them

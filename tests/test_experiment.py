@@ -1,0 +1,206 @@
+"""Keeping results: what a stage's key holds, what an edit costs, negative controls, and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lavic_utils import experiment, provenance, report
+from lavic_utils.config import UserError, load_profile
+from lavic_utils.evaluation import score
+
+CODE = {"store": "old"}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
+    monkeypatch.setattr(experiment.Experiment, "data_hash", "steady")
+    monkeypatch.setattr(experiment, "code_of", lambda module: dict(CODE))
+    monkeypatch.setitem(CODE, "store", "old")
+    return experiment.Experiment("mini", 42)
+
+
+class Maker:
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __call__(self) -> dict:
+        self.made += 1
+        return {"n": self.made}
+
+
+def stage(run, folder, make, **reads) -> int:
+    return run.stage("x", folder / "stage", "store", reads, make)["n"]
+
+
+def test_a_result_is_made_once_and_again_when_something_it_reads_changes(run, tmp_path):
+    make = Maker()
+    assert stage(run, tmp_path, make, learning_rate=1) == 1
+    assert stage(run, tmp_path, make, learning_rate=1) == 1
+    assert stage(run, tmp_path, make, learning_rate=2) == 2
+    stored = json.loads((tmp_path / "stage" / "result.json").read_text())
+    assert {"code_hash", "data_hash", "seed", "versions", "time"} <= set(stored["provenance"])
+    assert stored["seconds"] < 60 and stored["made_by"]["code"] == CODE
+
+
+def test_a_result_that_is_made_again_moves_the_old_one_aside(run, tmp_path):
+    make = Maker()
+    stage(run, tmp_path, make, learning_rate=1)
+    (tmp_path / "stage" / "adapter").mkdir()
+    (tmp_path / "stage" / "adapter" / "weights").write_text("hours of work")
+    stage(run, tmp_path, make, learning_rate=2)
+    stage(run, tmp_path, make, learning_rate=3)
+    assert (tmp_path / "stage.replaced-1" / "adapter" / "weights").read_text() == "hours of work"
+    assert json.loads((tmp_path / "stage.replaced-2" / "result.json").read_text())["result"] == {
+        "n": 2
+    }
+
+
+def test_changed_code_remakes_what_was_quick_and_keeps_what_was_long(
+    run, tmp_path, monkeypatch, capsys
+):
+    make = Maker()
+    stage(run, tmp_path, make)
+    monkeypatch.setitem(CODE, "store", "new")
+    assert stage(run, tmp_path, make) == 2  # seconds of work: the edit is seen
+    path = tmp_path / "stage" / "result.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "seconds": 90 * 3600.0}))
+    assert stage(run, tmp_path, make) == 2 and capsys.readouterr().out == ""  # nothing changed
+    monkeypatch.setitem(CODE, "store", "newer")
+    assert stage(run, tmp_path, make) == 2  # 90 hours: kept
+    said = capsys.readouterr().out
+    assert said == (
+        "stage: kept (90.0 h of work), though store changed since; `run --force` makes it again\n"
+    )
+    forced = experiment.Experiment("mini", 42, force=True)
+    assert stage(forced, tmp_path, make) == 3 and stage(forced, tmp_path, make) == 3
+    assert stage(run, tmp_path, make, learning_rate=2) == 4  # another input is another stage
+
+
+def test_checkpoints_are_gone_on_from_by_the_same_stage_and_never_deleted(run, tmp_path):
+    folder = tmp_path / "stage"
+
+    def killed() -> dict:
+        (folder / "checkpoints" / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            stage(run, tmp_path, killed, seed=1)
+        assert (folder / "checkpoints" / "checkpoint-1").is_dir()
+        assert not (folder / "result.json").exists()
+    make = Maker()
+    stage(run, tmp_path, make, seed=2)  # another stage begins with none, and takes none away
+    assert not (folder / "checkpoints").exists()
+    assert (tmp_path / "stage.replaced-1" / "checkpoints" / "checkpoint-1").is_dir()
+
+
+def test_only_settings_that_can_change_a_result_are_in_its_key():
+    profile = load_profile("mini")
+    for stage_name, only_speed in (
+        ("distillation", ("eval_batch_size", "teacher_batch_size", "keep_pixels")),
+        ("recommendation", ("eval_batch_size", "save_steps", "gradient_checkpointing")),
+    ):
+        settings = getattr(profile, stage_name)
+        for name in only_speed:
+            changed = settings.model_copy(update={name: 3})
+            assert changed.deciding() == settings.deciding()
+        for name in ("learning_rate", "batch_size", "max_length"):
+            changed = settings.model_copy(update={name: 3})
+            assert changed.deciding() != settings.deciding()
+
+
+def test_comments_and_docstrings_are_no_code_and_a_changed_constant_is():
+    code = '"""Doc."""\nX = 1  # one\n\n\ndef f():\n    """Say."""\n    return "# no comment"\n'
+    edited = '"""Other."""\n# more\nX = 1\ndef f():\n    """Tell."""\n    return "# no comment"\n'
+    assert provenance.plain_code(code) == provenance.plain_code(edited)
+    assert '"# no comment"' in provenance.plain_code(code)
+    assert provenance.plain_code(code) != provenance.plain_code(code.replace("X = 1", "X = 2"))
+
+
+def test_a_stages_code_is_what_it_imports_and_nothing_else():
+    found = provenance.code_of("distillation")
+    assert {"distillation", "training", "vision", "prompts", "data"} <= set(found)
+    assert not {"recommendation", "figures", "report", "experiment"} & set(found)
+    assert not any(name.startswith(("remote", "bench", "demo")) for name in found)
+
+
+def test_a_picture_replaced_or_removed_is_another_input_and_an_unlisted_file_is_not(run, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "train_images"
+    folder.mkdir()
+    paths = [folder / f"B00000000{i}_0.jpg" for i in range(3)]
+    for shade, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (shade, 0, 0)).save(path)
+    paths[2].write_bytes(b"no picture")
+    first = run.scan(paths)
+    assert first[paths[0]] and first[paths[2]] is None
+    again = experiment.Experiment("mini", 42)  # another process: the scan is kept
+    (folder / "unlisted.jpg").write_bytes(b"x")
+    assert again.scan(paths) == first
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(paths[0])
+    paths[1].unlink()
+    changed = run.scan(paths)
+    assert changed[paths[0]] not in (None, first[paths[0]]) and changed[paths[1]] is None
+
+
+def test_without_the_mini_world_one_line_says_what_to_do(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("LAVIC_WORLD", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="call prepare"):
+        _ = experiment.Experiment("mini").root
+
+
+def test_negative_controls_change_every_item():
+    visual = {f"B00000000{i}": torch.full((3, 4), float(i + 1)) for i in range(7)}
+    swapped, empty = experiment.shuffled(visual), experiment.zeroed(visual)
+    assert all(not torch.equal(swapped[a], visual[a]) for a in visual)
+    assert sorted(t[0, 0].item() for t in swapped.values()) == sorted(
+        t[0, 0].item() for t in visual.values()
+    )
+    assert all(t.abs().sum() == 0 and t.shape == (3, 4) for t in empty.values())
+
+
+def test_a_comparison_says_what_was_not_run():
+    found = score(["B000000001"], [["B000000001"]], [["B000000001"]]).row("LaViC", "home", 42)
+    metrics = {"provenance": {"tier": "mini run"}, "rows": [found]}
+    table = report.comparison(metrics, "ablation")
+    assert table.loc["LaViC", ("home", "mini run")].startswith("1.000 [")
+    assert table.loc["LaViC", ("beauty", "mini run")] == "not run here"
+    assert table.loc["LaViC", ("home", "published")] == "0.3197 / 0.989"
+    assert table.loc["Entire tokens (5x577)", ("home", "published")] == "–"
+
+
+def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile):
+    path = tmp_path / "metrics.json"
+    about = provenance.provenance(load_profile(str(tiny_profile)), 5, "data")
+    row = dict.fromkeys(report.ROW_FIELDS, 1) | {"method": "m", "domain": "home", "seed": 5}
+    report.upsert_metrics(path, [row, row | {"domain": "beauty"}], about)
+    out = report.upsert_metrics(path, [row | {"seed": 6, "extra": 2}, row | {"hits": 7}], about)
+    assert [(r["domain"], r["seed"], r["hits"]) for r in out["rows"]] == [
+        ("beauty", 5, 1),
+        ("home", 5, 7),
+        ("home", 6, 1),
+    ]
+    assert out["provenance"]["seeds"] == [5, 6]
+    out = report.upsert_metrics(path, [row], about | {"numbers_hash": "new"})
+    assert len(out["rows"]) == 1  # rows of other code are not mixed with these
+    with pytest.raises(ValueError, match="missing ci95"):
+        report.upsert_metrics(path, [{k: v for k, v in row.items() if k != "ci95"}], about)
+    Path(path).write_text("{}")
+    with pytest.raises(UserError, match="not a metrics file"):
+        report.upsert_metrics(path, [row], about)
+
+
+def test_bad_profiles_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="mini, paper, t4"):
+        load_profile("nano")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: x\ntier: paper\n")
+    with pytest.raises(UserError, match="field tier"):
+        load_profile(str(bad))
