@@ -109,9 +109,8 @@ class Recommendation(Stage):
     ONLY_SPEED: ClassVar = (*Stage.ONLY_SPEED, "save_steps")
 
     eval_batch_size: int = Field(ge=1)
-    save_steps: int | None = (
-        None  # a checkpoint every so many steps; None: a killed run starts this adapter again
-    )
+    # a checkpoint every so many steps; None: a killed run starts this adapter again
+    save_steps: int | None = None
 
 
 class Profile(Section):

@@ -201,30 +201,29 @@ class Proprietary(Method):
     twice, and nothing at all unless a command says so."""
 
     def needs(self, run):
-        from lavic_utils.remote import chat_api
+        from lavic_utils.remote import chat_api, proprietary
 
-        model = chat_api.MODELS[self.name]
+        model = proprietary.MODELS[self.name]
         return (
             f"{model.served} (at OpenAI until {model.until}) or another at an OpenAI-compatible "
             f"service: key in {chat_api.KEY}, or --base-url and --served"
         )
 
     def check(self, run):
-        from lavic_utils.remote import chat_api
+        from lavic_utils.remote import chat_api, proprietary
 
-        if why := chat_api.reason(chat_api.MODELS[self.name], run.api):
-            raise UserError(why)
+        chat_api.Endpoint(proprietary.MODELS[self.name], run.api or chat_api.Settings(max_usd=0.0))
 
     def reads(self, run, domain, split):
         return str(run.api)
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
-        from lavic_utils.remote import chat_api
+        from lavic_utils.remote import proprietary
 
         which = run.profile.candidates
-        replies = chat_api.ask_all(
+        replies = proprietary.ask_all(
             Requests(run, dialogues, self.inputs == BOTH),
-            chat_api.MODELS[self.name],
+            proprietary.MODELS[self.name],
             run.api,
             results_dir(run.profile) / "api_answers.sqlite",
         )
@@ -248,7 +247,7 @@ class Requests(Sequence):
         return len(self.dialogues)
 
     def __getitem__(self, i: int) -> list[dict]:
-        from lavic_utils.remote import chat_api
+        from lavic_utils.remote import proprietary
 
         run, turns = self.run, self.dialogues[i].turns
         ten = getattr(self.dialogues[i], run.profile.candidates)
@@ -256,7 +255,7 @@ class Requests(Sequence):
         pictures: list[tuple[str, Path]] = []
         if self.images:
             pictures = [(asin, image_file(run.root, asin)) for asin in ten]
-        return chat_api.build_messages(text, pictures)
+        return proprietary.build_messages(text, pictures)
 
 
 @dataclass(frozen=True)

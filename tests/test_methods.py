@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from lavic_utils import experiment, methods, openmodels, prompts, recommendation, report, vision
+from lavic_utils import experiment, methods, prompts, recommendation, report, vision
 from lavic_utils.__main__ import main
 from lavic_utils.audit import answer_files as answers
 from lavic_utils.config import UserError, World, load_profile
@@ -349,8 +349,10 @@ def test_long_dialogues_lose_their_oldest_comments_first():
 # ---------------------------------------------------------------- equality with transformers' own forward
 @torch.inference_mode()
 def test_a_language_models_scores_are_its_own_forward(run, folders):
-    profile = openmodels.with_chat(run.profile, methods.VICUNA)
-    model, tokenizer = openmodels.load(profile, folders["Vicuna-v1.5"], None)
+    profile = run.profile.model_copy(
+        update={"prompts": run.profile.prompts.model_copy(update={"chat": methods.VICUNA})}
+    )
+    model, tokenizer = methods.load_open(profile, folders["Vicuna-v1.5"], None)
     prompter = recommendation.Prompter(tokenizer, profile, run.titles, None)
     row = run.dialogues("home", "test")[0]
     got = recommendation.answer(model, prompter, [row], "candidates_st")[0]
@@ -372,7 +374,7 @@ def test_placed_full_tokens_are_the_models_own_forward(run, folders, name):
     row, which = run.dialogues("fashion", "test")[1], run.profile.candidates
     new = "1.6" in name
     model, processor = (
-        (run.model(), run.processor) if new else openmodels.load(run.profile, folders[name], None)
+        (run.model(), run.processor) if new else methods.load_open(run.profile, folders[name], None)
     )
     visual = vision.lazy_full_tokens(
         model, processor, {a: image_file(run.root, a) for a in getattr(row, which)}
@@ -403,7 +405,7 @@ def allowed(targets: list[list[int]], start: int, _: int, ids: torch.Tensor) -> 
 
 @torch.inference_mode()
 def test_constrained_choice_is_transformers_prefix_constrained_generation(run, folders):
-    model, tokenizer = openmodels.load(run.profile, folders["Vicuna-v1.5"], None)
+    model, tokenizer = methods.load_open(run.profile, folders["Vicuna-v1.5"], None)
     prompter = recommendation.Prompter(tokenizer, run.profile, run.titles, None)
     differs = 0
     for row in run.dialogues("home", "test")[:6]:

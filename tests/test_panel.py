@@ -18,7 +18,15 @@ import torch
 from packaging.requirements import Requirement
 from PIL import Image
 
-from lavic_utils import distillation, experiment, methods, recommendation, retrieval, training, vision
+from lavic_utils import (
+    distillation,
+    experiment,
+    methods,
+    recommendation,
+    retrieval,
+    training,
+    vision,
+)
 from lavic_utils.__main__ import main
 from lavic_utils.config import ROOT, UserError, World, load_profile
 from lavic_utils.demo import panel

@@ -60,8 +60,14 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
         "warmup_steps": 2,
         "save_steps": 3,
     }
-    pictures, fit, rank = experiment.Experiment.pictures, training.StageTrainer.fit, os.environ.get("RANK", "0")
-    experiment.Experiment.pictures = lambda self, split: pictures(self, split)[: 80 if split == "train" else 16]
+    pictures, fit, rank = (
+        experiment.Experiment.pictures,
+        training.StageTrainer.fit,
+        os.environ.get("RANK", "0"),
+    )
+    experiment.Experiment.pictures = lambda self, split: pictures(self, split)[
+        : 80 if split == "train" else 16
+    ]
 
     def watched(self, folder: Path) -> None:
         fit(self, folder)
