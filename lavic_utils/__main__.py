@@ -79,8 +79,8 @@ def methods(profile: ProfileOption = "mini", as_json: JsonOption = False) -> Non
     """List the 19 methods of the paper's tables: what each needs, and whether it can run here."""
     import json
 
-    from lavic_utils.methods import listing
     from lavic_utils.experiment import Experiment
+    from lavic_utils.methods import listing
 
     rows = listing(Experiment(profile))
     columns = ("name", "family", "inputs", "runnable", "needs")
@@ -120,9 +120,10 @@ def run(
     ] = 1.0,
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
+    from lavic_utils.experiment import Experiment
     from lavic_utils.methods import find
     from lavic_utils.remote.chat_api import Settings
-    from lavic_utils.experiment import Experiment, run_method
+    from lavic_utils.report import run_method
 
     asked = Experiment(
         profile,
@@ -152,8 +153,8 @@ def table(
     """Print one of the paper's tables beside ours: intervals, evidence tier, and why a cell is empty."""
     import json
 
-    from lavic_utils.report import table_rows
     from lavic_utils.experiment import Experiment
+    from lavic_utils.report import table_rows
 
     rows = table_rows(Experiment(profile), name)
     print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, tuple(rows[0])[:-1], "note")

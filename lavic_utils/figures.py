@@ -14,9 +14,9 @@ import pandas as pd
 from lavic_utils import data, style
 from lavic_utils.config import DOMAINS, figures_dir
 from lavic_utils.evaluation import summary_by_seed
+from lavic_utils.experiment import Experiment
 from lavic_utils.provenance import save_figure
 from lavic_utils.report import published, published_rows
-from lavic_utils.experiment import Experiment
 
 style.use()
 

@@ -1,4 +1,4 @@
-"""Tables: published beside measured, each with its evidence tier; and the file they are read from.
+"""Tables, published beside measured, each with its evidence tier, and the files behind them.
 
 `metrics.json` holds one row a method, domain and seed, all made by one state of code and data.
 """
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lavic_utils.config import DOMAINS, PACKAGE, UserError, results_dir
+from lavic_utils.data import dialogue_file
 from lavic_utils.evaluation import summary_by_seed
-from lavic_utils.methods import Trained, find
-from lavic_utils.provenance import write_json
+from lavic_utils.methods import Trained, find, slug
+from lavic_utils.provenance import write_json, write_text
 from lavic_utils.ranking import ranking_scores
 
 if TYPE_CHECKING:
@@ -204,3 +205,48 @@ def seed_table(metrics: Mapping, methods: Sequence[str]) -> pd.DataFrame:
     wide["spread"] = wide[seeds].max(axis=1) - wide[seeds].min(axis=1)
     order = [(d, m) for d in DOMAINS for m in methods if (d, m) in wide.index]
     return wide.loc[order].round(3)
+
+
+# ------------------------------------------------------------ an answers file
+def run_method(
+    run: Experiment,
+    method: str,
+    domain: str,
+    split: str = "test",
+    order: int = 0,
+    limit: int | None = None,
+    out: Path | None = None,
+) -> str:
+    """Answer a split with one method, write the answers file, and say where it is ("" in all but
+    the first of several processes). UserError where the method cannot run here.
+
+    The file holds each row as published, with `recommended_<key>`, `response_<key>` and
+    `candidates_<key>`; the key is "st" (or "gpt_large") for a method that chooses, else the
+    method's own, and its list the ten it ranks first.
+    """
+    chosen = find(method)
+    dialogue_file("", domain, split)  # says which domains and splits there are
+    if why := chosen.reason(run):
+        raise UserError(f"{chosen.name}: {why}")
+    found = run.answered(chosen.name, domain, split, order=order, limit=limit)
+    if run.rank:
+        return ""
+    name = slug(chosen.name)
+    suffix = run.profile.candidates.removeprefix("candidates_") if chosen.chooses else name
+    part = f"{domain}_{split}" + (f"_order{order}" if order else "")
+    part += f"_first{limit}" if limit else ""
+    out = out or run.place / "answers" / f"{name}_{part}_seed{run.seed}.jsonl"
+    lines = []
+    for dialogue, answer in zip(run.dialogues(domain, split), found["rows"], strict=False):
+        row = dialogue.model_dump(exclude={"domain", "split", "line"})
+        row[f"candidates_{suffix}"] = answer["candidates"]
+        row[f"recommended_{suffix}"] = answer["recommended"]
+        row[f"response_{suffix}"] = answer["response"]
+        lines.append(json.dumps(row) + "\n")
+    write_text(out, "".join(lines))
+    spent, refused = found["cost"], sum(a["refused"] > 0 for a in found["rows"])
+    return (
+        f"{chosen.name}, {domain}/{split}: {len(lines)} answers in {spent['seconds']:g} s, "
+        f"{refused} prompts refused as too long, ${spent['usd']:.4f}\n{out}\n"
+        f"score them: python -m lavic_utils evaluate {out}"
+    )

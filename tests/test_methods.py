@@ -228,7 +228,7 @@ def test_a_new_method_is_one_class_and_one_entry(run, monkeypatch, capsys):
             return [recommendation.Answer(f"{names[-1]}", names[-1], names) for names in lists]
 
     monkeypatch.setitem(methods.METHODS, "Last candidate", Last("Last candidate"))
-    said = experiment.run_method(run, "last candidate", "home")
+    said = report.run_method(run, "last candidate", "home")
     path = Path(said.split("\n")[1])
     assert main(["evaluate", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -256,7 +256,7 @@ def test_a_new_method_is_one_class_and_one_entry(run, monkeypatch, capsys):
     ],
 )
 def test_open_rows_run_and_evaluate_reads_them(run, name):
-    path = Path(experiment.run_method(run, name, "beauty", limit=6).split("\n")[1])
+    path = Path(report.run_method(run, name, "beauty", limit=6).split("\n")[1])
     rows, method = answers.read_answers(path), methods.find(name)
     assert len(rows) == 6
     key = "st" if method.chooses else methods.slug(name)
@@ -276,7 +276,7 @@ def test_open_rows_run_and_evaluate_reads_them(run, name):
 def test_a_profile_that_names_a_folder_without_a_model_says_so(run, tmp_path):
     run.profile = run.profile.model_copy(update={"models": {"Vicuna-v1.5": str(tmp_path)}})
     with pytest.raises(UserError, match=r"no config.json in it.*`models`"):
-        experiment.run_method(run, "Vicuna-v1.5", "beauty")
+        report.run_method(run, "Vicuna-v1.5", "beauty")
 
 
 def test_candidate_lists_can_be_any_retrieval_methods_own(run, world):
@@ -456,7 +456,7 @@ def test_the_order_of_candidates_is_seeded_recorded_and_changes_nothing_else(run
     assert [d.candidates_st for d in plain] != [d.candidates_st for d in again]
     for a, b in zip(plain, again, strict=True):
         assert sorted(a.candidates_st) == sorted(b.candidates_st) and a.context == b.context
-    path = Path(experiment.run_method(run, "LLaVA-v1.6 (title)", "home", order=1).split("\n")[1])
+    path = Path(report.run_method(run, "LLaVA-v1.6 (title)", "home", order=1).split("\n")[1])
     assert [tuple(line["candidates_st"]) for line in read(path)] == [d.candidates_st for d in again]
     assert read(path)[0]["gt_items"] == list(plain[0].gt_items)
 
@@ -530,7 +530,7 @@ def test_proprietary_rows_ask_a_service_once(run, service, name):
     run.api = endpoint.Settings(
         max_usd=1.0, base_url=f"http://127.0.0.1:{service.server_port}/v1", served="tiny"
     )
-    path = Path(experiment.run_method(run, name, "home", limit=3).split("\n")[1])
+    path = Path(report.run_method(run, name, "home", limit=3).split("\n")[1])
     assert [line["recommended_st"] for line in read(path)] == [row.candidates_st[2]] * 3
     asked = service.asked[0]["messages"][0]["content"]
     text = asked if isinstance(asked, str) else asked[0]["text"]
@@ -543,9 +543,9 @@ def test_proprietary_rows_ask_a_service_once(run, service, name):
         a["model"] for a in service.asked
     } == {"tiny"}
     before = len(service.asked)
-    experiment.run_method(run, name, "home", limit=3)
+    report.run_method(run, name, "home", limit=3)
     assert len(service.asked) == before == 3
-    experiment.run_method(
+    report.run_method(
         run, name, "home", limit=3, order=1
     )  # negative control: another order is another question
     assert len(service.asked) > before

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaNextForConditionalGeneration
 
 from lavic_utils import distillation as dist
-from lavic_utils import recommendation as rec
 from lavic_utils import experiment, training, vision
+from lavic_utils import recommendation as rec
 from lavic_utils.__main__ import main
 from lavic_utils.bench import memory, plan
 from lavic_utils.config import UserError, load_profile

@@ -22,7 +22,7 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    from lavic_utils import experiment, training
+    from lavic_utils import experiment, report, training
     from lavic_utils.config import World, load_profile
 
     os.environ |= {"LAVIC_RESULTS": str(results), "LAVIC_WORLD": str(place)}
@@ -92,7 +92,7 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
     share: dict[str, float] = {}  # of the weights that this process holds, by stage
     units: dict[str, list[str]] = {}  # modules that are gathered and freed one by one
     run = experiment.Experiment(load_profile("mini").model_validate(profile))
-    told = {"said": bool(experiment.run_method(run, "LaViC", "beauty"))} if what == "run" else {}
+    told = {"said": bool(report.run_method(run, "LaViC", "beauty"))} if what == "run" else {}
     told |= {
         "history": run.distil()["history"],
         "log": run.tune("LaViC", "beauty")["log"] if what != "distil" else [],

@@ -25,8 +25,8 @@ from lavic_utils.bench import memory
 from lavic_utils.bench import reference as direct
 from lavic_utils.config import PACKAGE
 from lavic_utils.distillation import VISION_LINEAR
-from lavic_utils.mini import model as minimodel
 from lavic_utils.experiment import Experiment
+from lavic_utils.mini import model as minimodel
 
 DOMAIN = "fashion"
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lavic_utils import data, distillation, methods, recommendation, retrieval, training, vision
 from lavic_utils.config import DOMAINS, UserError
-from lavic_utils.recommendation import Answer
 from lavic_utils.experiment import Experiment
+from lavic_utils.recommendation import Answer
 
 METHODS = {
     "LaViC": "distilled",
