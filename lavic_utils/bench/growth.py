@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lavic_utils import data, store, vision
-from lavic_utils.bench.reference import autocast
 from lavic_utils.bench.stages import DOMAIN, Bench, peak_bytes, spread, timed
+from lavic_utils.bench.reference import autocast
 from lavic_utils.recommendation import Example, Prompter, answer, collator
 
 REPEATS = 3
@@ -67,8 +67,8 @@ def series(bench: Bench, how, what: str, points: Sequence[int]) -> list[dict]:
         )
 
         def step(batch=batch) -> None:
-            with autocast():
-                loss = bench.stage2_loss(model, batch)
+            with autocast(model.dtype):
+                loss = model(**batch)["loss"]
             loss.backward()
             model.zero_grad()
 

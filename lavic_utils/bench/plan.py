@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from lavic_utils import data
+from lavic_utils.config import DOMAINS, Profile, UserError, real_data_dir
 from lavic_utils.bench.memory import (
     GIB,
     RESERVE,
@@ -26,8 +27,7 @@ from lavic_utils.bench.memory import (
     skeleton,
     trainables,
 )
-from lavic_utils.config import DOMAINS, Profile, UserError, real_data_dir
-from lavic_utils.vision import sharded, source
+from lavic_utils.vision import source
 
 
 class Card(NamedTuple):
@@ -104,9 +104,8 @@ def present() -> Card | None:
 
 
 def refuse_here(profile: Profile, stage: str) -> None:
-    """`refuse` for a stage about to begin and the card of this machine, if there is one: before anything is loaded. Training
-    whose weights are spread over cards (FSDP) is not judged: the model of memory is of one card."""
-    if (card := present()) and not (sharded() and stage in ("distillation", "recommendation")):
+    """`refuse` for a stage about to begin and the card of this machine, if there is one: before anything is loaded."""
+    if card := present():
         source(profile)  # says so first where there is no such model
         refuse(profile, card, (stage,))
 

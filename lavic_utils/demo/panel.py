@@ -169,6 +169,7 @@ class Panel:
         scaled = (
             (255 * (real - real.min()) / (real.max() - real.min()).clamp(min=1e-6))
             .byte()
+            .cpu()
             .permute(0, 2, 3, 1)
         )
         return [Image.fromarray(tile.numpy()) for tile in scaled]
