@@ -9,7 +9,7 @@ conversational recommendation.
     run.score("LaViC", "beauty")              # HR@1 and VR on the test dialogues
 
 The same, step by step and without anything kept: `cls_tokens`, `full_tokens`, `describe`,
-`train_student` (stage 1), `train_recommender` (stage 2), `score`, `comparison` (the paper's tables
+`distil` (stage 1), `fine_tune` (stage 2), `score`, `comparison` (the paper's tables
 beside ours). For a request of your own: `recommend(dialogue, candidates)`.
 
 The package reads from top to bottom, each file importing only files before it: config, provenance,
@@ -28,8 +28,8 @@ _PLACES = {
     "cls_tokens": "vision",
     "full_tokens": "vision",
     "describe": "distillation",
-    "train_student": "distillation",
-    "train_recommender": "recommendation",
+    "distil": "distillation",
+    "fine_tune": "recommendation",
     "score": "evaluation",
     "Experiment": "experiment",
     "recommend": "experiment",

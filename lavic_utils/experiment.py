@@ -382,7 +382,7 @@ class Experiment:
             return {f"accuracy_{name}": value for name, value in found.items()}
 
         def make() -> dict:
-            history = distillation.train_student(
+            history = distillation.distil(
                 self.profile,
                 self.model(),
                 self.processor,
@@ -414,7 +414,7 @@ class Experiment:
         base, truths = self.model(), [self.facts["items"][p.asin] for p in valid]
         teacher = distillation.attribute_accuracy([p.description for p in valid], truths)
         raw = self.accuracy(base, vision.cls_tokens, valid)
-        student = distillation.load_student(self.profile, base, folder)
+        student = distillation.load_student(base, folder)
         distilled = self.accuracy(student, vision.cls_tokens, valid)
         return {"teacher (full tokens)": teacher, "raw [CLS]": raw, "distilled [CLS]": distilled}
 
@@ -496,7 +496,7 @@ class Experiment:
         def make() -> dict:
             visual = variant.visual(self, "train")
             prompter = self.prompter(visual)
-            _, log = recommendation.train_recommender(
+            log = recommendation.fine_tune(
                 self.profile, self.model(), prompter, examples, folder, self.seed
             )
             images = visual.counted if isinstance(visual, store.Store) else None

@@ -147,7 +147,7 @@ def rehearse(kind: str, place: Path) -> dict:
     """Stage 1, stage 2 and the answers to the test split, as `run LaViC --domain beauty` makes them."""
     import torch
 
-    from lavic_utils import runs, vision
+    from lavic_utils import experiment, vision
     from lavic_utils.config import load_profile
 
     os.environ["LAVIC_RESULTS"] = str(place / f"results {kind}")
@@ -170,7 +170,7 @@ def rehearse(kind: str, place: Path) -> dict:
     if device == "processor" or not torch.cuda.is_available():
         profile = profile.model_copy(update={"quantize_4bit": False})
         torch.cuda.is_available = lambda: False
-    run, start = runs.Run(profile, data_folder=place / "data"), time.monotonic()
+    run, start = experiment.Experiment(profile, data_folder=place / "data"), time.monotonic()
     seconds = {}
     history = run.distil()["history"]
     seconds["stage 1"] = time.monotonic() - start

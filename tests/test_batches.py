@@ -178,7 +178,7 @@ def read(model, prompter, prompts, extra: int = 0) -> rec.Read:
 @torch.inference_mode()
 def test_cached_scores_of_mixed_lengths_equal_the_plain_forward(model, prompter):
     prompts = [prompter.prompt(dialogue(text), IDS[:10]) for text in TEXTS]
-    targets = [prompter.answer(name) for name in IDS[:10]]
+    targets = [prompter.target_ids(name) for name in IDS[:10]]
     assert len({len(p.ids) for p in prompts}) == 3
     together = read(model, prompter, prompts).score([targets] * 3)
     for prompt, got in zip(prompts, together, strict=True):

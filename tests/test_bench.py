@@ -104,7 +104,7 @@ def test_the_direct_way_encodes_the_padding_and_ours_does_not(measured):
 def test_direct_training_moves_the_right_side_alone(measured):
     for train, rows, side, other in (
         (
-            lambda model, rows: direct.train_recommender(
+            lambda model, rows: direct.fine_tune(
                 measured.run, model, measured.stored, rows
             ),
             measured.examples[:1],
@@ -112,7 +112,7 @@ def test_direct_training_moves_the_right_side_alone(measured):
             "vision_tower",
         ),
         (
-            lambda model, rows: direct.train_student(measured.run, model, rows),
+            lambda model, rows: direct.distil(measured.run, model, rows),
             measured.rows[:2],
             "vision_tower",
             "language_model",

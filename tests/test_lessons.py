@@ -80,7 +80,7 @@ def test_token_losses_add_up_to_the_training_loss(run, example):
         prompter.tokenizer.pad_token_id,
     )
     assert sum(losses) / len(losses) == pytest.approx(loss.item(), abs=1e-4)
-    assert len(losses) == len(prompter.answer(example.target))
+    assert len(losses) == len(prompter.target_ids(example.target))
 
 
 def test_figures_draw_an_interval_for_every_row():

@@ -355,10 +355,10 @@ def test_a_language_models_scores_are_its_own_forward(run, folders):
     model, tokenizer = methods.load_open(profile, folders["Vicuna-v1.5"], None)
     prompter = recommendation.Prompter(tokenizer, profile, run.titles, None)
     row = run.dialogues("home", "test")[0]
-    got = recommendation.answer(model, prompter, [row], "candidates_st")[0]
+    got = recommendation.generate_answers(model, prompter, [row], "candidates_st")[0]
     prompt = prompter.prompt(row, row.candidates_st).ids
     for name, value in list(zip(row.candidates_st, got.log_likelihoods, strict=True))[:3]:
-        target = prompter.answer(name)
+        target = prompter.target_ids(name)
         scores = model(torch.tensor([prompt + target])).logits.log_softmax(-1)[
             0, len(prompt) - 1 : -1
         ]
@@ -409,10 +409,10 @@ def test_constrained_choice_is_transformers_prefix_constrained_generation(run, f
     prompter = recommendation.Prompter(tokenizer, run.profile, run.titles, None)
     differs = 0
     for row in run.dialogues("home", "test")[:6]:
-        got = recommendation.answer(model, prompter, [row], "candidates_st")[0]
+        got = recommendation.generate_answers(model, prompter, [row], "candidates_st")[0]
         prompt, targets = (
             prompter.prompt(row, row.candidates_st).ids,
-            [prompter.answer(a) for a in row.candidates_st],
+            [prompter.target_ids(a) for a in row.candidates_st],
         )
         out = model.generate(
             torch.tensor([prompt]),

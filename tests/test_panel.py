@@ -97,7 +97,7 @@ def test_answers_are_those_of_each_method_s_own_model(shop, case):
         plain = training.load_adapter(
             run.model(), run.folder / "stage2" / methods.slug(method) / "fashion" / "adapter"
         )
-        wanted = recommendation.answer(plain, run.prompter(seen), [case.dialogue], "candidates_st")[
+        wanted = recommendation.generate_answers(plain, run.prompter(seen), [case.dialogue], "candidates_st")[
             0
         ]
         found = shop.answer(case)[method]

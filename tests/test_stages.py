@@ -140,7 +140,7 @@ def test_loss_equals_a_hand_written_forward(model, prompter, processor):
     ):
         embeds[0, spot] = vector
     logits = model.lm_head(model.model.language_model(inputs_embeds=embeds).last_hidden_state)[0]
-    target = prompter.answer(example.target)
+    target = prompter.target_ids(example.target)
     expected = F.cross_entropy(logits[-len(target) - 1 : -1], torch.tensor(target))
     assert torch.allclose(loss_of(model, batch_of(prompter, [example])), expected, atol=1e-5)
 
@@ -203,7 +203,7 @@ def test_truth_is_inserted_into_a_copy():
 
 
 def test_target_ends_with_end_of_sequence(prompter, processor):
-    target = prompter.answer(IDS[0])
+    target = prompter.target_ids(IDS[0])
     assert target[-1] == processor.tokenizer.eos_token_id
     assert processor.tokenizer.decode(target, skip_special_tokens=True).strip() == IDS[0]
     row = prompter.row(examples(1)[0])
@@ -242,7 +242,7 @@ def test_cached_scores_equal_uncached_ones(model, prompter):
         dialogue(text="i want a red jar"),
         dialogue(text="hello all, a vegan jar please, i am new here."),
     ]
-    got = rec.answer(model, prompter, rows, "candidates_st")
+    got = rec.generate_answers(model, prompter, rows, "candidates_st")
     for row, answer in zip(rows, got, strict=True):
         for name, value in zip(row.candidates_st, answer.log_likelihoods, strict=True):
             batch = batch_of(prompter, [rec.Example(row, row.candidates_st, name)])
@@ -253,7 +253,7 @@ def test_cached_scores_equal_uncached_ones(model, prompter):
             sum(answer.probabilities) == pytest.approx(1, abs=1e-3)
             and answer.scored in row.candidates_st
         )
-    other = rec.answer(
+    other = rec.generate_answers(
         model,
         rec.Prompter(
             prompter.tokenizer, PROFILE, TITLES, {a: -v for a, v in prompter.visual.items()}
@@ -269,8 +269,8 @@ def test_generation_does_not_depend_on_the_batch(model, prompter):
         dialogue(text=t)
         for t in ("a jar", "i want a red jar, it should be vegan, please help me to choose.", "hi")
     ]
-    together = rec.answer(model, prompter, rows, "candidates_st")
-    alone = [rec.answer(model, prompter, [row], "candidates_st")[0] for row in rows]
+    together = rec.generate_answers(model, prompter, rows, "candidates_st")
+    alone = [rec.generate_answers(model, prompter, [row], "candidates_st")[0] for row in rows]
     assert [a.response for a in together] == [a.response for a in alone]
     assert [a.scored for a in together] == [a.scored for a in alone]
 
@@ -290,16 +290,16 @@ def test_greedy_from_the_shared_cache_equals_generate(model, prompter):
     )
     with torch.inference_mode():
         read = rec.Read(model, embeds, mask)
-        read.score([[prompter.answer(a) for a in IDS[:10]]] * 3)  # leaves the cache as it was
+        read.score([[prompter.target_ids(a) for a in IDS[:10]]] * 3)  # leaves the cache as it was
         ours = read.greedy(6, 2)
     assert ours.tolist() == expected.tolist()
     with (
         torch.inference_mode()
     ):  # negative control: a mask of the wrong rows changes the answer's scores
         wrong = rec.Read(model, embeds, mask.flip(0)).score(
-            [[prompter.answer(a) for a in IDS[:10]]] * 3
+            [[prompter.target_ids(a) for a in IDS[:10]]] * 3
         )
-        right = rec.Read(model, embeds, mask).score([[prompter.answer(a) for a in IDS[:10]]] * 3)
+        right = rec.Read(model, embeds, mask).score([[prompter.target_ids(a) for a in IDS[:10]]] * 3)
     assert not torch.allclose(wrong[0], right[0], atol=1e-3)
 
 

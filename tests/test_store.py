@@ -77,9 +77,9 @@ def test_stored_vectors_and_answers_equal_the_direct_path(run, tokens):
     fresh = see(list(stored))
     assert len(stored) > 50 and all((stored[a] - fresh[a]).abs().max() <= 1e-5 for a in stored)
     model, rows = run.model(), run.dialogues(DOMAIN, "test")[:4]
-    ours = recommendation.answer(model, run.prompter(stored), rows, run.profile.candidates)
+    ours = recommendation.generate_answers(model, run.prompter(stored), rows, run.profile.candidates)
     assert [a.response for a in ours] == [direct.answer(run, model, see, row) for row in rows]
-    again = recommendation.answer(model, run.prompter(fresh), rows, run.profile.candidates)
+    again = recommendation.generate_answers(model, run.prompter(fresh), rows, run.profile.candidates)
     assert [a.log_likelihoods for a in ours] == [
         pytest.approx(a.log_likelihoods, abs=2e-5) for a in again
     ]
@@ -133,7 +133,7 @@ def test_swapped_images_move_the_scores_with_the_item(run, tmp_path):
     )
 
     def scores(visual) -> list[float]:
-        return recommendation.answer(model, run.prompter(visual), [row], "candidates_st")[
+        return recommendation.generate_answers(model, run.prompter(visual), [row], "candidates_st")[
             0
         ].log_likelihoods
 
@@ -151,7 +151,7 @@ def test_what_training_prompts_lost_is_in_the_result_of_stage_two(run, monkeypat
     def train(profile, model, prompter, examples, folder, seed):
         return None, [len(prompter.row(e)["input_ids"]) for e in examples]
 
-    monkeypatch.setattr(recommendation, "train_recommender", train)
+    monkeypatch.setattr(recommendation, "fine_tune", train)
     visual = run.visual("distilled", ("train",))
     examples = recommendation.training_examples(
         run.dialogues(DOMAIN, "train"), run.profile.candidates, run.seed

@@ -85,7 +85,7 @@ def recommendation_loss(run: Experiment, model, see: See, example: Example) -> T
     ).loss
 
 
-def train_recommender(run: Experiment, model, see: See, examples: Iterable[Example]) -> None:
+def fine_tune(run: Experiment, model, see: See, examples: Iterable[Example]) -> None:
     tuned = get_peft_model(
         model, lora_config(run.profile.recommendation.lora, LANGUAGE_LINEAR)
     ).train()
@@ -135,7 +135,7 @@ def description_loss(run: Experiment, model, rows: Sequence[Picture]) -> Tensor:
     ).loss
 
 
-def train_student(run: Experiment, model, rows: Sequence[Picture]) -> None:
+def distil(run: Experiment, model, rows: Sequence[Picture]) -> None:
     student = get_peft_model(
         model, lora_config(run.profile.distillation.lora, VISION_LINEAR)
     ).train()

@@ -160,7 +160,7 @@ class Bench:
         some = self.dialogues[:few]
         ours = [
             found.response
-            for found in recommendation.answer(
+            for found in recommendation.generate_answers(
                 self.model, self.prompter, some, self.which, scored=False
             )
         ]
@@ -174,7 +174,7 @@ class Bench:
 
     # ------------------------------------------------------------ ratios
     def stage2_training(self) -> dict:
-        """Dialogues a second; ours is `train_recommender` whole (prompts, trainer, saving the adapter)."""
+        """Dialogues a second; ours is `fine_tune` whole (prompts, trainer, saving the adapter)."""
         run, third = self.run, self.examples[::3]
         stage = run.profile.recommendation.model_copy(
             update={"warmup_steps": 0}
@@ -184,13 +184,13 @@ class Bench:
         def plain(see):
             def prepare():
                 model = run.model()
-                return lambda: direct.train_recommender(run, model, see(model), third)
+                return lambda: direct.fine_tune(run, model, see(model), third)
 
             return prepare
 
         def ours():
             model, folder = run.model(), tempfile.TemporaryDirectory()
-            return lambda: recommendation.train_recommender(
+            return lambda: recommendation.fine_tune(
                 profile, model, self.prompter, self.examples, Path(folder.name), run.seed
             )
 
@@ -212,7 +212,7 @@ class Bench:
 
         def ours(scored):
             return lambda: (
-                lambda: recommendation.answer(
+                lambda: recommendation.generate_answers(
                     model, self.prompter, self.dialogues, self.which, scored=scored
                 )
             )
@@ -233,7 +233,7 @@ class Bench:
 
         def plain():
             model = run.model()
-            return lambda: direct.train_student(run, model, third)
+            return lambda: direct.distil(run, model, third)
 
         def ours():
             student, folder = self.student(), tempfile.TemporaryDirectory()
@@ -344,7 +344,7 @@ class Bench:
             (
                 "evaluation",
                 None,
-                lambda: recommendation.answer(self.model, self.prompter, some, self.which, False),
+                lambda: recommendation.generate_answers(self.model, self.prompter, some, self.which, False),
             ),
         ):
             work()

@@ -191,7 +191,7 @@ class Panel:
             prompter = self.run.prompter(self.visual(case, kind) if kind else None)
             with self._lock:
                 self.model.set_adapter(_name(method, case.dialogue.domain))
-                found[method] = recommendation.answer(
+                found[method] = recommendation.generate_answers(
                     self.model, prompter, [case.dialogue], self.run.profile.candidates
                 )[0]
         return found

@@ -175,8 +175,8 @@ def _choose(model, tokenizer, encode, problems, pictures, rng) -> list[str | Non
     prompts = [
         [i for i, label in zip(r.ids, r.labels, strict=True) if label == p.IGNORE] for r in rows
     ]
-    ids = distillation.pad_left(prompts, tokenizer.pad_token_id)
-    mask = distillation.pad_left([[1] * len(x) for x in prompts], 0)
+    ids = training.pad_left(prompts, tokenizer.pad_token_id)
+    mask = training.pad_left([[1] * len(x) for x in prompts], 0)
     embeds = vision.place(model, ids, [values[i] for i in asked], tokenizer.pad_token_id)
     out = model.generate(
         inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0

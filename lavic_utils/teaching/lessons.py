@@ -12,7 +12,7 @@ import torch
 from lavic_utils import style, vision
 from lavic_utils.config import DOMAINS
 from lavic_utils.data import Dialogue
-from lavic_utils.distillation import pad_left
+from lavic_utils.training import pad_left
 from lavic_utils.prompts import dialogue_text, recommend_message
 from lavic_utils.recommendation import Example, Prompter, Read
 
@@ -146,7 +146,7 @@ def token_losses(model, prompter: Prompter, examples: Sequence[Example]) -> list
         pad = prompter.tokenizer.pad_token_id
         ids = pad_left([p.ids for p in prompts], pad).to(model.device)
         mask = pad_left([[1] * len(p.ids) for p in prompts], 0).to(model.device)
-        targets = [prompter.answer(e.target) for e in group]
+        targets = [prompter.target_ids(e.target) for e in group]
         tables = Read(model, vision.place(model, ids, prompter.tokens(prompts), pad), mask).score(
             [[t] for t in targets]
         )
