@@ -11,9 +11,9 @@ from lavic_utils.mini.words import ATTRIBUTES
 def attribute_accuracy(
     texts: Sequence[str], facts: Sequence[Mapping[str, str]]
 ) -> dict[str, float]:
-    """Shares of descriptions in [0, 1]: by attribute, those whose first word of its kind is the true
-    one; under "all", those that hold all four true words. `facts`: the true words of each text's item.
-    ValueError where there are more texts than facts or fewer."""
+    """Shares of texts in [0, 1]: by attribute, those whose first word of this kind is the true one;
+    "all": those that hold all four true words. `facts`: the true words, one item a text (otherwise
+    ValueError)."""
     right = dict.fromkeys([*ATTRIBUTES, "all"], 0)
     for text, truth in zip(texts, facts, strict=True):
         said = re.findall(r"\w+", text)

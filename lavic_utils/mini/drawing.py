@@ -156,7 +156,7 @@ def sketch(kind: str, shape: str) -> tuple[list[Polygon], list[Polygon], list[Po
             legs = [box(14, 66, 28, 98), box(72, 66, 86, 98), box(28, 78, 72, 88)]
             posts = [box(28, 40, 36, 60), box(64, 40, 72, 60)]
             return legs + posts, [form(shape, 14, 2, 86, 50), box(8, 56, 92, 72)], []
-    raise ValueError(f"kind {kind!r} is not one of {', '.join(PARTS)}")
+    raise ValueError(f"no sketch of {kind!r}")
 
 
 # Thin dark lines that help to recognise a kind; never an attribute.
@@ -233,21 +233,14 @@ def _lighter(colour: RGB) -> RGB:
     return tuple(round(0.32 * value + 0.68 * 255) for value in colour)
 
 
-def draw_product(
-    kind: str,
-    shape: str,
-    colour: str,
-    pattern: str,
-    accent: str,
-    size: tuple[int, int],
-    rng: random.Random,
-) -> Image.Image:
-    """An RGB picture of `size` = (width, height) pixels; ValueError for a word not in `words`."""
-    looks = {"shape": shape, "colour": colour, "pattern": pattern, "accent": accent}
-    for name, value in looks.items():
-        if value not in ATTRIBUTES[name]:
-            raise ValueError(f"{name} {value!r} is not one of {', '.join(ATTRIBUTES[name])}")
-    behind, body, front = sketch(kind, shape)
+def draw_product(facts: dict[str, str], size: tuple[int, int], rng: random.Random) -> Image.Image:
+    """An RGB picture of an item with these facts (kind and looks); `size`: (width, height), pixels.
+    ValueError for a word that `words` does not hold."""
+    for name, known in {"kind": tuple(PARTS), **ATTRIBUTES}.items():
+        if facts[name] not in known:
+            raise ValueError(f"{name} {facts[name]!r} is not one of {', '.join(known)}")
+    colour, accent = facts["colour"], facts["accent"]
+    behind, body, front = sketch(facts["kind"], facts["shape"])
     place = Placement(size, rng)
     main_rgb, accent_rgb = _jitter(MAIN[colour], rng, 8), _jitter(ACCENT[accent], rng, 5)
     image = Image.new("RGB", size, _jitter(rng.choice(BACKGROUNDS), rng, 6))
@@ -256,7 +249,7 @@ def draw_product(
     line = max(1, round(min(size) / 100))  # pixels
     for polygon in behind:
         pen.polygon(place(polygon), fill=accent_rgb, outline=OUTLINE, width=line)
-    for polygon in pattern_polygons(pattern, rng):
+    for polygon in pattern_polygons(facts["pattern"], rng):
         cloth_pen.polygon(place(polygon), fill=DARK_TINTS.get(colour, _lighter(main_rgb)))
     for polygon in body:
         mask_pen.polygon(place(polygon), fill=255)
@@ -265,6 +258,6 @@ def draw_product(
         pen.polygon(place(polygon), outline=OUTLINE, width=line)
     for polygon in front:
         pen.polygon(place(polygon), fill=accent_rgb, outline=OUTLINE, width=line)
-    for points in DETAILS.get(kind, []):
+    for points in DETAILS.get(facts["kind"], []):
         pen.line(place(points), fill=OUTLINE, width=line)
     return image

@@ -44,14 +44,15 @@ BRANDS = {
 }
 
 
-def title(brand: str, feature: str, kind: str) -> str:
-    """A title as the catalogue prints it: only non-visual facts."""
-    return f"{brand} {feature} {kind}"
+def title(facts: dict[str, str]) -> str:
+    """A title as the catalogue prints it: only what cannot be seen."""
+    return f"{facts['brand']} {facts['feature']} {facts['kind']}"
 
 
-def description(colour: str, pattern: str, shape: str, accent: str, part: str) -> str:
+def description(facts: dict[str, str]) -> str:
     """The looks of an item in one sentence that does not repeat its title."""
-    return f"{colour} and {pattern}, {shape}, with a {accent} {part}."
+    colour, pattern, shape, accent = (facts[name] for name in ATTRIBUTES)
+    return f"{colour} and {pattern}, {shape}, with a {accent} {PARTS[facts['kind']]}."
 
 
 # ---- dialogues: {kind} and {feature} stand in titles too, {looks} is one to three visual

@@ -69,10 +69,6 @@ def polish(text: str) -> str:
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
-def title_of(facts: Facts) -> str:
-    return words.title(facts["brand"], facts["feature"], facts["kind"])
-
-
 # ---- items and images
 def _ids(rng: random.Random, count: int) -> list[str]:
     chunks, size = words.ID_CHUNKS, len(words.ID_CHUNKS)
@@ -138,8 +134,7 @@ def _write_image(path: Path, facts: Facts, world: World, corrupt: bool) -> None:
     rng = random.Random(f"{world.seed}/image/{path.name}")
     across, down = rng.choices(ASPECTS, ASPECT_WEIGHTS)[0]
     size = (round(world.image_side * across), round(world.image_side * down))
-    looks = {name: facts[name] for name in words.ATTRIBUTES}
-    draw_product(facts["kind"], **looks, size=size, rng=rng).save(path, "JPEG", quality=88)
+    draw_product(facts, size, rng).save(path, "JPEG", quality=88)
     if corrupt:  # cut short, or not an image at all
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 3] if rng.random() < 0.5 else rng.randbytes(300))
@@ -223,7 +218,7 @@ def _dialogue(rng: random.Random, world: World, pool: dict[str, Facts], p_new: f
     if rng.random() < world.p_several_truths:
         truths += [asin for asin in pool if asin != target and satisfies(pool[asin], truth)]
     context, query = write_context(rng, truth)
-    answer = rng.choice(words.ANSWERS).format(title=title_of(facts))
+    answer = rng.choice(words.ANSWERS).format(title=words.title(facts))
     row = {"context": context, "context_items": [], "gt": answer, "gt_items": truths}
     return Talk(row, truth, query, pool)
 
@@ -243,10 +238,10 @@ def add_candidates(rng: random.Random, talks: list[Talk]) -> None:
     pools = {id(talk.pool): talk.pool for talk in talks}
     texts = [talk.query for talk in talks]
     for pool in pools.values():
-        texts += [title_of(facts) for facts in pool.values()]
+        texts += [words.title(facts) for facts in pool.values()]
     vectors = dict(zip(texts, sbert_embed(texts), strict=True))
     for key, pool in pools.items():
-        asins, titles = list(pool), [title_of(facts) for facts in pool.values()]
+        asins, titles = list(pool), [words.title(facts) for facts in pool.values()]
         mine = [talk for talk in talks if id(talk.pool) == key]
         queries = np.stack([vectors[talk.query] for talk in mine])
         near = cosine_rank(queries, np.stack([vectors[title] for title in titles]))
@@ -266,7 +261,7 @@ def _link(name: str) -> str:
 
 def _catalogue_entry(facts: Facts, images: list[str]) -> dict[str, Any]:
     return {
-        "title": title_of(facts),
+        "title": words.title(facts),
         "categories": [DOMAINS[facts["domain"]], facts["kind"]],
         "features": [facts["feature"]],
         "description": [],
@@ -276,7 +271,7 @@ def _catalogue_entry(facts: Facts, images: list[str]) -> dict[str, Any]:
 
 
 def _stage1_row(facts: Facts, image: str) -> dict[str, str]:
-    row = {"title": title_of(facts), "image_name": image, "image": _link(image)}
+    row = {"title": words.title(facts), "image_name": image, "image": _link(image)}
     return row | {"image_description_llava_cleaned": ""}
 
 
