@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 from lavic_utils.config import DOMAINS, UserError, World
+from lavic_utils.data import data_hash
 from lavic_utils.mini import words as wording
 from lavic_utils.mini import world
+from lavic_utils.mini.accuracy import attribute_accuracy
 from lavic_utils.mini.drawing import draw_product
 
 TINY = World(
@@ -60,7 +62,7 @@ def opens(path: Path) -> bool:
 
 
 def embed_words(texts: list[str]) -> np.ndarray:
-    """In place of the sentence encoder (tested in test_retrieval), which costs seconds: words hashed to 256 places."""
+    """In place of the sentence encoder, which costs seconds: words hashed to 256 places."""
     vectors = np.full((len(texts), 256), 1e-3)
     for row, text in enumerate(texts):
         for word in re.findall(r"\w+", text):
@@ -107,12 +109,23 @@ def test_finished_world_is_reused_and_other_data_is_never_replaced(
         world.read_facts(tmp_path)
 
 
+def test_a_stale_key_remakes_the_world_and_leaves_the_data_hash(tmp_path: Path) -> None:
+    root = world.make_world(tmp_path / "mini", TINY)
+    before = data_hash(root)
+    (root / world.KEY).write_text("of other code")
+    image = next((root / "train_images").iterdir())
+    image.unlink()
+    world.make_world(root, TINY)
+    assert image.is_file() and (root / world.KEY).read_text() == world.world_key(TINY)
+    assert data_hash(root) == before
+
+
 def test_failure_leaves_the_old_world_and_no_scraps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "mini"
     root.mkdir()
-    (root / world.FACTS).write_text('{"key": "old"}')
+    (root / world.FACTS).write_text('{"items": "old"}')
 
     def broken(*_: object) -> None:
         raise RuntimeError("disk full")
@@ -120,9 +133,8 @@ def test_failure_leaves_the_old_world_and_no_scraps(
     monkeypatch.setattr(world, "_fill", broken)
     with pytest.raises(RuntimeError):
         world.make_world(root, TINY)
-    assert [path.name for path in tmp_path.iterdir()] == ["mini"] and world.read_facts(root) == {
-        "key": "old"
-    }
+    assert [path.name for path in tmp_path.iterdir()] == ["mini"]
+    assert world.read_facts(root) == {"items": "old"}
 
 
 def test_rows_have_the_published_format(mini: Path, facts: dict) -> None:
@@ -322,3 +334,15 @@ def test_unknown_words_are_refused(wrong: dict[str, str]) -> None:
     good = {"kind": "mug", "shape": "round", "colour": "red", "pattern": "plain", "accent": "white"}
     with pytest.raises(ValueError, match="is not one of"):
         draw_product(**(good | wrong), size=(48, 48), rng=random.Random(0))
+
+
+def test_attribute_accuracy_counts_the_first_word_of_each_kind() -> None:
+    facts = [{"colour": "red", "pattern": "plain", "shape": "round", "accent": "white"}]
+    right = attribute_accuracy(["red and plain, round, with a white lid."], facts)
+    wrong = attribute_accuracy(["blue and plain, boxy, with a white lid."], facts)
+    hedged = attribute_accuracy(["blue or red and plain, round, with a white lid."], facts)
+    assert right == {"colour": 1, "pattern": 1, "shape": 1, "accent": 1, "all": 1}
+    assert wrong == {"colour": 0, "pattern": 1, "shape": 0, "accent": 1, "all": 0}
+    assert hedged["colour"] == 0 and hedged["all"] == 1
+    with pytest.raises(ValueError, match="zip"):
+        attribute_accuracy(["red"], facts * 2)

@@ -1,13 +1,11 @@
-"""The mini vision-language model: an ordinary, very small LLaVA-NeXT (CLIP tower, projector, Mistral) and its processor.
+"""The mini model's architecture: a genuine, very small LLaVA-NeXT (CLIP, projector, Mistral).
 
-Built here, trained by `pretraining`, opened everywhere else with `from_pretrained` like any LLaVA-NeXT checkpoint.
+Built here with random weights, trained by `recipe`, opened everywhere else with `from_pretrained`.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterable
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -23,68 +21,43 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from lavic_utils.mini import words as w
+from lavic_utils.mini import words
 
-TILE = 48
+WIDTH = 128  # hidden size of tower and language model
+TILE = 48  # pixels of a side
 PATCH = 12
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
-CONTEXT_WINDOW = 512  # ten candidates' full tokens (up to 880) overflow it, as 28,850 overflow 4,096 in the paper
+# Ten candidates' full tokens (up to 880) overflow it, as 28,850 overflow 4,096 in the paper.
+CONTEXT_WINDOW = 512
 PUNCTUATION = ".,:?!;"
-PLACEHOLDER = re.compile(r"\{\w+\}")
 
 
-def world_texts() -> Iterable[str]:
-    """Every sentence pattern of the mini world and of the prompts, for collecting words (placeholders removed)."""
-    templates = [
-        *itertools.chain(*w.OPENINGS.values(), *w.LOOKS.values()),
-        *w.ASK_BACK,
-        *w.WANDER,
-        *w.SEEKER_WANDER,
-        *w.ANSWERS,
-        w.EXTRA_WORDS,
-        "Seeker: Helper: Candidates: Answer: Looks: Title: ID:",
-    ]
-    yield from (PLACEHOLDER.sub(" ", text) for text in templates)
-    for group in (
-        w.COLOURS,
-        w.PATTERNS,
-        w.SHAPES,
-        w.ACCENTS,
-        w.PARTS,
-        w.PARTS.values(),
-        *w.FEATURES.values(),
-        *w.BRANDS.values(),
-    ):
-        yield " ".join(group)
+def known_words() -> list[str]:
+    """Every word of the mini world and of the prompts, in alphabetical order."""
+    texts = [*words.ASK_BACK, *words.WANDER, *words.SEEKER_WANDER, *words.ANSWERS]
+    texts += [words.EXTRA_WORDS, "Seeker: Helper: Candidates: Answer: Looks: Title: ID:"]
+    for wordings in (words.OPENINGS, words.LOOKS):
+        texts += [text for style in wordings.values() for text in style]
+    for names in (words.ATTRIBUTES, words.FEATURES, words.BRANDS):
+        texts += [" ".join(some) for some in names.values()]
+    texts += [*words.PARTS, *words.PARTS.values()]
+    found: set[str] = set()
+    for text in texts:
+        found |= set(re.findall(r"[A-Za-z'-]+", re.sub(r"\{\w+\}", " ", text)))
+    return sorted(found)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; an id is three: "B0" and two 4-character chunks. Unknown words become <unk>."""
-    words = sorted(
-        {f"▁{word}" for text in world_texts() for word in re.findall(r"[A-Za-z'-]+", text)}
-    )
-    vocabulary = [
-        "<pad>",
-        "<s>",
-        "</s>",
-        "<unk>",
-        "<image>",
-        "\n",
-        *PUNCTUATION,
-        "▁B0",
-        *w.ID_CHUNKS,
-        *words,
-    ]
-    tokenizer = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>")
-    )
+    """One token a word; an id is three: "B0" and two chunks. Unknown words become <unk>."""
+    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "\n", *PUNCTUATION, "▁B0"]
+    vocabulary += [*words.ID_CHUNKS, *(f"▁{word}" for word in known_words())]
+    numbers = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    ids = r"▁B0(?=[A-Z0-9]{8})|(?<=[A-Z0-9])[A-Z0-9]{4}"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(prepend_scheme="always"),
-            pre_tokenizers.Split(
-                Regex(r"▁B0(?=[A-Z0-9]{8})|(?<=[A-Z0-9])[A-Z0-9]{4}|[" + PUNCTUATION + "]"),
-                "isolated",
-            ),
+            pre_tokenizers.Split(Regex(f"{ids}|[{PUNCTUATION}]"), "isolated"),
         ]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -102,13 +75,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaNextProcessor:
-    image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": TILE},
-        crop_size={"height": TILE, "width": TILE},
-        image_grid_pinpoints=PINPOINTS,
-    )
+    """The image processor (tiles of TILE pixels) and the tokenizer."""
     return LlavaNextProcessor(
-        image_processor=image_processor,
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": TILE},
+            crop_size={"height": TILE, "width": TILE},
+            image_grid_pinpoints=PINPOINTS,
+        ),
         tokenizer=build_tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -117,21 +90,21 @@ def build_processor() -> LlavaNextProcessor:
 
 
 def build_model(processor: LlavaNextProcessor, seed: int = 0) -> LlavaNextForConditionalGeneration:
-    """About 2 million parameters, randomly initialised."""
+    """About 2 million parameters, drawn at random."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
-        hidden_size=128,
+        hidden_size=WIDTH,
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=TILE,
         patch_size=PATCH,
-        projection_dim=128,
+        projection_dim=WIDTH,
     )
     text = MistralConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=WIDTH,
         intermediate_size=320,
         num_hidden_layers=6,
         num_attention_heads=4,
@@ -141,7 +114,7 @@ def build_model(processor: LlavaNextProcessor, seed: int = 0) -> LlavaNextForCon
         sliding_window=None,
         max_position_embeddings=CONTEXT_WINDOW,
         tie_word_embeddings=True,
-        initializer_range=128**-0.5,
+        initializer_range=WIDTH**-0.5,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

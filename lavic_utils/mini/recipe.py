@@ -1,428 +1,502 @@
-"""How the mini model became a base LLaVA: the recipe behind `make mini-model` (run once, result committed).
+"""How the mini model becomes a base LLaVA: pictures, texts, losses, phases (`make mini-model`).
 
-Three phases, as for the real model: a vision tower that learns words for images (here from [CLS] and from patch
-tokens of the last layer but one, apart), a language model that learns to match and to copy ids, then both joined
-through the projector, which sees patch tokens only. So raw [CLS] vectors mean nothing to the language model, for
-the same reason as in the paper. All training text is made here: no dialogue and no item of a mini world.
+As for the real model: a vision tower learns words for pictures, a language model learns to choose
+and copy ids, a projector joins them and reads patch tokens of the last layer but one. Only then
+does the last layer's [CLS] meet word embeddings, as CLIP's meets its text tower: raw [CLS] vectors
+mean nothing to the language model, for the same reason as in the paper. All is made up here, from
+seeds of its own: no item, dialogue or wording of a mini world.
+
+The shipped weights came from an earlier arrangement of the same phases: same tasks, losses and
+steps, other random draws, and some phases in pieces (see their card). This file has not been run
+whole.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import os
-import random
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
+from random import Random
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from lavic_utils.mini import model as minimodel
-from lavic_utils.mini import words as w
+from lavic_utils import vision
+from lavic_utils.config import PACKAGE, ROOT
+from lavic_utils.mini import words
+from lavic_utils.mini.accuracy import attribute_accuracy
+from lavic_utils.mini.drawing import draw_product
+from lavic_utils.mini.model import PATCH, TILE, WIDTH, build_model, build_processor, known_words
+from lavic_utils.provenance import write_json, write_text
 
 IGNORE = -100
-WEIGHTS = {"answer": 1.0, "asked": 0.5, "match": 1.0, "before": 0.3, "valid": 2.0, "overlap": 30.0}
-PROPERTY_COUNTS = (1, 2, 2, 3, 3)
-
-
-# ---------------------------------------------------------------- random items and requests
-@dataclass(frozen=True)
-class Thing:
-    """A made-up item; never one of a world (worlds draw their own, with their own seeds and ids)."""
-
-    domain: str
-    kind: str
-    brand: str
-    feature: str
-    looks: dict[str, str]
-    asin: str
-    image: int | None = None  # row of the image pool
-
-    @property
-    def title(self) -> str:
-        return w.title(self.brand, self.feature, self.kind)
-
-    @property
-    def description(self) -> str:
-        return w.description(**self.looks, part=w.PARTS[self.kind])
-
-
-def random_looks(rng: random.Random) -> dict[str, str]:
-    return {name: rng.choice(values) for name, values in w.ATTRIBUTES.items()}
-
-
-def random_thing(
-    rng: random.Random,
-    domain: str,
-    kind: str | None = None,
-    feature: str | None = None,
-    image: tuple[int, dict] | None = None,
-) -> Thing:
-    row, facts = image or (None, None)
-    return Thing(
-        domain,
-        kind or (facts["kind"] if facts else rng.choice(list(w.KINDS[domain]))),
-        rng.choice(w.BRANDS[domain]),
-        feature or rng.choice(w.FEATURES[domain]),
-        facts["looks"] if facts else random_looks(rng),
-        "B0" + rng.choice(w.ID_CHUNKS) + rng.choice(w.ID_CHUNKS),
-        row,
-    )
-
-
-@dataclass
-class Problem:
-    """A request and candidates; `matches[i]` says whether candidate i satisfies everything asked."""
-
-    request: str
-    wanted_words: set[str]
-    candidates: list[Thing]
-    matches: list[bool]
-    style: str  # "text": looks are written; "title": no looks at all; "image": looks are in the picture
-    target: int = field(default=0)
-
-
-FILLER = sorted(
-    {
-        word
-        for text in minimodel.world_texts()
-        for word in text.replace(".", " ").replace(",", " ").split()
-        if word.isalpha() and word.islower()
-    }
-    - {v for values in w.ATTRIBUTES.values() for v in values}
-    - set(w.PARTS)
-    - {f for features in w.FEATURES.values() for f in features}
-    - set(w.PARTS.values())
+LOOKS = tuple(words.ATTRIBUTES)
+DOMAIN_OF = {kind: domain for domain, kinds in words.KINDS.items() for kind in kinds}
+NAMED = {"kind": tuple(words.PARTS), **words.ATTRIBUTES}  # what the tower learns to name
+PATCHES = (TILE // PATCH) ** 2  # of one tile
+SHOWN = {"tile": PATCHES, "few": 5, "picture": 0}  # visual tokens of a candidate; 0: all there are
+SIZES = ((144, 144), (144, 144), (144, 144), (144, 72), (72, 144), (144, 108))  # pixels
+MEANT = {*words.PARTS, *words.PARTS.values()}.union(
+    *words.ATTRIBUTES.values(), *words.FEATURES.values()
 )
+FILLER = [w for w in known_words() if w.isalpha() and w.islower() and w not in MEANT]
 
 
-def filler(rng: random.Random, most: int) -> str:
+class Learner(nn.Module):
+    """The model, small heads that help it to learn and are thrown away, and its pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor, self.pool = build_processor(), None
+        self.tokenizer = self.processor.tokenizer
+        self.image = self.tokenizer.convert_tokens_to_ids("<image>")
+        self.model = build_model(self.processor, seed=0)
+        # words for a picture, from the last layer's [CLS] and from the mean patch of the one before
+        self.name_cls = nn.ModuleList(nn.Linear(WIDTH, len(v)) for v in NAMED.values())
+        self.name_patches = nn.ModuleList(nn.Linear(WIDTH, len(v)) for v in NAMED.values())
+        # is this token asked for; does this candidate fit; which token came before this one
+        self.help_asked, self.help_fits = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 1)
+        self.help_before = nn.Linear(WIDTH, WIDTH)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+# ---------------------------------------------------------------- what it sees: pictures
+class Pool:
+    """Pictures of made-up products, as the processor's tiles, and what is true of each."""
+
+    def __init__(self, processor, count: int, seed: int) -> None:
+        rng, pixels, sizes = Random(f"pool-{seed}"), [], []
+        self.seed = seed
+        self.facts = [{n: rng.choice(values) for n, values in NAMED.items()} for _ in range(count)]
+        self.of_kind = {kind: [] for kind in words.PARTS}
+        for number, facts in enumerate(self.facts):
+            self.of_kind[facts["kind"]].append(number)
+        for some in vision.batched(self.facts, 200):
+            tiles, size = vision.pixels(processor, [_picture(rng, facts) for facts in some])
+            pixels.append(F.pad(tiles, (0,) * 7 + (5 - tiles.shape[1],)).half())
+            sizes.append(size)
+        self.pixels = torch.cat(pixels)  # (count, 5, 3, TILE, TILE); tiles of zeros are padding
+        self.sizes = torch.cat(sizes)  # (count, 2): height, width
+        counted = processor._get_num_multimodal_tokens(image_sizes=self.sizes.tolist())
+        self.lengths = counted.num_image_tokens  # full tokens of each picture
+        true = [[values.index(f[n]) for n, values in NAMED.items()] for f in self.facts]
+        self.labels = torch.tensor(true)  # (count, names): which of the words in NAMED
+
+    def draw(self, rng: Random, kinds: Iterable[str]) -> int:
+        """A picture of one of these kinds."""
+        return rng.choice(self.of_kind[rng.choice(list(kinds))])
+
+
+def _picture(rng: Random, facts: dict[str, str]) -> Image.Image:
+    stream = io.BytesIO()
+    draw_product(facts, rng.choice(SIZES), rng).save(stream, "JPEG", quality=88)
+    return Image.open(stream).convert("RGB")
+
+
+def picture_tokens(learner: Learner, rows: list[int], shown: int, rng: Random) -> list[Tensor]:
+    """Projected patch tokens of pictures, (tokens, WIDTH) each: of all tiles, packed as LLaVA does
+    (`shown` 0), or so many of the PATCHES of the whole-picture tile, drawn at random."""
+    if not rows:
+        return []
+    pixels, inside = learner.pool.pixels[rows].float(), learner.model.model
+    if not shown:
+        return vision.full_tokens(learner.model, pixels, learner.pool.sizes[rows])
+    hidden = inside.vision_tower(pixels[:, 0], output_hidden_states=True).hidden_states[-2]
+    tokens = inside.multi_modal_projector(hidden[:, 1:])  # (rows, PATCHES, WIDTH)
+    return [one[sorted(rng.sample(range(PATCHES), shown))] for one in tokens]
+
+
+# ---------------------------------------------------------------- what it sees: texts
+@dataclass
+class Row:
+    """One training text as tokens; what follows `pictures` is for choices among candidates."""
+
+    ids: list[int]
+    labels: list[int]  # IGNORE where nothing is learnt
+    pictures: list[int] = field(default_factory=list)  # of the pool, as they appear
+    asked: list[int] = field(default_factory=list)  # candidates' tokens: is it asked for? 1 or 0
+    chunks: list[int] = field(default_factory=list)  # place of each candidate's first id chunk
+    fits: list[bool] = field(default_factory=list)  # does each candidate have all that is asked?
+    names: list[str] = field(default_factory=list)  # the candidates' ids
+
+
+def answered(learner: Learner, prompt: list[int], answer: str) -> Row:
+    target = [*learner.encode(" " + answer), learner.tokenizer.eos_token_id]
+    return Row(prompt + target, [IGNORE] * len(prompt) + target)
+
+
+def random_item(rng: Random, pool: Pool, picture: int, feature: str = "") -> dict:
+    """A made-up item of a picture: brand, feature, kind, looks, id (asin), picture."""
+    facts = pool.facts[picture]
+    domain = DOMAIN_OF[facts["kind"]]
+    asin = "B0" + rng.choice(words.ID_CHUNKS) + rng.choice(words.ID_CHUNKS)
+    feature = feature or rng.choice(words.FEATURES[domain])
+    brand = rng.choice(words.BRANDS[domain])
+    return {"brand": brand, "feature": feature, "asin": asin, "picture": picture, **facts}
+
+
+def caption_row(learner: Learner, item: dict, length: int) -> Row:
+    """Title and picture (`length` visual tokens) in, a description of the looks out."""
+    slots = [learner.image] * length
+    prompt = [*learner.encode(words.title(item)), *slots, *learner.encode("\nLooks:")]
+    row = answered(learner, prompt, words.description(item))
+    row.pictures.append(item["picture"])
+    return row
+
+
+def filler(rng: Random, most: int) -> str:
     return " ".join(rng.choices(FILLER, k=rng.randint(0, most)))
 
 
-def request_text(rng: random.Random, facts: list[str], looks: list[str]) -> str:
-    """Keywords in random order among filler words, over one to three turns. Not the wording of any world."""
-    turns = [facts + looks] if rng.random() < 0.5 else [facts, looks]
-    lines = []
-    for number, words in enumerate(turns):
-        pieces = [filler(rng, 6)]
-        for word in rng.sample(words, len(words)):
-            pieces += [word + rng.choice(("", "", ",", "."))] + (
-                [filler(rng, 3)] if rng.random() < 0.5 else []
-            )
-        if number and rng.random() < 0.6:
+def request_text(rng: Random, facts: list[str], looks: list[str]) -> str:
+    """Keywords in random order among filler words, in one or two turns of the seeker."""
+    lines = ["Recommend one item."]
+    for keywords in [facts + looks] if rng.random() < 0.5 else [facts, looks]:
+        if len(lines) > 1 and rng.random() < 0.6:
             lines.append(f"Helper: {filler(rng, 9)}{rng.choice('?.')}")
+        pieces = [filler(rng, 6)]
+        for word in rng.sample(keywords, len(keywords)):
+            pieces.append(word + rng.choice(("", "", ",", ".")))
+            pieces.append(filler(rng, 3 if rng.random() < 0.5 else 0))
         lines.append(f"Seeker: {' '.join(filter(None, pieces))}{rng.choice('.?')}")
-    return "Recommend one item.\n" + "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
-def sample_problem(rng: random.Random, count: int, style: str, pool=None) -> Problem:
-    domain = rng.choice(list(w.KINDS))
-    image = (
-        (lambda kind=None: pool.draw(rng, domain, kind))
-        if style == "image"
-        else (lambda kind=None: None)
-    )
-    target = random_thing(rng, domain, image=image())
-    things = [target]
-    while len(things) < count:
+def alike_items(rng: Random, pool: Pool, count: int) -> list[dict]:
+    """Candidates of one domain; most look like the first one by title."""
+    domain = rng.choice(list(words.KINDS))
+    target = random_item(rng, pool, pool.draw(rng, words.KINDS[domain]))
+    items = [target]
+    while len(items) < count:
         draw = rng.random()
-        if draw < 0.6:  # look-alikes by title
-            thing = random_thing(rng, domain, target.kind, target.feature, image(target.kind))
-        elif draw < 0.85:
-            thing = random_thing(rng, domain, target.kind, None, image(target.kind))
-        else:
-            thing = random_thing(rng, domain, image=image())
-        things.append(thing)
-    rng.shuffle(things)
-    mention_feature = style == "title" or rng.random() < 0.85
-    facts = (
-        [target.kind] + [target.feature] * mention_feature + [target.brand] * (rng.random() < 0.15)
-    )
-    names = [] if style == "title" else rng.sample(list(w.ATTRIBUTES), rng.choice(PROPERTY_COUNTS))
-    looks = [
-        f"{target.looks[n]} {w.PARTS[target.kind]}" if n == "accent" else target.looks[n]
-        for n in names
-    ]
-    matches = [
-        all(f in t.title for f in facts) and all(t.looks[n] == target.looks[n] for n in names)
-        for t in things
-    ]
-    words = {word for text in facts + looks for word in text.split()}
-    chosen = rng.choice([i for i, hit in enumerate(matches) if hit])
-    return Problem(request_text(rng, facts, looks), words, things, matches, style, chosen)
+        picture = pool.draw(rng, [target["kind"]] if draw < 0.85 else words.KINDS[domain])
+        items.append(random_item(rng, pool, picture, target["feature"] if draw < 0.6 else ""))
+    return items
 
 
-# ---------------------------------------------------------------- prompts as tokens
-class Encoder:
-    """Text to token ids, cached: segments repeat."""
-
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.image = tokenizer.convert_tokens_to_ids("<image>")
-        self.encode = lru_cache(200_000)(self._encode)
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
-
-
-@dataclass
-class Row:
-    ids: list[int]
-    labels: list[int]
-    id_positions: list[int]  # position of each candidate's first own id chunk
-    matches: list[bool]
-    in_request: list[int]  # per token: 1/0 inside candidates, IGNORE elsewhere
-    images: list[int]  # rows of the image pool, in order of appearance
-
-
-def problem_row(
-    problem: Problem, encode, image_tokens: list[int], rng: random.Random, tokenizer
-) -> Row:
-    wanted = {t for word in problem.wanted_words for t in encode(word)}
-    ids = list(encode(problem.request + "Candidates:\n"))
-    flags, positions, images = [IGNORE] * len(ids), [], []
-    short = rng.random() < 0.5
-    for number, thing in enumerate(problem.candidates):
-        body = list(encode(thing.title))
-        if problem.style == "text":
-            text = thing.description
-            if short:
-                words = [*thing.looks.values(), w.PARTS[thing.kind]]
-                text = " ".join(words if rng.random() < 0.5 else rng.sample(words, 5))
-            body += encode(text)
-        if problem.style == "image":
-            body += [tokenizer.convert_tokens_to_ids("<image>")] * image_tokens[number]
-            images.append(thing.image)
-        code = encode(" " + thing.asin)
-        positions.append(len(ids) + len(body) + 1)
-        image = tokenizer.convert_tokens_to_ids("<image>")
-        flags += [IGNORE if t == image else int(t in wanted) for t in body] + [IGNORE] * (
-            len(code) + 1
-        )
-        ids += body + list(code) + list(encode("\n"))
-    prompt = ids + list(encode("Answer:"))
-    answer = list(encode(" " + problem.candidates[problem.target].asin)) + [tokenizer.eos_token_id]
-    return Row(
-        prompt + answer,
-        [IGNORE] * len(prompt) + answer,
-        positions,
-        problem.matches,
-        flags + [IGNORE] * (len(prompt) + len(answer) - len(flags)),
-        images,
-    )
+def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
+    """Request and candidates in, an id out. Between a candidate's title and id stand its looks in
+    words ("text"), nothing ("title": no looks are asked for, so several candidates fit), or visual
+    tokens: of the "picture", of its whole-picture "tile", or a "few" of that tile's."""
+    encode, items = learner.encode, alike_items(rng, learner.pool, count)
+    target = items[0]
+    rng.shuffle(items)
+    facts = ["kind"]
+    if task == "title" or rng.random() < 0.85:
+        facts.append("feature")
+    if rng.random() < 0.15:
+        facts.append("brand")
+    looks = [] if task == "title" else rng.sample(LOOKS, rng.choice((1, 2, 2, 3, 3)))
+    part = words.PARTS[target["kind"]]
+    said = [f"{target[name]} {part}" if name == "accent" else target[name] for name in looks]
+    request = request_text(rng, [target[name] for name in facts], said)
+    asked = {token for name in facts + looks for token in encode(target[name])}
+    if "accent" in looks:
+        asked.update(encode(part))
+    ids, short = encode(request + "Candidates:\n"), rng.random() < 0.5
+    row = Row([], [], asked=[IGNORE] * len(ids))
+    for item in items:
+        row.fits.append(all(item[name] == target[name] for name in facts + looks))
+        row.names.append(item["asin"])
+        body = encode(words.title(item))
+        if task == "text":
+            keywords = [*(item[name] for name in LOOKS), words.PARTS[item["kind"]]]
+            if rng.random() < 0.5:
+                rng.shuffle(keywords)
+            body += encode(" ".join(keywords) if short else words.description(item))
+        row.asked += [int(token in asked) for token in body]
+        if task in SHOWN:
+            body += [learner.image] * (SHOWN[task] or learner.pool.lengths[item["picture"]])
+            row.pictures.append(item["picture"])
+        row.chunks.append(len(ids) + len(body) + 1)  # after "B0"
+        ids += body + encode(" " + item["asin"]) + encode("\n")
+        row.asked += [IGNORE] * (len(ids) - len(row.asked))
+    answer = rng.choice([name for name, fit in zip(row.names, row.fits, strict=True) if fit])
+    whole = answered(learner, ids + encode("Answer:"), answer)
+    row.ids, row.labels = whole.ids, whole.labels
+    row.asked += [IGNORE] * (len(row.ids) - len(row.asked))
+    return row
 
 
-def copy_row(rng: random.Random, size: int, bound: int) -> Row:
-    """Random tokens twice: the bare skill of copying."""
-    body = [rng.randrange(5, bound) for _ in range(size)]
-    return Row(body * 2, [IGNORE] * (size + 1) + body[1:], [], [], [IGNORE] * (2 * size), [])
+# ---------------------------------------------------------------- what it learns: losses
+def naming_losses(learner: Learner, rng: Random, count: int) -> tuple[Tensor, Tensor]:
+    """Losses of naming kind and looks by [CLS] and by the mean patch; of whole pictures, or (three
+    times in ten) by the mean over their crops."""
+    crops, pool = rng.random() < 0.3, learner.pool
+    rows = rng.sample(range(len(pool.facts)), count // 4 if crops else count)
+    tiles = (pool.pixels[rows, 1:] if crops else pool.pixels[rows, :1]).float()
+    real = (tiles.flatten(2).abs().amax(-1) > 0).float()  # (rows, tiles)
+    tower = learner.model.model.vision_tower(tiles.flatten(0, 1), output_hidden_states=True)
+
+    def loss(hidden: Tensor, heads: nn.ModuleList) -> Tensor:  # hidden (rows * tiles, WIDTH)
+        mean = (hidden.unflatten(0, real.shape) * real[..., None]).sum(1) / real.sum(1)[:, None]
+        named = zip(heads, pool.labels[rows].T, strict=True)
+        return sum(F.cross_entropy(head(mean), true) for head, true in named)
+
+    cls, patches = tower.last_hidden_state[:, 0], tower.hidden_states[-2][:, 1:].mean(1)
+    return loss(cls, learner.name_cls), loss(patches, learner.name_patches)
 
 
-def caption_row(thing: Thing, encode, image_tokens: int, tokenizer) -> Row:
-    prompt = [
-        *encode(thing.title),
-        *[tokenizer.convert_tokens_to_ids("<image>")] * image_tokens,
-        *encode("\nLooks:"),
-    ]
-    answer = [*encode(" " + thing.description), tokenizer.eos_token_id]
-    return Row(
-        prompt + answer,
-        [IGNORE] * len(prompt) + answer,
-        [],
-        [],
-        [IGNORE] * (len(prompt) + len(answer)),
-        [thing.image],
-    )
+def anchor_loss(learner: Learner, rng: Random, count: int) -> Tensor:
+    """CLIP's task: the last layer's [CLS] (half of them of crops) meets the sum of its picture's
+    word embeddings, which are frozen and drawn at random."""
+    rows = rng.sample(range(len(learner.pool.facts)), count)
+    tiles = [rng.randrange(3) if rng.random() < 0.5 else 0 for _ in rows]
+    target, generator = torch.zeros(count, WIDTH), torch.Generator().manual_seed(5)
+    for column, values in enumerate(NAMED.values()):
+        anchors = F.normalize(torch.randn(len(values), WIDTH, generator=generator), dim=-1)
+        target += 4 * anchors[learner.pool.labels[rows, column]]
+    tower = learner.model.model.vision_tower(learner.pool.pixels[rows, tiles].float())
+    return (tower.last_hidden_state[:, 0] - target).square().sum(-1).mean()
 
 
-def collate(rows: list[Row], pad: int) -> dict[str, Tensor]:
-    longest = max(len(r.ids) for r in rows)
-    fill = lambda values, value: values + [value] * (longest - len(values))  # noqa: E731
-    return {
-        "ids": torch.tensor([fill(r.ids, pad) for r in rows]),
-        "labels": torch.tensor([fill(r.labels, IGNORE) for r in rows]),
-        "in_request": torch.tensor([fill(r.in_request, IGNORE) for r in rows]),
-        "candidate": torch.tensor(
-            [(b, p) for b, r in enumerate(rows) for p in r.id_positions] or [(0, 0)]
-        ),
-        "matches": torch.tensor([m for r in rows for m in r.matches] or [False]).float(),
-    }
+def outside_loss(model, ids: Tensor, labels: Tensor, chunks: Tensor, hidden: Tensor) -> Tensor:
+    """Minus the log of the probability that an answer's first id chunk is any candidate's: in doubt
+    between several, a small model otherwise writes a token between them that nobody has.
 
-
-# ---------------------------------------------------------------- language model phase
-class Helpers(nn.Module):
-    """Auxiliary heads, thrown away afterwards: is this token asked for; does this candidate match; what was the
-    token before this one (the first half of copying)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.asked, self.match, self.before = (
-            nn.Linear(width, 1),
-            nn.Linear(width, 1),
-            nn.Linear(width, width),
-        )
-
-
-def outside_loss(model, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
-    """Minus the log of the probability that an answer's first own id chunk belongs to any candidate: in doubt between
-    several, a small model otherwise writes a token between them that nobody has."""
-    rows = torch.arange(len(hidden))
-    first = (
-        (batch["labels"] != IGNORE).int().argmax(1)
-    )  # the answer's "B0"; the chunk is predicted from there
-    log_p = F.log_softmax(model.lm_head(hidden[rows, first]), -1)
-    b, p = batch["candidate"].T
+    ids, labels (rows, length); chunks (candidates, 2): row, position; hidden (rows, length, WIDTH).
+    """
+    first = (labels != IGNORE).int().argmax(1)  # the answer's "B0", which the chunk follows
+    log_p = F.log_softmax(model.lm_head(hidden[torch.arange(len(hidden)), first]), -1)
     mine = torch.zeros_like(log_p, dtype=torch.bool)
-    mine[b, batch["ids"][b, p]] = True
+    mine[chunks[:, 0], ids[chunks[:, 0], chunks[:, 1]]] = True
     return -log_p.masked_fill(~mine, -torch.inf).logsumexp(-1).mean()
 
 
-def helper_losses(
-    model, helpers: Helpers, batch: dict[str, Tensor], hidden: tuple[Tensor, ...], seed: int
-) -> dict:
-    loss = {}
-    asked = batch["in_request"] != IGNORE
-    if asked.any():
-        loss["asked"] = F.binary_cross_entropy_with_logits(
-            helpers.asked(hidden[2])[..., 0][asked], batch["in_request"][asked].float()
-        )
-    if batch["matches"].numel() > 1:
-        b, p = batch["candidate"].T
-        loss["match"] = F.binary_cross_entropy_with_logits(
-            helpers.match(hidden[4][b, p])[:, 0], batch["matches"]
-        )
-    chosen = torch.randint(
-        batch["ids"][:, 1:].numel(), (512,), generator=torch.Generator().manual_seed(seed)
-    )
-    before = helpers.before(hidden[2][:, 1:].flatten(0, 1)[chosen])
-    loss["before"] = F.cross_entropy(model.lm_head(before), batch["ids"][:, :-1].flatten()[chosen])
-    return loss
-
-
-def overlap_loss(model, chunks: Tensor) -> Tensor:
-    """Mean squared cosine between the embeddings of different id chunks. An answer in doubt between k ids is about the
-    mean of k embeddings: where they overlap, a chunk that nobody has scores higher than any of the k."""
+def overlap_loss(model, chunks: list[int]) -> Tensor:
+    """Mean squared cosine between embeddings of different id chunks. In doubt between k ids, an
+    answer is about the mean of k: where they overlap, a chunk of nobody's scores higher."""
     rows = F.normalize(model.get_input_embeddings().weight[chunks], dim=-1)
     return ((rows @ rows.T).square().sum() - len(chunks)) / (len(chunks) * (len(chunks) - 1))
 
 
-def language_loss(
-    model,
-    helpers: Helpers | None,
-    batch: dict[str, Tensor],
-    embeds: Tensor | None = None,
-    chunks: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Answer cross-entropy plus auxiliary losses: the helpers' while the language model learns, the two on ids (given
-    `chunks`, the tokens of id chunks) once they are gone. Right padding needs no mask under causal attention."""
-    embeds = model.get_input_embeddings()(batch["ids"]) if embeds is None else embeds
-    out = model.model.language_model(
-        inputs_embeds=embeds, output_hidden_states=True, use_cache=False
+def text_losses(learner: Learner, rng: Random, rows: list[Row], shown: int, sharpen: bool):
+    """Cross-entropy of what is to be written, with the helping heads' losses or, to `sharpen` ids,
+    the two losses above. Padding on the right needs no mask under causal attention."""
+    model, pad = learner.model, learner.tokenizer.pad_token_id
+    ids = pad_sequence([torch.tensor(row.ids) for row in rows], True, pad)  # (rows, longest)
+    labels = pad_sequence([torch.tensor(row.labels) for row in rows], True, IGNORE)
+    chunks = torch.tensor([(b, place) for b, row in enumerate(rows) for place in row.chunks])
+    pictures = [picture for row in rows for picture in row.pictures]
+    visual = picture_tokens(learner, pictures, shown, rng)
+    embeds = vision.place(model, ids, visual, pad)  # (rows, longest, WIDTH)
+    out = model.model.language_model(inputs_embeds=embeds, output_hidden_states=True)
+    learnt = labels[:, 1:] != IGNORE
+    logits = model.lm_head(out.last_hidden_state[:, :-1][learnt])
+    losses = {"answer": F.cross_entropy(logits, labels[:, 1:][learnt])}
+    if sharpen:
+        every = learner.tokenizer.convert_tokens_to_ids(words.ID_CHUNKS)
+        losses["overlap"] = 30 * overlap_loss(model, every)
+        if len(chunks):
+            outside = outside_loss(model, ids, labels, chunks, out.last_hidden_state)
+            losses["outside"] = 2 * outside
+        return losses
+    second, fourth = out.hidden_states[2], out.hidden_states[4]  # of six layers
+    some = torch.tensor(rng.choices(range(ids[:, 1:].numel()), k=512))
+    before = model.lm_head(learner.help_before(second[:, 1:].flatten(0, 1)[some]))
+    losses["before"] = 0.3 * F.cross_entropy(before, ids[:, :-1].flatten()[some])
+    if len(chunks):
+        asked = pad_sequence([torch.tensor(row.asked) for row in rows], True, IGNORE)
+        said, true = learner.help_asked(second)[..., 0][asked != IGNORE], asked[asked != IGNORE]
+        losses["asked"] = 0.5 * F.binary_cross_entropy_with_logits(said, true.float())
+        said = learner.help_fits(fourth[chunks[:, 0], chunks[:, 1]])[:, 0]
+        fits = torch.tensor([fit for row in rows for fit in row.fits])
+        losses["fits"] = F.binary_cross_entropy_with_logits(said, fits.float())
+    return losses
+
+
+# ---------------------------------------------------------------- the phases
+@dataclass(frozen=True)
+class Phase:
+    """What is learnt in `steps` steps of AdamW with a peak learning rate of `rate`."""
+
+    name: str
+    steps: int
+    rate: float
+    trains: str  # parameters with one of these in their names
+    mixes: tuple[tuple[float, dict[str, float]], ...] = ()  # each until a share of steps is done
+    eased: str = ""  # tasks that begin with 3 and then 5 candidates
+    tokens: int = 3000  # of a batch of texts
+    sharpen: bool = False
+    pictures: int = 0  # of a batch for the tower
+    naming: tuple[float, float] = (0, 0)  # weights of the naming losses by [CLS] and by patches
+    pool: int = 0
+
+
+# Tasks, and their shares of the batches.
+WORDS = {"copy": 0.3, "text": 0.5, "title": 0.2}
+CHOOSE = {"copy": 0.05, "text": 0.75, "title": 0.2}
+REPLAY = {"copy": 0.0175, "text": 0.2625, "title": 0.07}
+DESCRIBE = {"caption": 0.45, "tile": 0.12, "picture": 0.08} | REPLAY
+SEE = DESCRIBE | {"caption": 0.2, "tile": 0.37}
+DOUBT = SEE | {"tile": 0.148, "few": 0.222, "text": 0.1575, "title": 0.175}
+# Parts, by their parameters' names. LLaVA reads all layers of the tower but the LAST.
+LANGUAGE, JOIN = "language_model.", "multi_modal_projector. image_newline"
+LAST = "vision_tower.encoder.layers.3."
+READ = "embeddings. pre_layrnorm. encoder.layers.0. encoder.layers.1. encoder.layers.2."
+PHASES = (
+    # Words for pictures, from [CLS] and, apart, from the mean patch of the layer before.
+    Phase("tower", 2200, 1e-3, f"{READ} {LAST} name_", pictures=192, naming=(1, 1)),
+    # Choose an id by words; copy.
+    Phase("language", 1600, 2e-3, f"{LANGUAGE} help_", ((0.3, WORDS), (1, CHOOSE)), "text title"),
+    # Describe and choose by patch tokens; the tower stays as it is.
+    Phase(
+        *("joint", 3750, 1.5e-3, f"{LANGUAGE} {JOIN} help_"),
+        *(((0.1, DESCRIBE), (0.85, SEE), (1, DESCRIBE)), "tile"),
+    ),
+    # The same with the tower, on fresh pictures: makes shapes hold on unseen items.
+    Phase(
+        *("late", 750, 4e-4, f"{LANGUAGE} {JOIN} help_ {READ} name_", ((1, DESCRIBE),)),
+        **{"tokens": 2000, "pictures": 48, "naming": (0, 0.2), "pool": 1},
+    ),
+    # The last layer's [CLS] meets word embeddings.
+    Phase("last", 600, 2e-3, LAST, pictures=256, pool=1),
+    # Valid ids: requests that several candidates fit, and losses on ids in place of the heads'.
+    Phase("sharpen", 3500, 8e-4, f"{LANGUAGE} {JOIN}", ((1, DOUBT),), sharpen=True),
+)
+
+
+def batch_rows(learner: Learner, rng: Random, phase: Phase, done: float) -> tuple[list[Row], int]:
+    """Rows of one task, some `phase.tokens` tokens, and how many visual tokens a picture shows."""
+    mix = next(mix for until, mix in phase.mixes if done < until)
+    task = rng.choices(list(mix), list(mix.values()))[0]
+    size, rows = rng.randint(10, 40), []
+    while sum(len(row.ids) for row in rows) < phase.tokens:
+        if task == "copy":  # random tokens twice: the bare skill of copying
+            body = [rng.randrange(5, len(learner.tokenizer)) for _ in range(size)]
+            rows.append(Row(body * 2, [IGNORE] * (size + 1) + body[1:]))
+        elif task == "caption":
+            item = random_item(rng, learner.pool, rng.randrange(len(learner.pool.facts)))
+            rows.append(caption_row(learner, item, learner.pool.lengths[item["picture"]]))
+        else:
+            count = rng.choice((3, 5, 10) if task == "tile" else (3, 5, 10, 10, 10))
+            if task in phase.eased.split() and done < 0.4:
+                count = 3 if done < 0.25 else 5
+            count = {"picture": 3, "few": 10}.get(task, count)
+            rows.append(choice_row(learner, rng, task, count))
+    return rows, SHOWN.get(task, 0)
+
+
+def phase_losses(learner: Learner, rng: Random, phase: Phase, done: float) -> dict[str, Tensor]:
+    """The weighted losses of one batch, after a share `done` of the phase's steps."""
+    losses = {}
+    if phase.mixes:
+        rows, shown = batch_rows(learner, rng, phase, done)
+        losses = text_losses(learner, rng, rows, shown, phase.sharpen)
+    if any(phase.naming):
+        cls, patches = naming_losses(learner, rng, phase.pictures)
+        losses |= {"cls": phase.naming[0] * cls, "patches": phase.naming[1] * patches}
+    elif phase.pictures:
+        losses["anchors"] = anchor_loss(learner, rng, phase.pictures)
+    return losses
+
+
+def train(folder: Path, phases: Sequence[Phase] = PHASES, pools=(6000, 9000), keep=250) -> Learner:
+    """All phases in turn, on pools of so many pictures. Batches depend on phase and step alone, and
+    `folder` keeps the state every `keep` steps, so a killed run goes on to the same weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, learner, state = folder / "state.pt", Learner(), {"phase": 0, "step": 0}
+    if file.is_file():
+        state = torch.load(file, weights_only=True)
+        learner.load_state_dict(state["learner"])
+    for number in range(state["phase"], len(phases)):
+        phase, start = phases[number], state["step"] if number == state["phase"] else 0
+        for name, parameter in learner.named_parameters():
+            parameter.requires_grad_(any(part in name for part in phase.trains.split()))
+        trained = [p for p in learner.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, weight_decay=0.02, betas=(0.9, 0.98))
+        if start:
+            optimizer.load_state_dict(state["optimizer"])
+        if learner.pool is None or learner.pool.seed != phase.pool:
+            learner.pool = Pool(learner.processor, pools[phase.pool], phase.pool)
+        for step in range(start, phase.steps):
+            cosine = (1 + math.cos(math.pi * step / phase.steps)) / 2
+            for group in optimizer.param_groups:  # warm-up, then a cosine down to a twentieth
+                group["lr"] = phase.rate * min((step + 1) / 150, 0.05 + 0.95 * cosine)
+            rng = Random(f"{phase.name}-{step}")
+            losses = phase_losses(learner, rng, phase, step / phase.steps)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            if (step + 1) % 50 == 0:
+                shown = ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
+                print(f"{phase.name}, step {step + 1} of {phase.steps}: {shown}", flush=True)
+            if (step + 1) % keep == 0 or step + 1 == phase.steps:
+                kept = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save({"phase": number, "step": step + 1, **kept}, folder / "state.part")
+                os.replace(folder / "state.part", file)
+    return learner.requires_grad_(False)
+
+
+# ---------------------------------------------------------------- what it can do
+def write(learner: Learner, rows: list[Row], visual: list[Tensor]) -> list[str]:
+    """Greedy answers to the rows' prompts, whose placeholders stand for `visual` tokens."""
+    pad = learner.tokenizer.pad_token_id
+    prompts = [torch.tensor(row.ids)[torch.tensor(row.labels) == IGNORE] for row in rows]
+    ids = pad_sequence(prompts, True, pad, padding_side="left")
+    out = learner.model.generate(
+        inputs_embeds=vision.place(learner.model, ids, visual, pad),
+        attention_mask=(ids != pad).long(),
+        max_new_tokens=16,
+        do_sample=False,
+        pad_token_id=pad,
     )
-    labels = batch["labels"][:, 1:]
-    keep = labels != IGNORE
-    logits = model.lm_head(out.last_hidden_state[:, :-1][keep])
-    loss = {"answer": F.cross_entropy(logits, labels[keep])}
-    many = batch["matches"].numel() > 1
-    if helpers is not None:
-        loss |= helper_losses(model, helpers, batch, out.hidden_states, int(keep.sum()))
-    if chunks is not None:
-        loss["overlap"] = overlap_loss(model, chunks)
-        if many:
-            loss["valid"] = outside_loss(model, batch, out.last_hidden_state)
-    loss["total"] = sum(loss[k] * v for k, v in WEIGHTS.items() if k in loss)
-    loss["copied" if not many else f"chosen{len(batch['matches']) // len(batch['ids'])}"] = (
-        (logits.argmax(-1) == labels[keep]).float().mean().detach()
-    )
-    loss["exact"] = (logits.argmax(-1) == labels[keep]).float().mean().detach()
-    return loss
+    return [text.strip() for text in learner.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
 
-def language_rows(
-    rng: random.Random, done: float, encode, tokenizer, tokens: int, titles: float = 0.2
-) -> list[Row]:
-    """One batch of about `tokens` tokens; the number of candidates follows a fixed schedule over `done` in [0, 1].
-    A share `titles` shows titles alone, so that several candidates fit."""
-    draw = rng.random()
-    if draw < (0.3 if done < 0.3 else 0.05):
-        size = rng.randint(10, 40)
-        return [copy_row(rng, size, len(tokenizer)) for _ in range(tokens // (2 * size))]
-    count = 3 if done < 0.25 else 5 if done < 0.4 else rng.choice((3, 5, 10, 10, 10))
-    style = "text" if draw < 1 - titles else "title"
-    rows, used = [], 0
-    while used < tokens:
-        rows.append(problem_row(sample_problem(rng, count, style), encode, [], rng, tokenizer))
-        used += len(rows[-1].ids)
-    return rows
+@torch.inference_mode()
+def abilities(learner: Learner, count: int = 510) -> dict[str, dict[str, float]]:
+    """Shares of `count` unseen pictures that it describes rightly, and of `count` requests a task
+    that it answers with a candidate that fits ("right") or with any candidate ("valid")."""
+    learner.pool, rng, found = Pool(learner.processor, count, 999), Random("abilities"), {}
+    for name, how in (("full tokens", vision.full_tokens), ("raw [CLS]", vision.cls_tokens)):
+        texts = []
+        for numbers in vision.batched(range(count), 50):
+            pixels, sizes = learner.pool.pixels[numbers].float(), learner.pool.sizes[numbers]
+            visual = how(learner.model, pixels, sizes)
+            lengths = [len(tokens) for tokens in visual]
+            items = [random_item(rng, learner.pool, number) for number in numbers]
+            rows = list(map(caption_row, [learner] * len(items), items, lengths))
+            texts += write(learner, rows, visual)
+        found[f"describe from {name}"] = attribute_accuracy(texts, learner.pool.facts)
+    for task, size in (("text", 10), ("title", 10), ("picture", 3), ("picture", 5)):
+        right = valid = chance = 0
+        for some in vision.batched(range(count), 50):
+            rows = [choice_row(learner, rng, task, size) for _ in some]
+            pictures = [picture for row in rows for picture in row.pictures]
+            texts = write(learner, rows, picture_tokens(learner, pictures, 0, rng))
+            for row, text in zip(rows, texts, strict=True):
+                valid += text in row.names
+                right += text in row.names and row.fits[row.names.index(text)]
+                chance += sum(row.fits) / size
+        shares = {"right": right / count, "valid": valid / count, "chance": chance / count}
+        found[f"choose by {task} among {size}"] = shares
+    return found
 
 
-# ---------------------------------------------------------------- loop with resume
-def train_phase(
-    name: str,
-    folder: Path,
-    modules: nn.Module,
-    steps: int,
-    peak: float,
-    step_loss: Callable[[random.Random, float], dict[str, Tensor]],
-    seed: int = 0,
-) -> None:
-    """AdamW, warm-up and cosine. The state is stored every 250 steps (safetensors); batches depend on the step
-    number alone, so a killed run resumes to the same result."""
-    path, meta = folder / f"{name}.safetensors", folder / f"{name}.json"
-    parameters = {n: p for n, p in modules.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=peak, weight_decay=0.02, betas=(0.9, 0.98)
-    )
-    start = 0
-    if path.is_file():
-        state = load_file(path)
-        start = int(state["step"])
-        for n, p in parameters.items():
-            p.data.copy_(state[f"p.{n}"])
-            if start < steps:
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(start)),
-                    "exp_avg": state[f"m.{n}"],
-                    "exp_avg_sq": state[f"v.{n}"],
-                }
-    began, sums, log = time.time(), {}, []
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * min(
-                (step + 1) / 150, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
-            )
-        losses = step_loss(random.Random(f"{name}-{seed}-{step}"), step / steps)
-        optimizer.zero_grad()
-        losses["total"].backward()
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        for k, v in losses.items():
-            sums.setdefault(k, []).append(v.item())
-        if (step + 1) % 50 == 0:
-            log.append(
-                {
-                    "step": step + 1,
-                    "seconds": round(time.time() - began),
-                    **{k: round(sum(v) / len(v), 4) for k, v in sums.items()},
-                }
-            )
-            print(name, json.dumps(log[-1]), flush=True)
-            sums = {}
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            state = {"step": torch.tensor(step + 1)}
-            for n, p in parameters.items():
-                state[f"p.{n}"] = p.data.contiguous()
-                for short, long in (("m", "exp_avg"), ("v", "exp_avg_sq")):
-                    state[f"{short}.{n}"] = optimizer.state[p].get(
-                        long, torch.zeros_like(p)
-                    )  # unused parts have none
-            save_file(state, path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
-            meta.write_text(json.dumps({"step": step + 1, "steps": steps, "log": log[-1:]}))
+def main(folder: Path = ROOT / ".cache" / "mini_model", target: Path = PACKAGE / "mini_model"):
+    """Train, or go on training, and save an ordinary checkpoint with its measured abilities."""
+    learner = train(folder)
+    learner.model.save_pretrained(target)
+    learner.processor.save_pretrained(target)
+    found = abilities(learner)
+    write_json(target / "abilities.json", found)
+    lines = [
+        "# mini LLaVA-NeXT of the LaViC companion",
+        "",
+        "Made by `make mini-model` in these steps:",
+    ]
+    lines += [", ".join(f"{phase.name} {phase.steps}" for phase in PHASES) + ".", ""]
+    for name, shares in found.items():
+        lines.append(f"- {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
+    lines += ["", "A teaching device: nothing it scores is a figure of the paper.", ""]
+    write_text(target / "README.md", "\n".join(lines))

@@ -1,7 +1,7 @@
-"""The words of the mini world: attributes, titles, dialogue wordings and the descriptions a base model learns to write.
+"""The words of the mini world: attributes, titles, descriptions, and wordings of dialogues.
 
-Data only, no logic beyond small formatters. World generation (`world`), drawing (`draw`) and the mini
-model's own training text (`pretraining`) all speak from here, so that one tokenizer knows every word.
+The world, its drawings, the mini model's tokenizer and its own training texts all speak from
+here, so that one tokenizer knows every word.
 """
 
 from __future__ import annotations
@@ -25,59 +25,17 @@ KINDS = {
 PARTS = {kind: part for kinds in KINDS.values() for kind, part in kinds.items()}
 FEATURES = {
     "beauty": (
-        "travel",
-        "vegan",
-        "gentle",
-        "organic",
-        "scented",
-        "refillable",
-        "nourishing",
-        "unscented",
-        "hydrating",
-        "lasting",
-        "classic",
-        "premium",
-        "mild",
-        "herbal",
-        "daily",
-        "soothing",
-    ),
+        "travel vegan gentle organic scented refillable nourishing unscented "
+        "hydrating lasting classic premium mild herbal daily soothing"
+    ).split(),
     "fashion": (
-        "waterproof",
-        "vintage",
-        "casual",
-        "lightweight",
-        "leather",
-        "formal",
-        "washable",
-        "summer",
-        "winter",
-        "sporty",
-        "breathable",
-        "stretchy",
-        "handmade",
-        "everyday",
-        "evening",
-        "insulated",
-    ),
+        "waterproof vintage casual lightweight leather formal washable summer "
+        "winter sporty breathable stretchy handmade everyday evening insulated"
+    ).split(),
     "home": (
-        "ceramic",
-        "wooden",
-        "stackable",
-        "outdoor",
-        "compact",
-        "sturdy",
-        "foldable",
-        "rustic",
-        "modern",
-        "ergonomic",
-        "recycled",
-        "cosy",
-        "portable",
-        "nordic",
-        "antique",
-        "minimal",
-    ),
+        "ceramic wooden stackable outdoor compact sturdy foldable rustic "
+        "modern ergonomic recycled cosy portable nordic antique minimal"
+    ).split(),
 }
 BRANDS = {
     "beauty": ("Velora", "Mirano", "Lumibel", "Opaline", "Sorrel", "Thalis"),
@@ -86,18 +44,19 @@ BRANDS = {
 }
 
 
-def title(brand: str, feature: str, kind: str) -> str:
-    """A title as the catalogue prints it: only non-visual facts."""
-    return f"{brand} {feature} {kind}"
+def title(facts: dict[str, str]) -> str:
+    """A title as the catalogue prints it: only what cannot be seen."""
+    return f"{facts['brand']} {facts['feature']} {facts['kind']}"
 
 
-def description(colour: str, pattern: str, shape: str, accent: str, part: str) -> str:
+def description(facts: dict[str, str]) -> str:
     """The looks of an item in one sentence that does not repeat its title."""
-    return f"{colour} and {pattern}, {shape}, with a {accent} {part}."
+    colour, pattern, shape, accent = (facts[name] for name in ATTRIBUTES)
+    return f"{colour} and {pattern}, {shape}, with a {accent} {PARTS[facts['kind']]}."
 
 
-# ---- dialogues. {kind} {feature} {brand} are non-visual, {looks} is a phrase of one to three visual properties.
-# `seen` wordings make train, valid and most of test; `new` wordings appear in a share of test only.
+# ---- dialogues: {kind} and {feature} stand in titles too, {looks} is one to three visual
+# properties. `seen` wordings are in every split, `new` ones in a share of the test dialogues only.
 OPENINGS = {
     "seen": (
         "hi all, i am looking for a {feature} {kind}.",
@@ -180,30 +139,33 @@ ANSWERS = (
 
 
 def looks_phrase(wanted: dict[str, str], part: str) -> str:
-    """Visual wishes as a phrase, e.g. {"colour": "red", "accent": "white"} -> "red, with a white strap"."""
+    """Visual wishes in words: {"colour": "red", "accent": "white"} -> "red, with a white strap"."""
     words = [wanted[name] for name in ("colour", "pattern", "shape") if name in wanted]
     if "accent" in wanted:
         words.append(f"with a {wanted['accent']} {part}")
     return ", ".join(words)
 
 
-def _id_chunks(count: int = 512) -> tuple[str, ...]:
-    rng, chunks = random.Random(0), {}
+def _id_chunks(count: int = 512) -> list[str]:
+    """Distinct strings of four capitals and digits that hold at least one of each."""
+    rng, chunks = random.Random(0), []
     while len(chunks) < count:
         chunk = "".join(rng.choices(string.ascii_uppercase + string.digits, k=4))
-        if any(c.isdigit() for c in chunk) and any(c.isalpha() for c in chunk):
-            chunks[chunk] = None
-    return tuple(chunks)
+        if chunk not in chunks and not chunk.isdigit() and not chunk.isalpha():
+            chunks.append(chunk)
+    return chunks
 
 
-# An id of the mini world is "B0" and two of these: the form of an ASIN, three tokens for the mini tokenizer.
+# An id of the mini world is "B0" and two of these: the form of an ASIN, three tokens.
 ID_CHUNKS = _id_chunks()
 # Words that prompts or readers may use beyond the templates above.
 EXTRA_WORDS = (
-    "i like love prefer want need would nice good great one item items the a an and or but with without in on for of to "
-    "from by brand is it that this these those not no yes please recommend best fits answer id only title looks describe "
-    "image look color colour pattern shape part shop buy get me my you your we they he she her his very really also too "
-    "maybe something anything new old small large big cheap soon today what which who where when why how can could "
-    "should will does do did have has had been be am are was were if then than more most less least just like some any "
-    "all each other another same different favourite made product products store thanks hello hi"
+    "i like love prefer want need would nice good great one item items the a an and or but with "
+    "without in on for of to from by brand is it that this these those not no yes please recommend "
+    "best fits answer id only title looks describe image look color colour pattern shape part shop "
+    "buy get me my you your we they he she her his very really also too maybe something anything "
+    "new old small large big cheap soon today what which who where when why how can could should "
+    "will does do did have has had been be am are was were if then than more most less least just "
+    "like some any all each other another same different favourite made product products store "
+    "thanks hello hi"
 )
