@@ -19,8 +19,7 @@ from lavic_utils.encoders import ENCODERS
 from lavic_utils.evaluation import parse_answer
 from lavic_utils.hub import HubModel, fingerprint
 from lavic_utils.recommendation import Answer
-from lavic_utils.remote import chat_api as endpoint
-from lavic_utils.remote import proprietary
+from lavic_utils.remote import chat_api
 
 if TYPE_CHECKING:
     from lavic_utils.runs import Run
@@ -158,22 +157,22 @@ class Proprietary(Method):
     """A model behind an OpenAI-compatible service. Answers are kept for good: nothing is paid twice."""
 
     def needs(self, run):
-        model = proprietary.MODELS[self.name]
+        model = chat_api.MODELS[self.name]
         return (
             f"{model.served} (at OpenAI until {model.until}) or another at an OpenAI-compatible service: key in "
-            f"{endpoint.KEY}, or --base-url and --served"
+            f"{chat_api.KEY}, or --base-url and --served"
         )
 
     def reason(self, run):
-        return _reason(lambda: endpoint.Endpoint(proprietary.MODELS[self.name], run.api))
+        return chat_api.reason(chat_api.MODELS[self.name], run.api)
 
     def identity(self, run):
         return str(run.api)
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
-        replies = proprietary.ask_all(
+        replies = chat_api.ask_all(
             Requests(run, dialogues, self.inputs == BOTH),
-            proprietary.MODELS[self.name],
+            chat_api.MODELS[self.name],
             run.api,
             results_dir(run.profile) / "api_answers.sqlite",
         )
@@ -182,8 +181,9 @@ class Proprietary(Method):
                 r.text or "",
                 parse_answer(r.text or ""),
                 getattr(d, run.profile.candidates),
-                prompt_tokens=r.input_tokens,
+                prompt_tokens=0 if r.refused else r.input_tokens,
                 new_tokens=r.output_tokens,
+                refused=r.input_tokens if r.refused else 0,
                 usd=0.0 if r.cached else r.usd,
             )
             for d, r in zip(dialogues, replies, strict=True)
@@ -204,7 +204,7 @@ class Requests(Sequence):
         text = prompts.recommend_message(
             self.run.profile.prompts, self.dialogues[i].turns, names, self.run.titles
         )
-        return proprietary.build_messages(
+        return chat_api.build_messages(
             text, [(a, image_file(self.run.root, a)) for a in names] if self.images else []
         )
 
@@ -275,7 +275,7 @@ METHODS = _registry(
     Base("LLaVA-v1.6 (title+image)", BOTH),
     *(
         Proprietary(name, BOTH if "image" in name else TITLE, "proprietary")
-        for name in proprietary.MODELS
+        for name in chat_api.MODELS
     ),
     Trained("Entire tokens (5x577)", BOTH, "ablation", "full", examples=0.15),
     Trained("LaViC w/o images", TITLE, "ablation", None),

@@ -47,7 +47,6 @@ NUMBERS = (
     "recommendation",
     "openmodels",
     "remote/chat_api",
-    "remote/proprietary",
     "methods",
     "inputs",
     "runs",
