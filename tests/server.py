@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -17,7 +18,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, handler: type[Handler]) -> None:
         super().__init__(("127.0.0.1", 0), handler)
-        self.log: list[tuple[float, str, dict[str, str]]] = []
+        self.log: list[tuple[float, str, Message]] = []
         self.delay, self.now, self.most, self.lock = 0.0, 0, 0, threading.Lock()
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -40,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def behave(self, what: str, name: str) -> None:
         with self.server.lock:
-            self.server.log.append((time.monotonic(), what, dict(self.headers)))
+            self.server.log.append((time.monotonic(), what, self.headers))
             first = self.server.asked()[what] == 1
             self.server.now += 1
             self.server.most = max(self.server.most, self.server.now)

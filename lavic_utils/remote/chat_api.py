@@ -153,6 +153,7 @@ class Endpoint:
         self.spent = 0.0  # dollars at most: a request under way counts all that it can cost
         self.ahead = 0.0  # dollars at most of requests not yet sent
         self.dearer = 1.0  # how many times as much as reckoned an answer has cost
+        self.stopped = False  # no attempt is sent any more
         self.key = os.environ.get(KEY, "").strip()
         where, here = address(settings)
         if not self.key and not here:
@@ -190,7 +191,7 @@ class Endpoint:
             with self.lock:
                 need, cap = most * self.dearer, self.settings.max_usd
                 worst = self.spent + need + self.ahead * self.dearer
-                if worst > cap + 1e-9:
+                if self.stopped or worst > cap + 1e-9:
                     raise Permanent(
                         f"asking {self.served} may cost {worst:.6f} USD ({self.spent:.6f} spent so "
                         f"far), more than max_usd {cap:g}: raise it or ask fewer"
@@ -328,7 +329,11 @@ def _ask_new(
         if fruitless >= GIVE_UP:
             raise Permanent(f"{fruitless} requests in a row brought nothing")
         index, tokens = todo[key]
-        reply = endpoint.ask(requests[index], tokens)
+        try:
+            reply = endpoint.ask(requests[index], tokens)
+        except BaseException:
+            endpoint.stopped = True
+            raise
         with endpoint.lock:
             if reply.text and reply.finished:
                 row = key, reply.text, reply.input_tokens, reply.output_tokens, reply.usd, 0.0
@@ -343,7 +348,7 @@ def _ask_new(
             try:
                 list(progress.track(pool.map(work, others), len(others)))
             finally:
-                endpoint.ahead = math.inf  # stopped: no attempt is sent any more
+                endpoint.stopped = True
 
 
 def ask_all(
