@@ -31,16 +31,13 @@ from lavic_utils.config import UserError
 from lavic_utils.data import FORMATS, open_image, read_catalogue, read_stage1_valid
 
 MANIFEST = "images.sqlite"
-SCHEMA = """PRAGMA synchronous=NORMAL; CREATE TABLE IF NOT EXISTS images (name TEXT PRIMARY KEY,
-url TEXT NOT NULL, status TEXT NOT NULL, bytes INTEGER, error TEXT);"""
+SCHEMA = """PRAGMA synchronous=NORMAL; CREATE TABLE IF NOT EXISTS images
+(name TEXT PRIMARY KEY, url TEXT NOT NULL, status TEXT NOT NULL, error TEXT);"""
 MAX_PIXELS = 64_000_000
 MAX_REDIRECTS = 5
 GIVE_UP = 50  # images in a row that no answer came for: the network or the server is down
 LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
-HEADERS = {
-    "User-Agent": "lavic-companion",
-    "Accept-Encoding": "identity",  # bytes as stored: sizes and ranges are exact
-}
+HEADERS = {"User-Agent": "lavic-companion", "Accept-Encoding": "identity"}  # bytes as stored
 
 
 class Permanent(Exception):
@@ -48,19 +45,23 @@ class Permanent(Exception):
 
 
 # ---------------------------------------------------------------- what all requests share
+def status_code(error: BaseException) -> int:
+    """That of the answer (of httpx or openai); 0 for any other error."""
+    return error.response.status_code if hasattr(error, "response") else 0
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, short."""
-    if response := getattr(error, "response", None):
-        return f"HTTP {response.status_code}"
+    if code := status_code(error):
+        return f"HTTP {code}"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def again(error: BaseException) -> bool:
     """May asking again help? After no answer, and after HTTP 408, 409, 425, 429 and 5xx."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return response.status_code in (408, 409, 425, 429) or response.status_code >= 500
-    return isinstance(error, (httpx.TransportError, TimeoutError))
+    code = status_code(error)
+    no_answer = isinstance(error, (httpx.TransportError, TimeoutError))
+    return no_answer or code in (408, 409, 425, 429) or code >= 500
 
 
 def retrying(attempts: int, backoff: float):
@@ -68,8 +69,8 @@ def retrying(attempts: int, backoff: float):
     never shorter than the server's Retry-After (at most LONGEST_WAIT)."""
 
     def wait(state: RetryCallState) -> float:
-        response = getattr(state.outcome.exception(), "response", None)
-        asked = response.headers.get("retry-after", "") if response is not None else ""
+        error = state.outcome.exception()
+        asked = error.response.headers.get("retry-after", "") if status_code(error) else ""
         least = float(asked) if asked.isdecimal() else 0.0
         return max(jitter(backoff, LONGEST_WAIT)(state), min(least, LONGEST_WAIT))
 
@@ -181,8 +182,7 @@ def _address(link: str | httpx.URL) -> httpx.URL:
 async def _download(client: httpx.AsyncClient, link: str, part: Path, settings: Settings) -> None:
     """Stream a link to `part`. No redirect leads from a public host to this machine or into a
     private network."""
-    url = _address(link)
-    inside = await asyncio.to_thread(is_private, url.host)
+    url = first = _address(link)
     for _ in range(MAX_REDIRECTS + 1):
         async with asyncio.timeout(settings.total), client.stream("GET", url) as response:
             if not response.has_redirect_location:
@@ -194,7 +194,8 @@ async def _download(client: httpx.AsyncClient, link: str, part: Path, settings: 
                             raise Permanent(f"more than {settings.max_bytes} bytes")
                 return
             url = _address(url.join(response.headers["location"]))
-        if not inside and await asyncio.to_thread(is_private, url.host):
+        inside = await asyncio.to_thread(is_private, url.host)
+        if inside and not await asyncio.to_thread(is_private, first.host):
             raise Permanent("a redirect to a private address is refused")
     raise Permanent(f"more than {MAX_REDIRECTS} redirects")
 
@@ -220,9 +221,9 @@ async def _image(
 
 
 async def _crawl(
-    root: Path, base: sqlite3.Connection, todo: dict[str, str], known: set[str], settings: Settings
+    root: Path, base: sqlite3.Connection, todo: dict[str, str], settings: Settings
 ) -> Counter[str]:
-    """Get all of `todo` (file -> link); a whole file that the manifest does not know may do."""
+    """Get all of `todo` (file -> link), record each, and count them by status."""
     counts, queue, unreached = Counter[str](), iter(todo.items()), 0
     options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": direct(todo.values())}
     trusted = httpx.create_ssl_context()
@@ -232,16 +233,9 @@ async def _crawl(
         # a client each: one shared pool looks through all its connections at every request
         async with httpx.AsyncClient(verify=trusted, **options) as client:
             for name, link in queue:
-                path = root / name
-                if name not in known and await asyncio.to_thread(image_fault, path) is None:
-                    status, error = "ok", None
-                else:
-                    status, error = await _image(client, path, link, settings)
-                size = path.stat().st_size if status == "ok" else None
-                base.execute(
-                    "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?)",
-                    (name, link, status, size, error),
-                )
+                status, error = await _image(client, root / name, link, settings)
+                row = name, link, status, error
+                base.execute("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", row)
                 counts[status] += 1
                 progress.advance(task)
                 unreached = unreached + 1 if status == "unreached" else 0
@@ -263,9 +257,9 @@ def crawl(
     retry_failed: bool = False,
     settings: Settings | None = None,
 ) -> Counter[str]:
-    """Get every image that is not there yet. Counts: `ok`, `failed` and `unreached` of this run,
-    `had` before it, `failed_before` (not asked again), `no_link`. UserError: no item file, folder
-    not writable, no network."""
+    """Get every image that is not there yet (a file is never replaced: `verify` names bad ones).
+    Counts: `ok`, `failed` and `unreached` of this run, `had` before it, `failed_before` (not asked
+    again), `no_link`. UserError: no item file, folder not writable, no network."""
     every, todo, before = image_links(root, first_only), {}, Counter[str]()
     if not every:
         raise UserError(f"{root}: no item files; run `python -m lavic_utils data fetch`")
@@ -273,25 +267,22 @@ def crawl(
         for name in ("train_images", "valid_images"):
             (root / name).mkdir(exist_ok=True)
         with database(root / MANIFEST, SCHEMA, "make room, or delete it: images stay") as base:
-            rows = {name: row for name, *row in base.execute("SELECT * FROM images")}
+            failed = dict(base.execute("SELECT name, url FROM images WHERE status = 'failed'"))
             for name, link in every.items():
                 link = link.encode("utf-8", "replace").decode()  # no lone surrogate can be stored
-                url, status, size, _ = rows.get(name, ("", "unreached", None, None))
-                path = root / name
-                if not link:
-                    before["no_link"] += 1
-                elif url == link and status == "failed" and not retry_failed:
-                    before["failed_before"] += 1
-                elif url == link and path.is_file() and path.stat().st_size == size:
+                if (root / name).is_file():
                     before["had"] += 1
+                elif not link:
+                    before["no_link"] += 1
+                elif failed.get(name) == link and not retry_failed:
+                    before["failed_before"] += 1
                 else:
                     todo[name] = link
-            done = asyncio.run(_crawl(root, base, todo, set(rows), settings or Settings()))
+            return before + asyncio.run(_crawl(root, base, todo, settings or Settings()))
     except OSError as error:
         raise UserError(
             f"{root}: cannot be written ({one_line(error)}); make room or choose another folder"
         ) from None
-    return before + done
 
 
 def summary(counts: Counter[str]) -> str:

@@ -54,13 +54,6 @@ def blob_id(path: Path) -> str:
     return digest.hexdigest()
 
 
-def file_state(path: Path, blob: str) -> str:
-    """`missing`, `ok` (the file of this git blob id) or `wrong`."""
-    if not path.is_file():
-        return "missing"
-    return "ok" if blob_id(path) == blob else "wrong"
-
-
 def _catalogue(root: Path) -> bytes:
     """The catalogue in its (verified) archive, which may also hold what a Mac adds."""
     with zipfile.ZipFile(root / ZIP) as archive:
@@ -105,9 +98,7 @@ def _download(
                     progress.update(task, completed=file.tell())
     if blob_id(part) != blob:
         part.unlink()
-        raise crawl.Permanent(
-            "what came is not the published file (by git blob id); it was removed"
-        )
+        raise crawl.Permanent("what came is not the published file, by git blob id: removed")
     os.replace(part, target)
 
 
@@ -140,14 +131,12 @@ def fetch(root: Path, files: Mapping[str, str] = FILES, backoff: float = 1.0) ->
     except OSError as error:
         why = crawl.one_line(error)
         raise UserError(f"{root}: cannot be used ({why}); make room, or choose another") from None
-    wrong += [
-        f"{root / name} is not the published file: move it away"
-        for name in states
-        if states[name] == "wrong"
-    ]
-    left = [name for name in files if states[name] == "missing"]
-    wrong += [f"still missing: {', '.join(left)}"] if left else []
+    for name, state in states.items():
+        if state == "wrong":
+            wrong.append(f"{root / name} is not the published file: move it away")
     if wrong:
+        left = ", ".join(name for name, state in states.items() if state == "missing")
+        wrong.append(f"still missing: {left or 'none'}")
         raise UserError("; ".join(wrong) + "; then run the same command: it goes on from here")
     return f"{root}: all {len(files)} published files are there and verified ({len(missing)} new)"
 
