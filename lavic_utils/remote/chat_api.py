@@ -46,7 +46,6 @@ OVERFLOW = re.compile(
     re.IGNORECASE,
 )
 GIVE_UP = 20  # requests in a row that brought nothing: all are wrong, not one dialogue
-MAX_IMAGE = 20 * 2**20  # bytes of one image; services refuse larger ones
 SENT = ("image/jpeg", "image/png", "image/webp", "image/gif")  # what services take
 SCHEMA = """CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, input_tokens
 INTEGER NOT NULL, output_tokens INTEGER NOT NULL, usd REAL NOT NULL, seconds REAL NOT NULL);"""
@@ -275,7 +274,7 @@ def reason(model: ApiModel, settings: Settings) -> str | None:
 def build_messages(prompt_text: str, images: Sequence[tuple[str, Path]] = ()) -> Messages:
     """One user message: the prompt and, for each candidate whose image can be read, its id and the
     file's own bytes; of a kind that services do not take (MPO, animations) the first picture,
-    again as JPEG or PNG. UserError for an image of more than MAX_IMAGE bytes."""
+    again as JPEG or PNG."""
     parts: list[dict] = [{"type": "text", "text": prompt_text}]
     for name, path in images:
         picture = open_image(path)
@@ -288,8 +287,6 @@ def build_messages(prompt_text: str, images: Sequence[tuple[str, Path]] = ()) ->
                 form, held = "JPEG" if image.format == "MPO" else "PNG", io.BytesIO()
                 picture.save(held, form, quality=95)
                 kind, content = f"image/{form.lower()}", held.getvalue()
-        if len(content) > MAX_IMAGE:
-            raise UserError(f"{path}: {len(content)} bytes, more than {MAX_IMAGE}; make it smaller")
         url = f"data:{kind};base64,{base64.b64encode(content).decode()}"
         parts.append({"type": "text", "text": f"{name}:"})
         parts.append({"type": "image_url", "image_url": {"url": url, "detail": "low"}})
@@ -298,17 +295,12 @@ def build_messages(prompt_text: str, images: Sequence[tuple[str, Path]] = ()) ->
 
 def most_tokens(messages: Messages, model: ApiModel) -> int:
     """Input tokens of a request at most: one for two bytes of text (an English prompt with ids
-    takes three to four), and the frame. UserError for images to a model that takes none."""
-    tokens = 16
+    takes one for about three), those of its images, and the frame."""
     content = messages[0]["content"]
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        if part["type"] == "text":
-            tokens += len(part["text"].encode("utf-8", "replace")) // 2 + 1
-        elif not model.image_tokens:
-            raise UserError(f"{model.served} takes no images; ask a model that does")
-        else:
-            tokens += model.image_tokens
-    return tokens
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    texts = [part["text"].encode("utf-8", "replace") for part in parts if part["type"] == "text"]
+    images = len(parts) - len(texts)
+    return 16 + sum(len(text) // 2 + 1 for text in texts) + images * model.image_tokens
 
 
 def _ask_new(

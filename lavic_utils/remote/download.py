@@ -12,7 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import httpx
 from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, TextColumn
@@ -55,13 +55,9 @@ def blob_id(path: Path) -> str:
 
 
 def _catalogue(root: Path) -> bytes:
-    """The catalogue in its (verified) archive, which may also hold what a Mac adds."""
+    """The catalogue in its (verified) archive."""
     with zipfile.ZipFile(root / ZIP) as archive:
-        for member in archive.infolist():
-            path = PurePosixPath(member.filename)
-            if path.name == CATALOGUE and "__MACOSX" not in path.parts:
-                return archive.read(member)
-    raise UserError(f"{root / ZIP}: no {CATALOGUE} in it")
+        return archive.read(next(n for n in archive.namelist() if Path(n).name == CATALOGUE))
 
 
 def file_states(root: Path, files: Mapping[str, str] = FILES) -> dict[str, str]:
