@@ -362,10 +362,12 @@ class Experiment:
         self, model, how: Callable, rows: Sequence[distillation.Picture]
     ) -> dict[str, float]:
         """Attribute accuracy of descriptions from `how` (full or [CLS] tokens); mini world only."""
+        from lavic_utils.mini.accuracy import attribute_accuracy
+
 
         titles, pixels = [p.title for p in rows], [self.read_picture(p.path) for p in rows]
         texts = distillation.describe(model, self.processor, self.profile, titles, pixels, how)
-        return distillation.attribute_accuracy(texts, [self.facts["items"][p.asin] for p in rows])
+        return attribute_accuracy(texts, [self.facts["items"][p.asin] for p in rows])
 
     @cached_property
     def read_picture(self) -> distillation.Pictures:
@@ -410,9 +412,11 @@ class Experiment:
         self, valid: Sequence[distillation.Picture], folder: Path
     ) -> dict[str, dict[str, float]]:
         """What can be read off each kind of visual tokens, on items never trained on."""
+        from lavic_utils.mini.accuracy import attribute_accuracy
+
 
         base, truths = self.model(), [self.facts["items"][p.asin] for p in valid]
-        teacher = distillation.attribute_accuracy([p.description for p in valid], truths)
+        teacher = attribute_accuracy([p.description for p in valid], truths)
         raw = self.accuracy(base, vision.cls_tokens, valid)
         student = distillation.load_student(base, folder)
         distilled = self.accuracy(student, vision.cls_tokens, valid)

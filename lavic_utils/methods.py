@@ -201,38 +201,44 @@ class Proprietary(Method):
     twice, and nothing at all unless a command says so."""
 
     def needs(self, run):
-        from lavic_utils.remote import chat_api, proprietary
+        from lavic_utils.remote import chat_api
 
-        model = proprietary.MODELS[self.name]
+        model = chat_api.MODELS[self.name]
         return (
             f"{model.served} (at OpenAI until {model.until}) or another at an OpenAI-compatible "
             f"service: key in {chat_api.KEY}, or --base-url and --served"
         )
 
     def check(self, run):
-        from lavic_utils.remote import chat_api, proprietary
+        from lavic_utils.remote import chat_api
 
-        chat_api.Endpoint(proprietary.MODELS[self.name], run.api or chat_api.Settings(max_usd=0.0))
+        settings = run.api or chat_api.Settings(max_usd=0.0)
+        if why := chat_api.reason(chat_api.MODELS[self.name], settings):
+            raise UserError(why)
 
     def reads(self, run, domain, split):
         return str(run.api)
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
-        from lavic_utils.remote import proprietary
+        from lavic_utils.remote import chat_api
 
         which = run.profile.candidates
-        replies = proprietary.ask_all(
+        replies = chat_api.ask_all(
             Requests(run, dialogues, self.inputs == BOTH),
-            proprietary.MODELS[self.name],
+            chat_api.MODELS[self.name],
             run.api,
             results_dir(run.profile) / "api_answers.sqlite",
         )
         answers = []
         for dialogue, reply in zip(dialogues, replies, strict=True):
             text, ten = reply.text or "", getattr(dialogue, which)
-            spent = {"prompt_tokens": reply.input_tokens, "new_tokens": reply.output_tokens}
-            usd = 0.0 if reply.cached else reply.usd
-            answers.append(Answer(text, parse_answer(text), ten, usd=usd, **spent))
+            answer = Answer(text, parse_answer(text), ten, new_tokens=reply.output_tokens)
+            answer.usd = 0.0 if reply.cached else reply.usd
+            if reply.refused:  # the service's words: longer than its context
+                answer.refused = reply.input_tokens
+            else:
+                answer.prompt_tokens = reply.input_tokens
+            answers.append(answer)
         return answers
 
 
@@ -247,7 +253,7 @@ class Requests(Sequence):
         return len(self.dialogues)
 
     def __getitem__(self, i: int) -> list[dict]:
-        from lavic_utils.remote import proprietary
+        from lavic_utils.remote import chat_api
 
         run, turns = self.run, self.dialogues[i].turns
         ten = getattr(self.dialogues[i], run.profile.candidates)
@@ -255,7 +261,7 @@ class Requests(Sequence):
         pictures: list[tuple[str, Path]] = []
         if self.images:
             pictures = [(asin, image_file(run.root, asin)) for asin in ten]
-        return proprietary.build_messages(text, pictures)
+        return chat_api.build_messages(text, pictures)
 
 
 @dataclass(frozen=True)

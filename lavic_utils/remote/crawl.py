@@ -1,79 +1,143 @@
-"""Downloading the product images: many at once, resumable at any point; nothing counts that does not decode.
+"""The product images: many at once, politely, resumable at any point; only what decodes counts.
 
-An image is streamed to a temporary file, decoded whole, put in its place, and only then is its row in the manifest
-committed: a process killed at any moment loses at most the images in flight.
+An image is streamed to a temporary file, decoded whole, put in its place, and only then is its row
+in the manifest committed. What all requests of this room share (proxies, retries, the SQLite file,
+the bar) is here too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
+import socket
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 from PIL import Image
 from rich.console import Console
-from rich.progress import (
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_random_exponential,
-)
+from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
+from tenacity import RetryCallState, retry, retry_if_exception, stop_after_attempt
+from tenacity import wait_random_exponential as jitter
 
 from lavic_utils.config import UserError
 from lavic_utils.data import FORMATS, open_image, read_catalogue, read_stage1_valid
 
 MANIFEST = "images.sqlite"
+SCHEMA = """PRAGMA synchronous=NORMAL; CREATE TABLE IF NOT EXISTS images
+(name TEXT PRIMARY KEY, url TEXT NOT NULL, status TEXT NOT NULL, error TEXT);"""
 MAX_PIXELS = 64_000_000
 MAX_REDIRECTS = 5
 GIVE_UP = 50  # images in a row that no answer came for: the network or the server is down
 LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
-HEADERS = {
-    "User-Agent": "lavic-companion",
-    "Accept-Encoding": "identity",
-}  # bytes as stored: sizes and ranges are exact
-SCHEMA = """CREATE TABLE IF NOT EXISTS images (name TEXT PRIMARY KEY, url TEXT NOT NULL, status TEXT NOT NULL,
-sha256 TEXT, width INTEGER, height INTEGER, bytes INTEGER, error TEXT, attempts INTEGER NOT NULL)"""
-UPSERT = """INSERT INTO images VALUES (:name, :url, :status, :sha256, :width, :height, :bytes, :error, :attempts)
-ON CONFLICT (name) DO UPDATE SET url = excluded.url, status = excluded.status, sha256 = excluded.sha256,
-width = excluded.width, height = excluded.height, bytes = excluded.bytes, error = excluded.error,
-attempts = attempts + excluded.attempts"""
+HEADERS = {"User-Agent": "lavic-companion", "Accept-Encoding": "identity"}  # bytes as stored
 
 
 class Permanent(Exception):
     """Asking again would give the same."""
 
 
-class Transient(Exception):
-    """Asking again may help; `retry_after`: seconds the server wants us to wait, or None."""
-
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
+# ---------------------------------------------------------------- what all requests share
+def status_code(error: BaseException) -> int:
+    """That of the answer (of httpx or openai); 0 for any other error."""
+    return error.response.status_code if hasattr(error, "response") else 0
 
 
-AGAIN = (Transient, httpx.TransportError, TimeoutError)
+def one_line(error: BaseException) -> str:
+    """What went wrong, short."""
+    if code := status_code(error):
+        return f"HTTP {code}"
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def again(error: BaseException) -> bool:
+    """May asking again help? After no answer, and after HTTP 408, 409, 425, 429 and 5xx."""
+    code = status_code(error)
+    no_answer = isinstance(error, (httpx.TransportError, TimeoutError))
+    return no_answer or code in (408, 409, 425, 429) or code >= 500
+
+
+def retrying(attempts: int, backoff: float):
+    """Decorator: call again where that may help, after exponential waits with jitter (seconds),
+    never shorter than the server's Retry-After (at most LONGEST_WAIT)."""
+
+    def wait(state: RetryCallState) -> float:
+        error = state.outcome.exception()
+        asked = error.response.headers.get("retry-after", "") if status_code(error) else ""
+        least = float(asked) if asked.isdecimal() else 0.0
+        return max(jitter(backoff, LONGEST_WAIT)(state), min(least, LONGEST_WAIT))
+
+    stop = stop_after_attempt(attempts)
+    return retry(retry=retry_if_exception(again), stop=stop, wait=wait, reraise=True)
+
+
+def bar(*columns: ProgressColumn) -> Progress:
+    """Progress on stderr where that is a terminal; elsewhere only errors belong there."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def check_proxies() -> None:
+    """UserError that names the variable of a proxy which the HTTP clients cannot use."""
+    usable = ("http", "https", *(("socks5", "socks5h") if find_spec("socksio") else ()))
+    for name, value in os.environ.items():
+        kind = value.partition("://")[0].lower() if "://" in value else "http"
+        if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and kind not in usable:
+            raise UserError(
+                f"{name} names a proxy of kind {kind}://, which cannot be used here: give it as "
+                f"http://HOST:PORT, or unset {name} (for socks5:// install the package socksio)"
+            )
+
+
+def is_private(host: str) -> bool:
+    """Does a host lead to this machine or into a private network? Its name is looked up."""
+    with suppress(OSError, ValueError):  # no such name
+        found = socket.getaddrinfo(host, None)
+        return any(not ip_address(address[0]).is_global for *_, address in found)
+    return False
+
+
+def direct(addresses: Iterable[str]) -> dict[str, None]:
+    """`mounts` of an HTTP client: private hosts of these addresses are asked without a proxy."""
+    check_proxies()
+    hosts = set()
+    for address in addresses:
+        with suppress(ValueError):  # not an address
+            hosts.add(urlsplit(address).hostname or "")
+    private = [host for host in hosts if is_private(host)]
+    return {f"all://[{host}]" if ":" in host else f"all://{host}": None for host in private}
+
+
+@contextmanager
+def database(path: Path, schema: str, advice: str) -> Iterator[sqlite3.Connection]:
+    """A SQLite file held by this process alone; a row is committed when its statement returns.
+    UserError, with this advice, where it cannot be used."""
+    with suppress(OSError):  # SQLite says what is wrong with the folder
+        path.parent.mkdir(parents=True, exist_ok=True)
+    how = {"isolation_level": None, "timeout": 0.5, "check_same_thread": False}
+    try:
+        with closing(sqlite3.connect(path, **how)) as base:
+            base.executescript(
+                f"PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; {schema}"
+                "BEGIN IMMEDIATE; COMMIT;"
+            )
+            yield base
+    except sqlite3.Error as error:
+        todo = "another run uses it; wait for it" if "locked" in str(error) else advice
+        raise UserError(f"{path}: cannot be used ({one_line(error)}); {todo}") from None
+
+
+# ---------------------------------------------------------------- images
 @dataclass(frozen=True)
 class Settings:
-    """`backoff`, `timeout` (without a byte) and `total` (one image) in seconds; `max_bytes` of one image."""
+    """Seconds: `backoff`, `timeout` without a byte, `total` for one image, of `max_bytes`."""
 
     concurrency: int = 32
     attempts: int = 5
@@ -83,234 +147,108 @@ class Settings:
     max_bytes: int = 32 * 2**20
 
 
-def retry_after(value: str | None) -> float | None:
-    """Seconds meant by a Retry-After header, a number or a date (RFC 9110, 10.2.3); None where it says nothing."""
-    if value is None or value.isascii() and value.isdigit():
-        return float(value) if value else None
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return None
-
-
-def waiting(backoff: float) -> Callable[[RetryCallState], float]:
-    """Seconds to wait before the next attempt: exponential with full jitter, never less than Retry-After (capped)."""
-    jitter = wait_random_exponential(multiplier=backoff, max=LONGEST_WAIT)
-
-    def wait(state: RetryCallState) -> float:
-        asked = getattr(state.outcome.exception(), "retry_after", None) if state.outcome else None
-        return max(jitter(state), min(asked or 0.0, LONGEST_WAIT))
-
-    return wait
-
-
-def check_status(response: httpx.Response, *good: int) -> None:
-    """Transient for 408, 425, 429 and 5xx, Permanent for anything else not `good`."""
-    code = response.status_code
-    if code in (408, 425, 429) or code >= 500:
-        raise Transient(f"HTTP {code}", retry_after(response.headers.get("retry-after")))
-    if code not in good:
-        raise Permanent(f"HTTP {code}")
-
-
-def reason(error: BaseException) -> str:
-    """One short line of what went wrong."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def bar(*columns: ProgressColumn) -> Progress:
-    """Progress on stderr where that is a terminal; elsewhere only errors belong there."""
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
 def image_links(root: Path, first_only: bool = False) -> dict[str, str]:
-    """File below the data folder -> link ("" where none is given), of the item files present. `first_only` leaves out
-    train_images/ASIN_k.jpg with k > 0, which recommendation does not use."""
+    """File below the data folder -> link ("" where none is given), of the item files present.
+    `first_only`: of train_images only ASIN_0.jpg, all that recommendation uses."""
     links = {}
     if (root / "item2meta_train.json").is_file():
         for item in read_catalogue(root).values():
-            links |= {
-                f"train_images/{item.asin}_{k}.jpg": link
-                for k, link in enumerate(item.images)
-                if not (first_only and k)
-            }
+            for k, link in enumerate(item.images[:1] if first_only else item.images):
+                links[f"train_images/{item.asin}_{k}.jpg"] = link
     if (root / "item2meta_valid.jsonl").is_file():
         links |= {f"valid_images/{row.image_name}": row.link for row in read_stage1_valid(root)}
     return links
 
 
-def decode(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of an image that decodes whole; Permanent for anything else."""
+def image_fault(path: Path) -> str | None:
+    """Why a file is no image that counts: absent, of another kind, huge, cut; None if it is one."""
     try:
         with Image.open(path, formats=FORMATS) as header:
             width, height = header.size
     except Exception as error:  # broken files make Pillow raise nearly anything
-        raise Permanent(f"not an image ({type(error).__name__})") from None
+        return f"not an image ({type(error).__name__})"
     if width * height > MAX_PIXELS:
-        raise Permanent(f"{width} x {height} pixels are too many")
-    if open_image(path) is None:
-        raise Permanent("an image that is cut or corrupt")
-    return width, height
+        return f"{width} x {height} pixels are too many"
+    return "an image that is cut or corrupt" if open_image(path) is None else None
 
 
-@contextmanager
-def manifest(root: Path) -> Iterator[sqlite3.Connection]:
-    """The manifest, held by this process alone, each row committed as it is written."""
-    path = root / MANIFEST
+def _address(link: str | httpx.URL) -> httpx.URL:
+    url = httpx.URL(link)
+    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 2**16:
+        raise Permanent(f"an address of kind {url.scheme or 'none'}: without a host is refused")
+    return url
+
+
+async def _download(client: httpx.AsyncClient, link: str, part: Path, settings: Settings) -> None:
+    """Stream a link to `part`. No redirect leads from a public host to this machine or into a
+    private network."""
+    url = first = _address(link)
+    for _ in range(MAX_REDIRECTS + 1):
+        async with asyncio.timeout(settings.total), client.stream("GET", url) as response:
+            if not response.has_redirect_location:
+                response.raise_for_status()
+                with part.open("wb") as file:
+                    async for chunk in response.aiter_raw():
+                        file.write(chunk)
+                        if file.tell() > settings.max_bytes:
+                            raise Permanent(f"more than {settings.max_bytes} bytes")
+                return
+            url = _address(url.join(response.headers["location"]))
+        inside = await asyncio.to_thread(is_private, url.host)
+        if inside and not await asyncio.to_thread(is_private, first.host):
+            raise Permanent("a redirect to a private address is refused")
+    raise Permanent(f"more than {MAX_REDIRECTS} redirects")
+
+
+async def _image(
+    client: httpx.AsyncClient, path: Path, link: str, settings: Settings
+) -> tuple[str, str | None]:
+    """Get one image; its status (`ok`, `failed` for good, `unreached`) and what went wrong."""
+    part = path.with_name(f".{path.name}.part")
+    download = retrying(settings.attempts, settings.backoff)(_download)
     try:
-        with closing(sqlite3.connect(path, isolation_level=None, timeout=0.5)) as base:
-            base.row_factory = sqlite3.Row
-            for line in (
-                "PRAGMA locking_mode=EXCLUSIVE",
-                "PRAGMA journal_mode=WAL",
-                "PRAGMA synchronous=NORMAL",
-                SCHEMA,
-                "BEGIN IMMEDIATE",
-                "COMMIT",
-            ):
-                base.execute(line)
-            yield base
-    except sqlite3.Error as error:
-        todo = (
-            "another crawl runs here; wait for it"
-            if "locked" in str(error)
-            else "make room, or delete it: images stay"
-        )
-        raise UserError(f"{path}: cannot be used ({reason(error)}); {todo}") from None
+        await download(client, link, part, settings)
+        if fault := await asyncio.to_thread(image_fault, part):
+            return "failed", fault
+        os.replace(part, path)
+        return "ok", None
+    except Exception as error:  # a bad link can raise nearly anything, and ends no crawl
+        if isinstance(error, OSError) and not again(error):
+            raise  # the disk's: the next image would fail alike
+        return "unreached" if again(error) else "failed", one_line(error)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-class Crawler:
-    """One run over `todo` (file -> link); `counts` holds how many ended with each status."""
+async def _crawl(
+    root: Path, base: sqlite3.Connection, todo: dict[str, str], settings: Settings
+) -> Counter[str]:
+    """Get all of `todo` (file -> link), record each, and count them by status."""
+    counts, queue, unreached = Counter[str](), iter(todo.items()), 0
+    options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": direct(todo.values())}
+    trusted = httpx.create_ssl_context()
 
-    def __init__(self, root: Path, base: sqlite3.Connection, settings: Settings) -> None:
-        self.root, self.base, self.settings = root, base, settings
-        self.counts, self.unreached = Counter[str](), 0
-
-    async def run(self, todo: dict[str, str], adopt: set[str], step: Callable[[], None]) -> None:
-        queue, trusted = iter(todo.items()), httpx.create_ssl_context()
-
-        async def work() -> (
-            None
-        ):  # a client each: one shared pool looks through all its connections at every request
-            async with httpx.AsyncClient(
-                verify=trusted, timeout=self.settings.timeout, headers=HEADERS
-            ) as client:
-                for name, link in queue:
-                    self.record(
-                        name, link, await self.image(client, self.root / name, link, name in adopt)
+    async def work() -> None:
+        nonlocal unreached
+        # a client each: one shared pool looks through all its connections at every request
+        async with httpx.AsyncClient(verify=trusted, **options) as client:
+            for name, link in queue:
+                status, error = await _image(client, root / name, link, settings)
+                row = name, link, status, error
+                base.execute("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", row)
+                counts[status] += 1
+                progress.advance(task)
+                unreached = unreached + 1 if status == "unreached" else 0
+                if unreached >= GIVE_UP:
+                    raise UserError(
+                        f"{unreached} images in a row were not reached (last: {link}, {error}); "
+                        "check the network or wait, then run the same command: it goes on"
                     )
-                    step()
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.settings.concurrency, len(todo))):
-                    group.create_task(work())
-        except BaseExceptionGroup as several:  # the first says it; the others were cancelled for it
-            raise several.exceptions[0] from None
-
-    def record(self, name: str, link: str, found: dict[str, object]) -> None:
-        empty = dict.fromkeys(("sha256", "width", "height", "bytes", "error"))
-        self.base.execute(UPSERT, {**empty, "name": name, "url": link, **found})
-        self.counts[str(found["status"])] += 1
-        self.unreached = self.unreached + 1 if found["status"] == "unreached" else 0
-        if self.unreached >= GIVE_UP:
-            raise UserError(
-                f"{self.unreached} images in a row could not be reached (last: {link}, {found['error']}); "
-                "check the network or wait, then run the same command: it goes on from here"
-            )
-
-    async def image(
-        self, client: httpx.AsyncClient, path: Path, link: str, adopt: bool
-    ) -> dict[str, object]:
-        """Get one image; what the manifest is to hold of it. `adopt`: a file that is there already may do."""
-        part, attempts = path.with_name(f".{path.name}.part"), 0
-        try:
-            if adopt and (found := await asyncio.to_thread(_adopted, path)):
-                return {**found, "status": "ok", "attempts": 0}
-            async for attempt in AsyncRetrying(
-                stop=stop_after_attempt(self.settings.attempts),
-                reraise=True,
-                wait=waiting(self.settings.backoff),
-                retry=retry_if_exception_type(AGAIN),
-            ):
-                with attempt:
-                    attempts += 1
-                    async with asyncio.timeout(self.settings.total):
-                        digest, size = await self.download(client, link, part)
-            width, height = await asyncio.to_thread(decode, part)
-            os.replace(part, path)
-            return {
-                "status": "ok",
-                "attempts": attempts,
-                "sha256": digest,
-                "bytes": size,
-                "width": width,
-                "height": height,
-            }
-        except Permanent as error:
-            return {"status": "failed", "attempts": attempts, "error": reason(error)}
-        except AGAIN as error:
-            return {"status": "unreached", "attempts": attempts, "error": reason(error)}
-        finally:
-            part.unlink(missing_ok=True)
-
-    async def download(self, client: httpx.AsyncClient, link: str, part: Path) -> tuple[str, int]:
-        """Stream the link to `part`: SHA-256 and bytes. Redirects are followed here, so that each target is looked at."""
-        for _ in range(MAX_REDIRECTS + 1):
-            try:
-                address = httpx.URL(link)
-            except httpx.InvalidURL:
-                raise Permanent("not an address") from None
-            if address.scheme not in ("http", "https") or not address.host:
-                raise Permanent(f"an address of kind {address.scheme or 'none'}: is refused")
-            async with client.stream("GET", address) as response:
-                if not response.has_redirect_location:
-                    check_status(response, 200)
-                    return await self.save(response, part)
-                link = str(address.join(response.headers["location"]))
-        raise Permanent(f"more than {MAX_REDIRECTS} redirects")
-
-    async def save(self, response: httpx.Response, part: Path) -> tuple[str, int]:
-        digest, size, limit = (
-            hashlib.sha256(),
-            int(response.headers.get("content-length", 0)),
-            self.settings.max_bytes,
-        )
-        if size > limit:
-            raise Permanent(f"{size} bytes announced, more than {limit}")
-        size = 0
-        with part.open("wb") as file:
-            async for chunk in response.aiter_raw():
-                size += len(chunk)
-                if size > limit:
-                    raise Permanent(f"more than {limit} bytes")
-                digest.update(chunk)
-                file.write(chunk)
-        return digest.hexdigest(), size
-
-
-def _adopted(path: Path) -> dict[str, object] | None:
-    try:
-        width, height = decode(path)
-    except Permanent:
-        return None
-    content = path.read_bytes()
-    return {
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "bytes": len(content),
-        "width": width,
-        "height": height,
-    }
-
-
-def _needed(root: Path, row: sqlite3.Row | None, name: str, link: str, retry_failed: bool) -> bool:
-    if row is None or row["url"] != link or row["status"] == "unreached":
-        return True
-    if row["status"] == "failed":
-        return retry_failed
-    path = root / name
-    return not path.is_file() or path.stat().st_size != row["bytes"]
+    with bar(MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("", total=len(todo))
+        await asyncio.gather(*(work() for _ in range(min(settings.concurrency, len(todo)))))
+    return counts
 
 
 def crawl(
@@ -319,40 +257,32 @@ def crawl(
     retry_failed: bool = False,
     settings: Settings | None = None,
 ) -> Counter[str]:
-    """Get every image that is not there yet. Counts: `ok`, `failed` and `unreached` of this run, `had` before it,
-    `failed_before` (not asked again), `no_link`. UserError: no item file, folder not writable, no network."""
-    every = image_links(root, first_only)
+    """Get every image that is not there yet (a file is never replaced: `verify` names bad ones).
+    Counts: `ok`, `failed` and `unreached` of this run, `had` before it, `failed_before` (not asked
+    again), `no_link`. UserError: no item file, folder not writable, no network."""
+    every, todo, before = image_links(root, first_only), {}, Counter[str]()
     if not every:
-        raise UserError(
-            f"{root}: no item2meta_train.json or item2meta_valid.jsonl; run `python -m lavic_utils data fetch`"
-        )
-    links = {name: link for name, link in every.items() if link}
+        raise UserError(f"{root}: no item files; run `python -m lavic_utils data fetch`")
     try:
         for name in ("train_images", "valid_images"):
             (root / name).mkdir(exist_ok=True)
-        with manifest(root) as base:
-            rows = {
-                row["name"]: row
-                for row in base.execute("SELECT name, url, status, bytes FROM images")
-            }
-            todo = {
-                name: link
-                for name, link in links.items()
-                if _needed(root, rows.get(name), name, link, retry_failed)
-            }
-            adopt = {name for name in todo if name not in rows and (root / name).is_file()}
-            crawler = Crawler(root, base, settings or Settings())
-            with bar(TextColumn("images"), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-                task = progress.add_task("", total=len(todo))
-                asyncio.run(crawler.run(todo, adopt, lambda: progress.advance(task)))
+        with database(root / MANIFEST, SCHEMA, "make room, or delete it: images stay") as base:
+            failed = dict(base.execute("SELECT name, url FROM images WHERE status = 'failed'"))
+            for name, link in every.items():
+                link = link.encode("utf-8", "replace").decode()  # no lone surrogate can be stored
+                if (root / name).is_file():
+                    before["had"] += 1
+                elif not link:
+                    before["no_link"] += 1
+                elif failed.get(name) == link and not retry_failed:
+                    before["failed_before"] += 1
+                else:
+                    todo[name] = link
+            return before + asyncio.run(_crawl(root, base, todo, settings or Settings()))
     except OSError as error:
         raise UserError(
-            f"{root}: cannot be written ({reason(error)}); make room or choose another folder"
+            f"{root}: cannot be written ({one_line(error)}); make room or choose another folder"
         ) from None
-    before = Counter(rows[name]["status"] for name in links if name not in todo)
-    return crawler.counts + Counter(
-        had=before["ok"], failed_before=before["failed"], no_link=len(every) - len(links)
-    )
 
 
 def summary(counts: Counter[str]) -> str:
@@ -360,5 +290,6 @@ def summary(counts: Counter[str]) -> str:
     return (
         f"images: {counts['had'] + counts['ok']} there ({counts['ok']} new), "
         f"{counts['failed'] + counts['failed_before']} cannot be had ({counts['failed']} new), "
-        f"{counts['unreached']} not reached (asked again next time), {counts['no_link']} without a link"
+        f"{counts['unreached']} not reached (asked again next time), "
+        f"{counts['no_link']} without a link"
     )

@@ -1,53 +1,29 @@
 """The published data: fetch the authors' files, verify what is there, and say what a gap touches.
 
-Files come from the authors' repository at one commit; each is checked against its git blob id, so no mirror or broken
-transfer can slip in other data.
+Files come from the authors' repository at one commit; each is checked against its git blob id, so
+no mirror or broken transfer can slip in other data.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import stat
 import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import httpx
-import pandas as pd
-from rich.progress import (
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TransferSpeedColumn,
-)
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lavic_utils.config import DOMAINS, ROOT, UserError, real_data_dir
-from lavic_utils.data import SPLITS, dialogue_file, image_file, read_dialogues
-from lavic_utils.remote.crawl import (
-    AGAIN,
-    HEADERS,
-    Permanent,
-    Transient,
-    bar,
-    check_status,
-    decode,
-    image_links,
-    reason,
-    waiting,
-)
+from lavic_utils.data import SPLITS, Dialogue, dialogue_file, image_file, read_dialogues
+from lavic_utils.provenance import write_text
+from lavic_utils.remote import crawl
 
 COMMIT = "740db227dbb3e1e119912d1971f6c611e37349b1"
 ADDRESS = f"https://raw.githubusercontent.com/jeon185/LaViC/{COMMIT}"
-MAX_FILE = 128 * 2**20  # bytes; the host takes no larger file
-MAX_JSON = 2 * 2**30  # bytes of the unzipped catalogue
 ZIP, CATALOGUE = "item2meta_train.json.zip", "item2meta_train.json"
 FILES = {  # below the repository's data/ and below the data folder alike -> git blob id
     "all_beauty/train.jsonl": "f7d14b8b0aa1a7432b256ed990bca2c78171a440",
@@ -71,269 +47,140 @@ def data_dir(given: Path | None = None) -> Path:
 
 def blob_id(path: Path) -> str:
     """Git blob id of a file: SHA-1 over "blob <bytes>", a zero byte and the content."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
-        digest = hashlib.sha1(
-            f"blob {os.fstat(file.fileno()).st_size}\0".encode(), usedforsecurity=False
-        )
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def _stream(client: httpx.Client, address: str, part: Path, progress: Progress) -> None:
-    """Fetch what `part` lacks. A server that ignores Range sends everything, and the part is begun again."""
-    have = part.stat().st_size if part.is_file() else 0
-    with client.stream(
-        "GET", address, headers={"Range": f"bytes={have}-"} if have else {}
-    ) as response:
-        if have and response.status_code == 416:
-            return  # nothing after these bytes: complete, or not of this file, which the blob id will tell
-        check_status(response, 200, 206)
-        goes_on = response.status_code == 206
-        if goes_on and not response.headers.get("content-range", "").startswith(f"bytes {have}-"):
-            part.unlink(missing_ok=True)
-            raise Transient("the server sent another range than asked for")
-        size = have if goes_on else 0
-        length = response.headers.get("content-length")
-        task = progress.add_task(
-            part.name[1:-5], completed=size, total=size + int(length) if length else None
-        )
-        try:
-            with part.open("ab" if goes_on else "wb") as file:
-                for chunk in response.iter_raw():
-                    size += len(chunk)
-                    if size > MAX_FILE:
-                        raise Permanent(f"more than {MAX_FILE} bytes")
-                    file.write(chunk)
-                    progress.advance(task, len(chunk))
-        finally:
-            progress.remove_task(task)
+def _catalogue(root: Path) -> bytes:
+    """The catalogue in its (verified) archive."""
+    with zipfile.ZipFile(root / ZIP) as archive:
+        return archive.read(next(n for n in archive.namelist() if Path(n).name == CATALOGUE))
+
+
+def file_states(root: Path, files: Mapping[str, str] = FILES) -> dict[str, str]:
+    """File -> `ok`, `missing` or `wrong`, by blob id; the catalogue against its zip (`unchecked`
+    where that is not the published one)."""
+    states = {}
+    for name, blob in files.items():
+        there = (root / name).is_file()
+        states[name] = ("ok" if blob_id(root / name) == blob else "wrong") if there else "missing"
+    path = root / CATALOGUE
+    states[CATALOGUE] = "unchecked" if path.is_file() else "missing"
+    if path.is_file() and states.get(ZIP) == "ok":
+        states[CATALOGUE] = "ok" if path.read_bytes() == _catalogue(root) else "wrong"
+    return states
 
 
 def _download(
-    client: httpx.Client, address: str, target: Path, blob: str, backoff: float, progress: Progress
+    client: httpx.Client, address: str, target: Path, blob: str, progress: Progress
 ) -> None:
-    """Put the verified file at `target`. What came of it stays in a hidden .part, which a later call goes on from."""
+    """Put the verified file at `target`. A hidden .part holds what came, and another call asks for
+    what it lacks (a server that ignores Range sends everything); what is not the published file is
+    removed."""
     part = target.with_name(f".{target.name}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in Retrying(
-        stop=stop_after_attempt(5),
-        wait=waiting(backoff),
-        retry=retry_if_exception_type(AGAIN),
-        reraise=True,
-    ):
-        with attempt:
-            _stream(client, address, part, progress)
-    if not part.is_file() or blob_id(part) != blob:
-        part.unlink(missing_ok=True)
-        raise Permanent(
-            f"what came is not the published file (git blob id is not {blob[:12]}...) and was removed"
-        )
+    have = part.stat().st_size if part.is_file() else 0
+    asked = {"Range": f"bytes={have}-"} if have else {}
+    with client.stream("GET", address, headers=asked) as response:
+        if not (have and response.status_code == 416):  # else nothing comes after what is there
+            response.raise_for_status()
+            task = progress.add_task(target.name)
+            with part.open("ab" if response.status_code == 206 else "wb") as file:
+                for chunk in response.iter_raw():
+                    file.write(chunk)
+                    progress.update(task, completed=file.tell())
+    if blob_id(part) != blob:
+        part.unlink()
+        raise crawl.Permanent("what came is not the published file, by git blob id: removed")
     os.replace(part, target)
 
 
 def fetch(root: Path, files: Mapping[str, str] = FILES, backoff: float = 1.0) -> str:
-    """Download what is missing and unzip the catalogue; what was done, in one line. UserError names all that is wrong.
+    """Download what is missing and unzip the catalogue; what was done, in one line.
 
-    A file that is there and is not the published one is never overwritten: it may be the user's own. LAVIC_DATA_URL
-    names a mirror of the repository's root; the blob ids hold for it too.
+    UserError names all that is wrong. A file that is there and is not the published one is never
+    overwritten: it may be the user's own. LAVIC_DATA_URL names a mirror of the repository's root;
+    the blob ids hold for it too.
     """
-    base, done, wrong = os.environ.get("LAVIC_DATA_URL", ADDRESS).rstrip("/"), 0, []
-    missing = [name for name in files if not (root / name).is_file()]
-    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    base, wrong = os.environ.get("LAVIC_DATA_URL", ADDRESS).rstrip("/"), []
+    options = {"headers": crawl.HEADERS, "timeout": 20, "follow_redirects": True}
+    download = crawl.retrying(5, backoff)(_download)
+    bar = crawl.bar(TextColumn("{task.description}"), DownloadColumn())
     try:
-        wrong += [
-            f"{root / name} is not the published file: move it away"
-            for name, blob in files.items()
-            if name not in missing and blob_id(root / name) != blob
-        ]
-        with (
-            httpx.Client(timeout=20, headers=HEADERS, follow_redirects=True) as client,
-            bar(*columns) as progress,
-        ):
+        missing = [name for name in files if not (root / name).is_file()]
+        with httpx.Client(**options, mounts=crawl.direct([base])) as client, bar as progress:
             for name in missing:
                 try:
-                    _download(
-                        client, f"{base}/data/{name}", root / name, files[name], backoff, progress
-                    )
-                    done += 1
-                except Permanent as error:
-                    wrong.append(f"{name}: {reason(error)}")
-                except (*AGAIN, httpx.HTTPError, httpx.InvalidURL) as error:
-                    left = ", ".join(one for one in missing if not (root / one).is_file())
-                    raise UserError(
-                        "; ".join(
-                            [
-                                *wrong,
-                                f"{base}/data/{name} cannot be reached ({reason(error)}); still "
-                                f"missing: {left}; check the network and run the same command: it goes on",
-                            ]
-                        )
-                    ) from None
-        if ZIP in files and (root / ZIP).is_file() and not any(ZIP in one for one in wrong):
-            unzip(root / ZIP, root / CATALOGUE)
+                    download(client, f"{base}/data/{name}", root / name, files[name], progress)
+                except (crawl.Permanent, httpx.HTTPError, httpx.InvalidURL) as error:
+                    wrong.append(f"{base}/data/{name}: {crawl.one_line(error)}")
+                    if crawl.again(error):
+                        wrong.append("check the network")
+                        break
+        states = file_states(root, files)
+        if states[CATALOGUE] == "missing" and states.get(ZIP) == "ok":
+            write_text(root / CATALOGUE, _catalogue(root).decode())
+            states = file_states(root, files)
     except OSError as error:
-        raise UserError(
-            f"{root}: cannot be used ({reason(error)}); make room or choose another folder"
-        ) from None
+        why = crawl.one_line(error)
+        raise UserError(f"{root}: cannot be used ({why}); make room, or choose another") from None
+    for name, state in states.items():
+        if state == "wrong":
+            wrong.append(f"{root / name} is not the published file: move it away")
     if wrong:
-        raise UserError("; ".join(wrong) + "; then run the same command again")
-    return (
-        f"{root}: all {len(files)} published files are there and verified ({done} downloaded now)"
-    )
+        left = ", ".join(name for name, state in states.items() if state == "missing")
+        wrong.append(f"still missing: {left or 'none'}")
+        raise UserError("; ".join(wrong) + "; then run the same command: it goes on from here")
+    return f"{root}: all {len(files)} published files are there and verified ({len(missing)} new)"
 
 
-def _same(path: Path, member: zipfile.ZipInfo) -> bool:
-    """Is the file the one in the archive (size and CRC-32)?"""
-    if not path.is_file() or path.stat().st_size != member.file_size:
-        return False
-    check = 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            check = zlib.crc32(chunk, check)
-    return check == member.CRC
-
-
-def _member(opened: zipfile.ZipFile, name: str, limit: int) -> zipfile.ZipInfo:
-    found = []
-    for member in opened.infolist():
-        path = PurePosixPath(member.filename)
-        if (
-            path.is_absolute()
-            or ".." in path.parts
-            or "\\" in member.filename
-            or ":" in member.filename
-            or stat.S_ISLNK(member.external_attr >> 16)
-        ):
-            raise zipfile.BadZipFile(f"the name {ascii(member.filename)} in it leads elsewhere")
-        if path.name == name and "__MACOSX" not in path.parts:
-            found.append(member)
-    if len(found) != 1:
-        raise zipfile.BadZipFile(f"{name} stands {len(found)} times in it, once is expected")
-    if found[0].file_size > limit:
-        raise zipfile.BadZipFile(f"{found[0].file_size} bytes unzipped, more than {limit}")
-    return found[0]
-
-
-def unzip(archive: Path, target: Path, limit: int = MAX_JSON) -> None:
-    """Write the member that has the target's name to `target` (at most `limit` bytes); nothing else is ever written.
-    UserError: a bad archive, or another file stands at `target`."""
-    temp = target.with_name(f".{target.name}.part")
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            member = _member(opened, target.name, limit)
-            if _same(target, member):
-                return
-            if target.exists():
-                raise UserError(
-                    f"{target}: not the one in {archive.name}; move it away and run the same command again"
-                )
-            with (
-                opened.open(member) as source,
-                temp.open("wb") as file,
-            ):  # reads the announced size at most, checks CRC
-                shutil.copyfileobj(source, file, 2**20)
-            os.replace(temp, target)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise UserError(
-            f"{archive}: refused ({reason(error)}); delete it and run the same command again"
-        ) from None
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def file_states(root: Path, files: Mapping[str, str] = FILES) -> dict[str, str]:
-    """File -> ok, missing or wrong; the catalogue against its zip (unchecked where that is missing)."""
-    states = {
-        name: "missing"
-        if not (root / name).is_file()
-        else "ok"
-        if blob_id(root / name) == blob
-        else "wrong"
-        for name, blob in files.items()
-    }
-    if not (root / CATALOGUE).is_file():
-        return {**states, CATALOGUE: "missing"}
-    if states.get(ZIP) != "ok":
-        return {**states, CATALOGUE: "unchecked"}
-    with zipfile.ZipFile(root / ZIP) as opened:
-        return {
-            **states,
-            CATALOGUE: "ok"
-            if _same(root / CATALOGUE, _member(opened, CATALOGUE, MAX_JSON))
-            else "wrong",
-        }
-
-
-def _readable(path: Path) -> str:
+def _image_state(path: Path) -> str:
     if not path.is_file():
         return "missing"
-    try:
-        decode(path)
-    except Permanent:
-        return "corrupt"
-    return "ok"
-
-
-def image_states(paths: Iterable[Path]) -> dict[Path, str]:
-    """Path -> ok, missing or corrupt; every image there is decoded whole."""
-    every = list(dict.fromkeys(paths))
-    with (
-        ThreadPoolExecutor() as pool,
-        bar(TextColumn("decoding images"), MofNCompleteColumn()) as progress,
-    ):
-        return dict(zip(every, progress.track(pool.map(_readable, every), len(every)), strict=True))
+    return "corrupt" if crawl.image_fault(path) else "ok"
 
 
 def verify(root: Path) -> tuple[list[str], bool]:
-    """Report as lines, and whether all that is there is right (what is missing is reported and no error).
-
-    The table: `share` of the candidates (candidates_st, each list's ten counted) without a readable first image, and
-    the dialogues with at least one of these. A file that cannot be read is reported and left out of the table.
-    """
-    files = file_states(root)
-    lines = [f"{state:9} {name}" for name, state in files.items()]
-    lists, links = {}, {}
-    for key in [(domain, split) for domain in DOMAINS for split in SPLITS]:
-        try:
-            if dialogue_file(root, *key).is_file():
-                lists[key] = [dialogue.candidates_st for dialogue in read_dialogues(root, *key)]
-        except UserError as error:
-            lines.append(f"wrong     {error}")
+    """Report as lines, and whether all that is there is right (what is missing is no error): files,
+    images, and by split how many candidates (of candidates_st) lack a readable first image. A file
+    that cannot be read is reported and left out of the counts."""
+    lines = [f"{state:9} {name}" for name, state in file_states(root).items()]
+    dialogues: dict[tuple[str, str], list[Dialogue]] = {}
+    links: dict[str, str] = {}
+    for domain in DOMAINS:
+        for split in SPLITS:
+            try:
+                if dialogue_file(root, domain, split).is_file():
+                    dialogues[domain, split] = read_dialogues(root, domain, split)
+            except UserError as error:
+                lines.append(f"wrong     {error}")
     try:
-        links = image_links(root)
+        links = crawl.image_links(root)
     except UserError as error:
         lines.append(f"wrong     {error}")
-    first = {asin: image_file(root, asin) for ten in lists.values() for one in ten for asin in one}
     linked = [root / name for name, link in links.items() if link]
-    states = image_states([*linked, *first.values()])
+    listed = {a for found in dialogues.values() for d in found for a in d.candidates_st}
+    paths = list(dict.fromkeys([*linked, *(image_file(root, asin) for asin in listed)]))
+    with ThreadPoolExecutor() as pool, crawl.bar(MofNCompleteColumn()) as progress:
+        decoded = progress.track(pool.map(_image_state, paths), len(paths))
+        states = dict(zip(paths, decoded, strict=True))
     for folder in ("train_images", "valid_images"):
         count = Counter(states[path] for path in linked if path.parent.name == folder)
+        told = ", ".join(f"{count[state]} {state}" for state in ("ok", "missing", "corrupt"))
+        lines.append(f"{folder}: {told}")
+    for path in paths:
+        if states[path] == "corrupt":
+            name = path.relative_to(root).as_posix()
+            lines.append(f"corrupt   {name}: delete it and run `data crawl`")
+    bare = {asin for asin in listed if states[image_file(root, asin)] != "ok"}
+    for (domain, split), found in dialogues.items():
+        without = [len(bare.intersection(d.candidates_st)) for d in found]  # of ten, a dialogue
+        count, of, touched = sum(without), 10 * len(found), sum(n > 0 for n in without)
         lines.append(
-            f"{folder}: {count['ok']} ok, {count['missing']} missing, {count['corrupt']} corrupt"
+            f"{domain} {split}: {count} of {of} candidates ({count / of:.4f}) have no readable "
+            f"first image, in {touched} of {len(found)} dialogues"
         )
-    bad = [
-        path.relative_to(root).as_posix() for path, state in states.items() if state == "corrupt"
-    ]
-    lines += [f"corrupt   {name}: delete it and run `data crawl`" for name in bad]
-    rows = [
-        _touched(key, ten, {asin for asin, path in first.items() if states[path] != "ok"})
-        for key, ten in lists.items()
-    ]
-    lines += (
-        [pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format)] if rows else []
-    )
     return lines, not any(line.startswith(("wrong", "corrupt")) for line in lines)
-
-
-def _touched(key: tuple[str, str], lists: list[tuple[str, ...]], bad: set[str]) -> dict[str, Any]:
-    without = [sum(asin in bad for asin in ten) for ten in lists]
-    return {
-        "domain": key[0],
-        "split": key[1],
-        "candidates": 10 * len(lists),
-        "without_image": sum(without),
-        "share": sum(without) / (10 * len(lists)),
-        "dialogues": len(lists),
-        "touched": sum(map(bool, without)),
-    }
