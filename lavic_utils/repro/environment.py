@@ -46,8 +46,9 @@ def read_lock(path: Path) -> dict[str, str]:
 def write_lock(root: Path = ROOT) -> None:
     """Pin what is installed here, but for what requirements-demo.lock pins."""
     apart = NOT_LOCKED | set(read_lock(root / "requirements-demo.lock"))
-    pins = [f"{name}=={version}\n" for name, version in installed().items() if name not in apart]
-    write_text(root / "requirements.lock", HEAD + "".join(sorted(pins)))
+    pins = sorted((name, version) for name, version in installed().items() if name not in apart)
+    lines = "".join(f"{name}=={version}\n" for name, version in pins)
+    write_text(root / "requirements.lock", HEAD + lines)
 
 
 def check(root: Path = ROOT) -> list[str]:
