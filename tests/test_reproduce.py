@@ -368,3 +368,38 @@ def test_a_picture_without_alternative_text_is_a_problem(text, missing):
 def test_an_empty_text_alone_is_no_picture_without_alternative_text():
     shown = nbformat.v4.new_output("display_data", {"text/plain": "", "text/html": "<b>x</b>"})
     assert nbs._output_problems(shown) == []
+
+
+def test_training_that_does_not_fit_the_card_is_refused_before_anything_runs(
+    tmp_path, tiny_profile, results, monkeypatch
+):
+    from lavic_utils.__main__ import _refuse
+    from lavic_utils.bench import plan
+
+    asked = []
+
+    def refuse(profile: Profile, stage: str) -> None:
+        asked.append(stage)
+        if stage == "recommendation":
+            raise UserError("does not fit")
+
+    monkeypatch.setattr(plan, "refuse_here", refuse)
+    folder = tmp_path / "nb"
+    save(folder / "00_a.ipynb", "1")
+    save(folder / "02_b.ipynb", "1", per_seed=True)
+    with pytest.raises(UserError, match="does not fit"):
+        reproduce(tiny_profile, folder)
+    assert not list(results.rglob("*.ipynb"))
+    assert reproduce(tiny_profile, folder, only=["0"]) == 0  # control: this one trains nothing
+    for family, stages in (
+        ("retrieval", []),
+        ("proprietary", []),
+        ("generative", ["inference"]),
+        ("ablation", ["teacher", "distillation", "recommendation"]),
+    ):
+        asked.clear()
+        try:
+            _refuse(str(tiny_profile), family)
+        except UserError:
+            assert family == "ablation"
+        assert asked == stages

@@ -18,20 +18,12 @@ from typing import Any
 import psutil
 from packaging.utils import canonicalize_name
 
-from lavic_utils.config import (
-    PACKAGE,
-    ROOT,
-    Profile,
-    UserError,
-    load_profile,
-    real_data_dir,
-    replications_dir,
-    results_dir,
-)
+from lavic_utils import config
+from lavic_utils.config import ROOT, Profile, UserError
 from lavic_utils.hub import HubModel
 from lavic_utils.repro.environment import installed, read_lock, wanted
 
-GIB = 2**30
+GIB, CGROUP = 2**30, Path("/sys/fs/cgroup")
 INSTALLED_GB = 2.3  # what requirements.lock takes on the disk with torch's build for CPUs
 MINI_GIB = 2.0  # the mini run's measured peak is below it
 TABLE = "python -m lavic_utils table open_source"
@@ -54,9 +46,10 @@ def packages(root: Path = ROOT) -> Facts:
 
 def memory() -> Facts:
     """GiB: `total`, and what a run may use now: what is free, or a container's limit if less."""
-    found, usable = psutil.virtual_memory(), psutil.virtual_memory().available
+    found = psutil.virtual_memory()
+    usable = found.available
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
-        path = Path("/sys/fs/cgroup", name)
+        path = CGROUP / name
         limit = path.read_text(encoding="ascii").strip() if path.is_file() else ""
         usable = min(usable, int(limit)) if limit.isdecimal() else usable
     return {"total": round(found.total / GIB, 1), "usable": round(usable / GIB, 1)}
@@ -79,14 +72,13 @@ def gpus() -> list[Facts]:
 
 def published() -> Facts:
     """What is there of the published data, by name and number (`data verify` reads contents)."""
-    from lavic_utils.remote.download import CATALOGUE, FILES, data_dir
+    from lavic_utils.remote.download import FILES, data_dir
 
-    root, answers = data_dir(), replications_dir()
+    root, answers = data_dir(), config.replications_dir()
     return {
-        "set": real_data_dir() is not None,
+        "set": config.real_data_dir() is not None,
         "files": sum((root / name).is_file() for name in FILES),
         "of": len(FILES),
-        "catalogue": (root / CATALOGUE).is_file(),
         "images": sum(1 for _ in root.glob("*_images/*.jpg")),
         "replications": len(list(answers.rglob("*.jsonl"))) if answers else 0,
     }
@@ -122,7 +114,7 @@ def state(profile: Profile, found: Facts) -> Facts:
     here = Path(profile.model_path).is_dir() or hub.cached()
     return {
         "obstacle": obstacle(profile, found),
-        "kept": sum(1 for _ in results_dir(profile).glob("seed*/**/result.json")),
+        "kept": sum(1 for _ in config.results_dir(profile).glob("seed*/**/result.json")),
         "model": None if here else hub.command,
     }
 
@@ -143,8 +135,8 @@ def facts() -> Facts:
     }
     if not found["packages"]["missing"]:
         found["data"] = published()
-        for path in sorted((PACKAGE / "profiles").glob("*.yaml")):
-            found["profiles"][path.stem] = state(load_profile(path.stem), found)
+        for path in sorted((config.PACKAGE / "profiles").glob("*.yaml")):
+            found["profiles"][path.stem] = state(config.load_profile(path.stem), found)
     command, why = next_command(found)
     return {**found, "next": {"command": command, "why": why}}
 
@@ -162,19 +154,18 @@ def next_command(found: Facts) -> tuple[str, str]:
     if not able:
         return "make demo", "the mini run is done, and no profile of the 7B model can run here"
     name, big = able[0], profiles[able[0]]
-    can = f"profile {name} can run; "
-    if data["files"] < data["of"]:
-        return "python -m lavic_utils data fetch", can + "the published files are missing"
-    if not data["set"]:
-        return 'export LAVIC_DATA="$PWD/data/reddit-amazon"', can + "LAVIC_DATA is not set"
-    if not data["images"]:
-        return "python -m lavic_utils data crawl", can + "the product images are missing"
-    if big["model"]:
-        return big["model"], can + "its model is missing"
-    if not big["kept"]:
-        command = f"python -m lavic_utils run LaViC --domain beauty --profile {name}"
-        return command, can + "data and model are there"
-    return f"{TABLE} --profile {name}", can + "it is trained"
+    run = f"python -m lavic_utils run LaViC --domain beauty --profile {name}"
+    set_data = 'export LAVIC_DATA="$PWD/data/reddit-amazon"'
+    steps = [  # (whether it is due, command, why)
+        (data["files"] < data["of"], "python -m lavic_utils data fetch", "files are missing"),
+        (not data["set"], set_data, "LAVIC_DATA does not name the published data yet"),
+        (not data["images"], "python -m lavic_utils data crawl", "product images are missing"),
+        (big["model"], big["model"], "its model is missing"),
+        (not big["kept"], run, "data and model are there"),
+        (True, f"{TABLE} --profile {name}", "it is trained"),
+    ]
+    command, why = next(step[1:] for step in steps if step[0])
+    return command, f"profile {name} can run; {why}"
 
 
 def show(found: Facts, as_json: bool = False) -> None:
@@ -184,21 +175,22 @@ def show(found: Facts, as_json: bool = False) -> None:
         return
     pack, data, gib = found["packages"], found["data"], found["memory"]
     print(f"Python {found['python']}, {found['cores']} cores")
-    print(f"packages: {', '.join(pack['missing']) or 'none'} missing;", end=" ")
+    print(f"packages: {', '.join(pack['missing']) or 'none'} missing,", end=" ")
     print(f"{len(pack['different'])} of {pack['locked']} differ from requirements.lock")
     for name, (here, pin) in list(pack["different"].items())[:5]:
         print(f"  {name} {here} (lock: {pin})")
     print(f"memory: {gib['usable']:g} of {gib['total']:g} GiB can be used")
-    print(f"disk: {found['disk_free_gb']:g} GB free; an installation takes {found['installed_gb']}")
-    print("  GB with torch's build for CPUs, gigabytes more with the one for GPUs")
+    print(
+        f"disk: {found['disk_free_gb']:g} GB free; an installation takes {INSTALLED_GB} GB", end=" "
+    )
+    print("with torch's build for CPUs, gigabytes more with the one for GPUs")
     for card in found["gpus"]:
         print("GPU: {name}, {gib:g} GiB, compute capability {compute:g}: {half}".format(**card))
     if not found["gpus"]:
         print("GPU: no NVIDIA GPU")
     if data:
-        named = "LAVIC_DATA" if data["set"] else "LAVIC_DATA is not set"
-        print(f"published data ({named}): {data['files']} of {data['of']} files,", end=" ")
-        print(f"{data['images']:,} images, {'a' if data['catalogue'] else 'no'} catalogue")
+        unset = "" if data["set"] else " (LAVIC_DATA is not set)"
+        print("published data{}: {files} of {of} files, {images:,} images".format(unset, **data))
         print(f"replications (LAVIC_REPLICATIONS): {data['replications']} files")
     for name, one in found["profiles"].items():
         can = f"cannot run: {one['obstacle']}" if one["obstacle"] else "can run"

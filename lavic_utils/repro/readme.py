@@ -89,7 +89,7 @@ def rooms() -> str:
         about = first_sentence(ROOT / "lavic_utils" / name / "__init__.py")
         names = ", ".join(f"`{path.stem}`" for path in modules if path.stem != "__main__")
         rows.append((f"`{name}/`" if name else "the core", about, names))
-    return markdown(["where", "what", "modules, in the order to read them"], rows)
+    return markdown(["where", "what", "modules"], rows)
 
 
 def modules() -> str:
