@@ -1,4 +1,4 @@
-"""The command line, `lavic COMMAND` or `python -m lavic_utils COMMAND`: each command's options.
+"""The command line, `lavic` or `python -m lavic_utils`: what each command takes and starts.
 
 Bad input ends in one line on stderr and exit code 2. Rooms are imported by the command that asks.
 """
@@ -19,12 +19,8 @@ except ModuleNotFoundError:  # the one place where nothing can be said with a Us
 
 from lavic_utils.config import ROOT, UserError, load_profile, use_data
 
-app = Typer(
-    help="LaViC companion: the paper's two stages, tables and figures, from the command line.",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    no_args_is_help=True,
-)
+plain = {"add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
+app = Typer(help="LaViC companion: the paper's stages, tables and figures.", **plain)
 notebooks = Typer(help="The committed notebooks: execute in place, check.", no_args_is_help=True)
 data = Typer(help="The published data: fetch, crawl, verify, stats.", no_args_is_help=True)
 bench = Typer(help="Speed on this machine beside the direct way, as JSON.")
@@ -41,8 +37,7 @@ Check = Annotated[bool, Option("--check", help="Write nothing; exit 1 where one 
 
 
 def _report(problems: list[str]) -> None:
-    for problem in problems:
-        print(problem, file=sys.stderr)
+    print("".join(f"{problem}\n" for problem in problems), file=sys.stderr, end="")
     raise Exit(1 if problems else 0)
 
 
