@@ -17,7 +17,7 @@ export PYTHONHASHSEED := 0
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
 
-# Quick checks first; then the mini run from an empty cache; then the committed notebooks against that cache.
+# Quick checks; then the mini run from an empty cache; then the committed notebooks against it.
 test: quick
 	rm -rf $(FRESH)
 	LAVIC_RESULTS=$(FRESH)/results LAVIC_WORLD=$(FRESH)/data $(PY) -m lavic_utils reproduce --profile mini
@@ -26,13 +26,15 @@ test: quick
 
 quick: $(STAMP)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo
 	$(PY) -m lavic_utils environment --check
 	$(PY) -m lavic_utils readme --check
 	$(PY) -m lavic_utils notebooks check
 	$(PY) -m pytest -q tests --ignore tests/browser
 
-# The site of docs/site/_toc.yml in docs/_build/html. Its tools need another markdown-it-py than JupyterLab does: an
-# environment of their own, without torch.
+# The site of docs/site/_toc.yml in docs/_build/html. Its tools need another markdown-it-py than
+# JupyterLab does: an environment of their own, without torch.
 book: $(BOOK)/.installed
 	$(BOOK)/bin/python docs/build.py $(BOOKFLAGS)
 
@@ -74,7 +76,7 @@ readme: $(STAMP)
 	$(PY) -m lavic_utils readme
 
 lock: $(STAMP)
-	$(PY) -m lavic_utils environment --lock
+	$(PY) -m lavic_utils environment
 
 lab: $(STAMP)
 	$(PY) -m jupyter lab notebooks

@@ -1,7 +1,9 @@
-"""`make book`: stage the repository's pages into one folder and let Jupyter Book make a static site of them; nothing runs.
+"""`make book`: stage the repository's pages into one folder and let Jupyter Book make a static site
+of them; nothing runs.
 
-The staged files keep their places, so that a link between README, notebooks and docs holds on GitHub and in the site alike.
-What Sphinx cannot know is rewritten here: links to files outside the site, pictures in notebooks without alternative text."""
+The staged files keep their places, so that a link between README, notebooks and docs holds on
+GitHub and in the site alike. What Sphinx cannot know is rewritten here: links to files outside the
+site, pictures in notebooks without alternative text."""
 
 from __future__ import annotations
 
@@ -46,8 +48,8 @@ class Problems(list[str]):
 def site_target(
     target: str, page: str, root: Path, pages_of_site: set[str], problems: Problems
 ) -> str | None:
-    """What a link of `page` (path from the root) becomes: a target, or None where it leads out of the site and only its
-    text stays. A target that is not in the repository is a problem."""
+    """What a link of `page` (path from the root) becomes: a target, or None where it leads out of
+    the site and only its text stays. A target that is not in the repository is a problem."""
     if re.match(r"[a-z]+:", target):
         return target
     path, _, anchor = target.partition("#")
@@ -61,10 +63,9 @@ def site_target(
     if not (root / place).exists() and place not in pages_of_site:
         problems.append(f"{page}: link to {target}, which does not exist")
         return None
-    module = re.fullmatch(r"lavic_utils/(\w+)\.py", place)
-    place = (
-        f"docs/api/lavic_utils/lavic_utils.{module[1]}.md" if module else MOVED.get(place, place)
-    )
+    place = MOVED.get(place, place)
+    if module := re.fullmatch(r"lavic_utils/([\w/]+)\.py", place):
+        place = f"docs/api/lavic_utils/lavic_utils.{module[1].replace('/', '.')}.md"
     if place not in pages_of_site and not place.endswith(".png"):
         return None
     return relpath(place, PurePosixPath(MOVED.get(page, page)).parent) + (
@@ -73,7 +74,8 @@ def site_target(
 
 
 def rewrite(text: str, page: str, root: Path, pages_of_site: set[str], problems: Problems) -> str:
-    """Markdown with its links as `site_target` says; code stays as it is. A picture without alternative text is a problem."""
+    """Markdown with its links as `site_target` says; code stays as it is. A picture without
+    alternative text is a problem."""
 
     def one(found: re.Match[str]) -> str:
         image, words, target = found.groups()
@@ -90,8 +92,9 @@ def rewrite(text: str, page: str, root: Path, pages_of_site: set[str], problems:
 def stage_output(
     output: dict[str, Any], where: str, keep: Callable[[str], str], problems: Problems
 ) -> dict[str, Any] | None:
-    """A notebook output for the site: a picture becomes Markdown with its alternative text (the output's own text, as
-    `figures.Kept` gives it); a live widget, which nothing would drive here, is left out."""
+    """A notebook output for the site: a picture becomes Markdown with its alternative text (the
+    output's own text, as `figures.Kept` gives it); a live widget, which nothing would drive here,
+    is left out."""
     data = output.get("data", {})
     if any("widget" in kind for kind in data):
         return None
@@ -112,7 +115,8 @@ def stage_output(
 def stage_notebook(
     path: Path, page: str, out: Path, root: Path, pages_of_site: set[str], problems: Problems
 ) -> None:
-    """Write the notebook for the site: links rewritten, pictures beside it, a target above each code cell."""
+    """Write the notebook for the site: links rewritten, pictures beside it, a target above each
+    code cell."""
     book = json.loads(path.read_text(encoding="utf-8"))
     book["metadata"].pop("widgets", None)
     cells = []
@@ -153,7 +157,8 @@ def stage_notebook(
 
 
 def table_of_contents(root: Path, problems: Problems) -> tuple[dict[str, Any], set[str]]:
-    """site/_toc.yml with the modules' API pages added and missing pages taken out (each a problem); the site's pages."""
+    """site/_toc.yml with the modules' API pages added and missing pages taken out (each a problem);
+    the site's pages."""
     toc = yaml.safe_load((SITE / "_toc.yml").read_text(encoding="utf-8"))
     made = {"docs/gallery", "docs/claims", "docs/api"}
     found = {"index.md"}
@@ -169,13 +174,11 @@ def table_of_contents(root: Path, problems: Problems) -> tuple[dict[str, Any], s
                 continue
             found.add(f"{name}.md" if name in made else str(file))
             if name == "docs/api":
-                modules = {
-                    m: f"docs/api/lavic_utils/lavic_utils.{m}"
-                    for group in pages.modules(root).values()
-                    for m in group
-                }
-                chapter["sections"] = [{"file": file, "title": m} for m, file in modules.items()]
-                found |= {f"{file}.md" for file in modules.values()}
+                sections = {}
+                for module in pages.modules(root):
+                    sections[module] = f"docs/api/lavic_utils/lavic_utils.{module}"
+                chapter["sections"] = [{"file": f, "title": m} for m, f in sections.items()]
+                found |= {f"{file}.md" for file in sections.values()}
             chapters.append(chapter)
         part["chapters"] = chapters
     toc["parts"] = [part for part in toc["parts"] if part["chapters"]]
@@ -206,7 +209,13 @@ def stage(root: Path, out: Path) -> Problems:
         "docs/claims.md": lambda: pages.claims(
             json.loads((root / "results" / "claims.json").read_text(encoding="utf-8"))
         ),
-        "docs/api.md": lambda: pages.api(root),
+        "docs/api.md": lambda: rewrite(
+            pages.api(root).replace("](lavic_utils/", "](../lavic_utils/"),
+            "docs/api.md",
+            root,
+            site,
+            problems,
+        ),
     }
     for page in sorted(site):
         target = out / page

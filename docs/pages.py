@@ -1,4 +1,4 @@
-"""The site's generated pages: figure gallery, claims ledger, and the list of modules. Text in, text out; nothing is computed."""
+"""The site's generated pages: figure gallery, claims ledger, list of modules. Text in, text out."""
 
 from __future__ import annotations
 
@@ -12,91 +12,24 @@ from typing import Any
 
 from PIL import Image
 
-# The modules in the order data flows through them; what is not named here comes last.
-FLOW = {
-    "The world and the data": (
-        "config",
-        "rows",
-        "data",
-        "acquire",
-        "crawl",
-        "inspection",
-        "wording",
-        "draw",
-        "world",
-    ),
-    "Retrieval: the candidates": ("encoders", "retrieval"),
-    "Seeing: images to vectors": ("vision", "store", "minimodel"),
-    "Learning: stage 1 and stage 2": ("prompts", "training", "distillation", "recommendation"),
-    "Answering: the methods": (
-        "inputs",
-        "runs",
-        "methods",
-        "hub",
-        "openmodels",
-        "endpoint",
-        "proprietary",
-    ),
-    "Judging: scores, tables, figures": (
-        "evaluation",
-        "ranking",
-        "answers",
-        "report",
-        "lessons",
-        "style",
-        "figures",
-    ),
-    "The audit of the paper": ("audit", "claims"),
-    "Trying it": ("panel", "cards", "demo", "uploads", "widget"),
-    "Running and checking": (
-        "doctor",
-        "machine",
-        "colab",
-        "plan",
-        "memory",
-        "provenance",
-        "progress",
-        "reproduce",
-        "notebooks",
-        "readme",
-        "packaging",
-        "commands",
-    ),
-    "Measuring speed": ("direct", "bench", "bench_model", "bench_gpu", "growth"),
-    "Making the mini model": ("pretraining", "pretraining_images", "pretraining_main"),
-}
-
-
-def modules(root: Path) -> dict[str, list[str]]:
-    """The package's modules by the group of FLOW they belong to, in its order; private ones are left out."""
-    present = {p.stem for p in (root / "lavic_utils").glob("*.py") if not p.stem.startswith("_")}
-    groups = {group: [m for m in names if m in present] for group, names in FLOW.items()}
-    rest = sorted(present - {m for names in groups.values() for m in names})
-    return {g: names for g, names in (groups | {"Further modules": rest}).items() if names}
-
 
 def api(root: Path) -> str:
-    """The page that leads to each module's own: its name and the first sentence of its docstring."""
-    parts = [
-        "# API by module",
-        "",
-        "From the docstrings, in the order data flows. The code is short: each module is one stage, "
-        "and a notebook shows each stage at work.",
-        "",
-    ]
-    for group, names in modules(root).items():
-        parts += [f"## {group}", ""]
-        for name in names:
-            text = (
-                ast.get_docstring(
-                    ast.parse((root / "lavic_utils" / f"{name}.py").read_text(encoding="utf-8"))
-                )
-                or ""
-            )
-            first = " ".join(text.split("\n\n")[0].split())
-            parts.append(f"- [`{name}`](api/lavic_utils/lavic_utils.{name}.md): {first}")
-        parts.append("")
-    return "\n".join(parts)
+    """The page that leads to each module's own: CONTRIBUTING's map, as `readme` wrote it.
+
+    Its links are as in CONTRIBUTING.md, to files of the package.
+    """
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = text.partition("<!-- modules: begin -->\n")[2].partition("<!-- modules: end -->")[0]
+    return (
+        f"# API by module\n\nFrom the docstrings. A notebook shows each stage at work.\n\n{block}"
+    )
+
+
+def modules(root: Path) -> list[str]:
+    """The package's modules as that page names them, e.g. `vision` and `mini.world`, in its
+    order."""
+    found = re.findall(r"\]\(lavic_utils/([\w/]+)\.py\)", api(root))
+    return [name.replace("/", ".") for name in found if name != "__main__"]
 
 
 def cell_target(number: int) -> str:
@@ -117,10 +50,12 @@ def kept(source: str) -> set[str]:
 
 
 def maker(name: str, notebooks: Mapping[str, Mapping[str, Any]]) -> tuple[str, int, str] | None:
-    """Which cell keeps the figure figures/<name>.png: (notebook, cell index, the section heading above it), or None.
+    """Which cell keeps the figure figures/<name>.png: (notebook, cell index, the section heading
+    above it), or None.
 
-    The cell names it in quotes, in full or without its folder; where a cell composes names (`f"{name}_dialogue"`), the
-    longest quoted word that the name starts with counts. A cell that hands the word to a `keep` goes before others."""
+    The cell names it in quotes, in full or without its folder; where a cell composes names
+    (`f"{name}_dialogue"`), the longest quoted word that the name starts with counts. A cell that
+    hands the word to a `keep` goes before others."""
     best: tuple[tuple[int, bool], tuple[str, int, str]] | None = None
     for notebook, book in notebooks.items():
         section = ""
@@ -148,10 +83,11 @@ def _entry(name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
     """One figure of the gallery: heading, picture, caption and where it comes from."""
     seeds = known.get("seeds") or [known.get("seed")]
     versions = ", ".join(f"{k} {v}" for k, v in known.get("versions", {}).items() if v)
+    seed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     rows = {
         "Tier": f'<span class="tier">{escape(str(known.get("tier", "unknown")))}</span>',
         "Cell": origin,
-        "Data": f"profile {known.get('profile')}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, "
+        "Data": f"profile {known.get('profile')}, {seed}, "
         f"data <code>{known.get('data_hash')}</code>",
         "Code": f"<code>{known.get('code_hash')}</code>; {escape(versions)}",
         "Made": str(known.get("time", ""))[:10],
@@ -159,13 +95,15 @@ def _entry(name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
     facts = "".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in rows.items())
     title = re.sub(r"^(figures|results/bench)/|\.png$", "", name).replace("_", " ")
     return (
-        f'### {title}\n\n<figure class="kept"><a href="../{name}"><img src="../{name}" alt="{escape(alt, quote=True)}" '
-        f'loading="lazy"></a><figcaption>{escape(alt)}<dl>{facts}</dl></figcaption></figure>\n'
+        f'### {title}\n\n<figure class="kept"><a href="../{name}"><img src="../{name}" '
+        f'alt="{escape(alt, quote=True)}" loading="lazy"></a>'
+        f"<figcaption>{escape(alt)}<dl>{facts}</dl></figcaption></figure>\n"
     )
 
 
 def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str:
-    """Every figure with its tier, the cell that makes it, the data and code it came from, and its alternative text."""
+    """Every figure with its tier, the cell that makes it, the data and code it came from, and its
+    alternative text."""
     books = {
         p.stem: json.loads(p.read_text(encoding="utf-8"))
         for p in sorted((root / "notebooks").glob("*.ipynb"))
@@ -184,7 +122,8 @@ def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str
                 continue
             notebook, number, section = found
             below = f", below “{escape(section.replace('`', ''))}”" if section else ""
-            origin = f'<a href="../notebooks/{notebook}.html#{cell_target(number)}">notebook {notebook[:2]}{below}</a>'
+            place = f"../notebooks/{notebook}.html#{cell_target(number)}"
+            origin = f'<a href="{place}">notebook {notebook[:2]}{below}</a>'
         if not alt:
             problems.append(
                 f"{name}: no alternative text stored ({notebook or 'make bench'}: alt=...)"
@@ -193,8 +132,8 @@ def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str
     parts = [
         "# Figure gallery",
         "",
-        "Each figure with the evidence tier that its numbers have, the notebook cell that draws it, "
-        "and the data and code it came from, as stored in the file itself. A click opens the file.",
+        "Each figure with the evidence tier that its numbers have, the notebook cell that draws "
+        "it, and the data and code it came from, as stored in the file itself. A click opens it.",
         "",
     ]
     for key, made in groups.items():
@@ -208,8 +147,8 @@ def table(
     rows: Iterable[Sequence[str | tuple[str, str]]],
     filters: Sequence[str] = (),
 ) -> str:
-    """An HTML table that book.js makes sortable and, by the columns in `filters`, filterable. A cell is HTML, or (HTML, the
-    key it sorts by)."""
+    """An HTML table that book.js makes sortable and, by the columns in `filters`, filterable. A
+    cell is HTML, or (HTML, the key it sorts by)."""
 
     def cell(value: str | tuple[str, str]) -> str:
         shown, key = value if isinstance(value, tuple) else (value, None)
@@ -224,7 +163,8 @@ def table(
     )
     body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     return (
-        f'<div class="ledger" role="region" aria-label="{escape(label, quote=True)}" tabindex="0"><table class="sortable">'
+        f'<div class="ledger" role="region" aria-label="{escape(label, quote=True)}" tabindex="0">'
+        '<table class="sortable">'
         f"<caption>{escape(label)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n"
     )
 
@@ -239,7 +179,8 @@ def _claim(row: Mapping[str, Any]) -> list[str | tuple[str, str]]:
         f"{k}/{escape(name)}" for name, k in (row["counts"] or {}).items()
     ) or escape(row["reading"] or "–")
     ours = "<br>".join(
-        f'<span class="tier">{escape(o["tier"])}</span> {o["value"]:.4f} [{o["low"]:.3f}, {o["high"]:.3f}], '
+        f'<span class="tier">{escape(o["tier"])}</span> {o["value"]:.4f} '
+        f"[{o['low']:.3f}, {o['high']:.3f}], "
         f"n {o['n']}"
         for o in row["ours"]
     )
@@ -274,7 +215,8 @@ def _difference(row: Mapping[str, Any]) -> list[str | tuple[str, str]]:
 def claims(found: Mapping[str, Any]) -> str:
     """The claims ledger: results/claims.json as sortable, filterable tables."""
     sizes = "\n".join(
-        f"- {d}: {s['conversations']} conversations, {s['pairs']} ground-truth items, {s['distinct']} distinct"
+        f"- {d}: {s['conversations']} conversations, {s['pairs']} ground-truth items, "
+        f"{s['distinct']} distinct"
         for d, s in found["splits"].items()
     )
     cells = table(
@@ -310,8 +252,9 @@ def claims(found: Mapping[str, Any]) -> str:
     )
     return f"""# Claims ledger
 
-Every figure of the paper's tables, and what stands for or against it. A click on a column's name sorts by it; the fields above
-a table filter it. How each column is computed: [notebook 07](../notebooks/07_audit.ipynb).
+Every figure of the paper's tables, and what stands for or against it. A click on a column's name
+sorts by it; the fields above a table filter it. How each column is computed:
+[notebook 07](../notebooks/07_audit.ipynb).
 
 ## How to read it
 
@@ -320,13 +263,14 @@ Test splits:
 {sizes}
 
 - **published**: printed in the paper; nothing here measured it.
-- **95 % by test size**: the interval that a test of this many conversations allows around the published figure.
-- **counts that print it**: the numbers of hits that, divided by conversations, by ground-truth items with repeats (pairs) or
-  by distinct ones, round to the published figure. *Row mean*: no count prints it, a mean over conversations can. *None*:
-  that cannot either.
+- **95 % by test size**: the interval that a test of this many conversations allows around the
+  published figure.
+- **counts that print it**: the numbers of hits that, divided by conversations, by ground-truth
+  items with repeats (pairs) or by distinct ones, round to the published figure. *Row mean*: no
+  count prints it, a mean over conversations can. *None*: that cannot either.
 - **ceiling**: HR@1 over items of somebody who always names the best candidate of the list.
-- **ours**: what this project scored, with its evidence tier. Replication answers and mini runs measure other settings than
-  the paper's.
+- **ours**: what this project scored, with its evidence tier. Replication answers and mini runs
+  measure other settings than the paper's.
 
 ## The cells
 

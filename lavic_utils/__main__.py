@@ -1,215 +1,177 @@
-"""Command line: `python -m lavic_utils COMMAND`. Bad input: one line on stderr, exit code 2."""
+"""The command line, `lavic` or `python -m lavic_utils`: what each command takes and starts.
+
+Bad input ends in one line on stderr and exit code 2. Rooms are imported by the command that asks.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 try:
-    import typer
+    from typer import Abort, Argument, Context, Exit, Option, Typer
 except ModuleNotFoundError:  # the one place where nothing can be said with a UserError
-    print(
-        "error: packages are missing here; run make install, or python -m pip install -r requirements.lock",
-        file=sys.stderr,
-    )
+    print("error: packages are missing here; run make install, or", file=sys.stderr, end=" ")
+    print("python -m pip install -r requirements.lock", file=sys.stderr)
     sys.exit(2)
 
-from lavic_utils.commands import DataOption, bench, data, demo
+from lavic_utils.config import ROOT, UserError, load_profile, use_data
 
-app = typer.Typer(
-    help="LaViC companion: the paper's two stages, tables and figures, from the command line.",
-    pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True,
-)  # fmt: skip
-notebooks = typer.Typer(
-    help="The committed notebooks: execute in place, or check.", no_args_is_help=True
-)
+plain = {"add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
+app = Typer(help="LaViC companion: the paper's stages, tables and figures.", **plain)
+notebooks = Typer(help="The committed notebooks: execute in place, check.", no_args_is_help=True)
+data = Typer(help="The published data: fetch, crawl, verify, stats.", no_args_is_help=True)
+bench = Typer(help="Speed on this machine beside the direct way, as JSON.")
 app.add_typer(notebooks, name="notebooks")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
-app.command()(demo)
-ProfileOption = Annotated[
-    str, typer.Option("--profile", help="Name of a profile, or a path to a YAML file.")
-]
-FolderOption = Annotated[
-    Path | None, typer.Option("--notebooks", help="Folder of the notebooks.", hidden=True)
-]
-RealOption = Annotated[
-    Path | None, typer.Option("--data", help="Folder of the published data. Default: LAVIC_DATA.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of a table.")]
-CheckOption = Annotated[
-    bool, typer.Option("--check", help="Write nothing; exit 1 where a file is not up to date.")
-]
+
+Profile = Annotated[str, Option("--profile", help="A profile's name, or a path to a YAML file.")]
+Seed = Annotated[int | None, Option("--seed", help="Default: the profile's.")]
+Data = Annotated[Path | None, Option("--data", help="Its folder. Default: LAVIC_DATA.")]
+Books = Annotated[Path, Option("--notebooks", help="Their folder.", hidden=True)]
+Json = Annotated[bool, Option("--json", help="JSON on stdout instead of a table.")]
+Check = Annotated[bool, Option("--check", help="Write nothing; exit 1 where one is stale.")]
 
 
 def _report(problems: list[str]) -> None:
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    raise typer.Exit(1 if problems else 0)
+    print("".join(f"{problem}\n" for problem in problems), file=sys.stderr, end="")
+    raise Exit(1 if problems else 0)
+
+
+def _print_rows(rows: list[dict], columns: list[str], note: str, as_json: bool) -> None:
+    """Rows as JSON, or a table of some columns; then each note once, with the methods it is of."""
+    import pandas as pd
+
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    frame = pd.DataFrame(rows)
+    print(frame[columns].fillna("").to_string(index=False))
+    for text, group in frame.groupby(note, sort=False):
+        if text:
+            print(f"{', '.join(group.iloc[:, 0].unique())}: {text}")
 
 
 @app.command()
 def reproduce(
-    profile: ProfileOption = "mini",
-    seeds: Annotated[int, typer.Option(help="Number of seeds: the profile's, +1, ...")] = 1,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Run this notebook alone, e.g. 03. Repeatable.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Run notebooks that are up to date too.")
-    ] = False,
-    real: RealOption = None,
-    extended: Annotated[
-        bool, typer.Option("--extended", help="Also train what goes beyond the paper (minutes).")
-    ] = False,
-    folder: FolderOption = None,
+    profile: Profile = "mini",
+    seeds: Annotated[int, Option(help="Number of seeds: the profile's, +1, ...")] = 1,
+    only: Annotated[list[str] | None, Option(help="This notebook alone, e.g. 03.")] = None,
+    force: Annotated[bool, Option("--force", help="Also what is up to date.")] = False,
+    real: Data = None,
+    extended: Annotated[bool, Option("--extended", help="Also what goes beyond it.")] = False,
+    folder: Books = ROOT / "notebooks",
 ) -> None:
     """Execute the notebooks in order; what has not changed is not run again."""
-    from lavic_utils.config import use_data
     from lavic_utils.repro.driver import reproduce as run
-    from lavic_utils.repro.notebooks import NOTEBOOKS
 
     use_data(real)
-    raise typer.Exit(run(profile, seeds, only or [], force, folder or NOTEBOOKS, extended))
+    raise Exit(run(profile, seeds, only or [], force, folder, extended))
 
 
 @app.command()
-def methods(profile: ProfileOption = "mini", as_json: JsonOption = False) -> None:
+def methods(profile: Profile = "mini", as_json: Json = False) -> None:
     """List the 19 methods of the paper's tables: what each needs, and whether it can run here."""
-    import json
-
     from lavic_utils.experiment import Experiment
     from lavic_utils.methods import listing
 
-    rows = listing(Experiment(profile))
-    columns = ("name", "family", "inputs", "runnable", "needs")
-    print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, columns, "reason")
+    columns = ["name", "family", "inputs", "runnable", "needs"]
+    _print_rows(listing(Experiment(profile)), columns, "reason", as_json)
 
 
 @app.command()
 def run(
-    method: Annotated[
-        str,
-        typer.Argument(help="A name of `methods`, in any case, or its slug (lavic_w_o_images)."),
-    ],
-    domain: Annotated[str, typer.Option(help="beauty, fashion or home.")],
-    profile: ProfileOption = "mini",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many dialogues.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="test or valid.")] = "test",
-    seed: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
-    order: Annotated[
-        int, typer.Option(min=0, help="0: candidates as in the file; 1, 2, ...: seeded shuffles.")
-    ] = 0,
-    lists: Annotated[
-        str | None, typer.Option(help="Candidates: the first ten of this retrieval method.")
-    ] = None,
-    data_folder: DataOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Default: results/<profile>/answers/<method>_<domain>.jsonl."),
-    ] = None,
-    base_url: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible service, for the proprietary rows.")
-    ] = None,
-    served: Annotated[str | None, typer.Option(help="The model's name at that service.")] = None,
-    max_usd: Annotated[
-        float, typer.Option(min=0, help="Never spend more than this on one run.")
-    ] = 1.0,
+    method: Annotated[str, Argument(help="A name of `methods`, or its slug: lavic_w_o_images.")],
+    domain: Annotated[str, Option(help="beauty, fashion or home.")],
+    profile: Profile = "mini",
+    limit: Annotated[int | None, Option(min=1, help="Only the first so many dialogues.")] = None,
+    split: Annotated[str, Option(help="test or valid.")] = "test",
+    seed: Seed = None,
+    order: Annotated[int, Option(min=0, help="1, 2, ...: candidates shuffled, seeded.")] = 0,
+    lists: Annotated[str | None, Option(help="Candidates: first ten of this retrieval.")] = None,
+    data_folder: Data = None,
+    out: Annotated[Path | None, Option(help="Default: results/<profile>/answers/...")] = None,
+    force: Annotated[bool, Option("--force", help="Make its kept stages again, too.")] = False,
+    base_url: Annotated[str | None, Option(help="An OpenAI-compatible service.")] = None,
+    served: Annotated[str | None, Option(help="The model's name at that service.")] = None,
+    max_usd: Annotated[float, Option(min=0, help="Never spend more on this run.")] = 1.0,
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
     from lavic_utils.experiment import Experiment
     from lavic_utils.methods import find
     from lavic_utils.remote.chat_api import Settings
-    from lavic_utils.report import run_method
+    from lavic_utils.report import metrics_path, record, run_method
 
-    asked = Experiment(
-        profile,
-        seed,
-        data_folder,
-        Settings(base_url=base_url, served=served, max_usd=max_usd),
-        lists,
-    )
+    settings = Settings(base_url=base_url, served=served, max_usd=max_usd)
+    chosen = find(method)
+    _refuse(profile, chosen.family)
+    asked = Experiment(profile, seed, data_folder, settings, lists, force).prepare()
     said = run_method(asked, method, domain, split, order, limit, out)
-    if (
-        said and split == "test" and not (limit or order or data_folder or lists)
-    ):  # what the paper's tables ask
-        from lavic_utils.report import metrics_path, record
-
-        record(asked, [find(method).name], [domain])
+    in_tables = split == "test" and not (limit or order or data_folder or lists)
+    if said and in_tables:
+        record(asked, [chosen.name], [domain])
         said += f"\nits row stands in {metrics_path(asked)}"
     if said:  # of several processes one writes
         print(said)
 
 
+def _refuse(profile: str, family: str) -> None:
+    """UserError before anything is loaded where a stage of such a method does not fit the card."""
+    from lavic_utils.bench.plan import refuse_here
+
+    training = ("teacher", "distillation", "recommendation")
+    stages = {"retrieval": (), "proprietary": (), "generative": ("inference",)}
+    for stage in stages.get(family, training):
+        refuse_here(load_profile(profile), stage)
+
+
 @app.command()
 def table(
-    name: Annotated[str, typer.Argument(help="open_source, proprietary or ablation.")],
-    profile: ProfileOption = "mini",
-    as_json: JsonOption = False,
+    name: Annotated[str, Argument(help="open_source, proprietary or ablation.")],
+    profile: Profile = "mini",
+    as_json: Json = False,
 ) -> None:
-    """Print one of the paper's tables beside ours: intervals, evidence tier, and why a cell is empty."""
-    import json
-
+    """Print one of the paper's tables beside ours, and why a cell is empty."""
     from lavic_utils.experiment import Experiment
     from lavic_utils.report import table_rows
 
     rows = table_rows(Experiment(profile), name)
-    print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, tuple(rows[0])[:-1], "note")
-
-
-def _print_rows(rows: list[dict], columns: tuple[str, ...], note: str) -> None:
-    """A table of some columns, then each different `note` once, with the methods it is of."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console, shown = Console(width=None if sys.stdout.isatty() else 160), Table(*columns)
-    notes: dict[str, list[str]] = {}
-    for row in rows:
-        shown.add_row(*("" if row[c] is None else str(row[c]) for c in columns))
-        if row[note]:
-            notes.setdefault(row[note], []).append(str(row[columns[0]]))
-    console.print(shown, markup=False)
-    for text, names in notes.items():
-        print(f"{', '.join(dict.fromkeys(names))}: {text}")
+    _print_rows(rows, list(rows[0])[:-1], "note", as_json)
 
 
 @notebooks.command("execute")
 def notebooks_execute(
-    numbers: Annotated[list[str] | None, typer.Argument(help="e.g. 02 03; all by default.")] = None,
-    real: RealOption = None,
-    folder: FolderOption = None,
+    numbers: Annotated[list[str] | None, Argument(help="e.g. 02 03; all by default.")] = None,
+    real: Data = None,
+    folder: Books = ROOT / "notebooks",
 ) -> None:
     """Execute notebooks in place and stamp them."""
-    from lavic_utils.config import use_data
-    from lavic_utils.repro.notebooks import NOTEBOOKS, execute
+    from lavic_utils.repro.notebooks import execute
 
     use_data(real)
-    raise typer.Exit(execute(numbers or [], folder or NOTEBOOKS))
+    raise Exit(execute(numbers or [], folder))
 
 
 @notebooks.command("check")
-def notebooks_check(folder: FolderOption = None) -> None:
+def notebooks_check(folder: Books = ROOT / "notebooks") -> None:
     """Check that every committed notebook is executed, in order and up to date."""
-    from lavic_utils.repro.notebooks import NOTEBOOKS, check
+    from lavic_utils.repro.notebooks import check
 
-    _report(check(folder or NOTEBOOKS))
+    _report(check(folder))
 
 
 @app.command()
-def world(profile: ProfileOption = "mini") -> None:
+def world(profile: Profile = "mini") -> None:
     """Make the rendered world of a profile."""
-    from lavic_utils.config import UserError, load_profile
     from lavic_utils.mini.world import make_world
     from lavic_utils.provenance import world_dir
 
     loaded = load_profile(profile)
     if loaded.world is None:
-        raise UserError(
-            f"profile {loaded.name!r} has no world section: it uses real data (LAVIC_DATA)"
-        )
+        raise UserError(f"profile {loaded.name!r} has no world section: it uses LAVIC_DATA")
     print(make_world(world_dir(loaded), loaded.world))
 
 
@@ -222,37 +184,23 @@ def mini_model() -> None:
 
 
 @app.command()
-def readme(check: CheckOption = False) -> None:
-    """Write the generated tables of README.md."""
+def readme(check: Check = False) -> None:
+    """Write the generated blocks of README.md and CONTRIBUTING.md."""
     from lavic_utils.repro.readme import update_readme
 
-    stale = update_readme(check=check)
-    _report(stale if check else [])
+    _report(update_readme(check))
 
 
 @app.command()
 def evaluate(
-    answers: Annotated[
-        Path,
-        typer.Argument(help="JSONL of answered test rows, as the authors' script writes them."),
-    ],
-    against: Annotated[
-        Path | None, typer.Option(help="Answers to compare with, on the rows both hold.")
-    ] = None,
-    candidates: Annotated[
-        str | None, typer.Option(help="Field with the candidates (candidates_<key>).")
-    ] = None,
-    answer: Annotated[
-        str | None, typer.Option(help="Field with the id read (recommended_<key>).")
-    ] = None,
-    reparse: Annotated[
-        bool, typer.Option("--reparse", help="Read the raw answers again; say what that changes.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    answers: Annotated[Path, Argument(help="JSONL of answered rows, as the authors' script's.")],
+    against: Annotated[Path | None, Option(help="Answers to compare with, on shared rows.")] = None,
+    candidates: Annotated[str | None, Option(help="Field: candidates_<key>.")] = None,
+    answer: Annotated[str | None, Option(help="Field: recommended_<key>.")] = None,
+    reparse: Annotated[bool, Option("--reparse", help="Read the raw answers again.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Score answers: HR@1 over items and conversations, VR, ceilings, intervals, a paired test."""
-    import json
-
     from lavic_utils.audit.answer_files import report, show
 
     found = report(answers, against, candidates, answer, reparse)
@@ -261,63 +209,156 @@ def evaluate(
 
 @app.command()
 def plan(
-    profile: ProfileOption = "mini",
-    gpu: Annotated[
-        str | None,
-        typer.Option(help="t4, a100 or h100; default: the card of this machine, else all three."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    profile: Profile = "mini",
+    gpu: Annotated[str | None, Option(help="t4, a100, h100. Default: here, else all.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Memory, tokens, disk and hours a profile needs; exit 2 where it cannot fit the card."""
-    import json
-
     from lavic_utils.bench.plan import plan as make
     from lavic_utils.bench.plan import show
-    from lavic_utils.config import load_profile
 
     found = make(load_profile(profile), gpu)
     print(json.dumps(found, indent=1)) if as_json else show(found)
 
 
 @app.command()
-def doctor(
-    network: Annotated[
-        bool, typer.Option(help="Ask whether the hub's name resolves (2 s at most).")
-    ] = True,
-    as_json: JsonOption = False,
-) -> None:
+def doctor(as_json: Json = False) -> None:
     """Say what this machine can run, what is there, and the one command to run next."""
     from lavic_utils.repro.doctor import facts, show
 
-    show(facts(network), as_json)
+    show(facts(), as_json)
 
 
 @app.command()
-def environment(
-    check: CheckOption = False,
-    lock: Annotated[bool, typer.Option("--lock", help="Also pin what is installed here.")] = False,
-) -> None:
-    """Write environment.yml (and with --lock requirements.lock)."""
-    from lavic_utils.repro.environment import check_environment, write_environment
+def environment(check: Check = False) -> None:
+    """Write requirements.lock from what is installed here."""
+    from lavic_utils.repro import environment as lock
 
-    if check:
-        _report(check_environment())
-    write_environment(lock=lock)
+    _report(lock.check()) if check else lock.write_lock()
+
+
+@data.command("fetch")
+def data_fetch(to: Annotated[Path | None, Option(help="Default: LAVIC_DATA.")] = None) -> None:
+    """Download the authors' files and verify each; goes on where it was broken off."""
+    from lavic_utils.remote.download import data_dir, fetch
+
+    folder = data_dir(to)
+    print(fetch(folder))
+    print(f"next: export LAVIC_DATA='{folder.resolve()}', then python -m lavic_utils data crawl")
+
+
+@data.command("crawl")
+def data_crawl(
+    folder: Data = None,
+    first_only: Annotated[bool, Option("--first-only", help="One image an item.")] = False,
+    concurrency: Annotated[int, Option(min=1, max=256, help="Images at once.")] = 32,
+    retry_failed: Annotated[bool, Option("--retry-failed", help="Ask again for those.")] = False,
+) -> None:
+    """Download the product images; goes on where it was broken off. Exit 1: some not reached."""
+    from lavic_utils.remote.crawl import Settings, crawl, summary
+    from lavic_utils.remote.download import data_dir
+
+    counts = crawl(data_dir(folder), first_only, retry_failed, Settings(concurrency=concurrency))
+    print(summary(counts))
+    raise Exit(1 if counts["unreached"] else 0)
+
+
+@data.command("verify")
+def data_verify(folder: Data = None) -> None:
+    """Say what is there, missing or corrupt and what that touches. Exit 1: something is wrong."""
+    from lavic_utils.remote.download import data_dir, verify
+
+    lines, right = verify(data_dir(folder))
+    print("\n".join(lines))
+    raise Exit(0 if right else 1)
+
+
+@data.command("stats")
+def data_stats(
+    folder: Data = None,
+    lenient: Annotated[bool, Option("--lenient", help="Set bad rows aside, counted.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Table 1 of the paper beside the files here, and counts, lengths and recall of each."""
+    import pandas as pd
+
+    from lavic_utils.audit.inspection import table_1
+    from lavic_utils.evaluation import real_data_summary
+    from lavic_utils.remote.download import data_dir
+    from lavic_utils.rows import set_aside_report
+
+    root, bad = data_dir(folder), [] if lenient else None
+    splits = real_data_summary(root, bad)
+    counts = table_1(root, [] if lenient else None)  # the same rows again: reported once
+    found = {"table_1": json.loads(counts.to_json(orient="records")), "splits": splits}
+    found |= {"set_aside": set_aside_report(bad)} if lenient else {}
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    shown = counts.set_index("domain").T.astype(object).fillna("no catalogue")
+    print(shown.to_string(), end="\n\n")
+    print(pd.DataFrame(splits).to_string(index=False, float_format="{:.4g}".format))
+    if lenient:
+        print(f"\nset aside: {len(bad)} rows")
+        for one in found["set_aside"]["counts"]:
+            print("{rows:6} {file}: {kind}, field {field}".format(**one))
+        for one in bad:
+            print("{file}, line {line}: field {field}: {problem}".format(**one))
+
+
+@bench.callback(invoke_without_command=True)
+def bench_all(
+    context: Context,
+    quick: Annotated[bool, Option("--quick", help="Few and small: does it work?")] = False,
+    only: Annotated[str | None, Option(help="This part alone, printed.")] = None,
+) -> None:
+    """Measure every speed; writes results/bench/MACHINE.json and a figure."""
+    from lavic_utils.bench.speed import bench as measure
+
+    if context.invoked_subcommand is None:
+        found = measure(quick, only)
+        print(found if isinstance(found, Path) else json.dumps(found, indent=1))
+
+
+@bench.command("gpu")
+def bench_gpu(
+    profile: Profile = "paper",
+    tiny: Annotated[bool, Option("--tiny", help="The mini model: does it work?")] = False,
+) -> None:
+    """Seconds and peak memory on this card of a profile's true model with random weights."""
+    from lavic_utils.bench.card import bench_gpu as measure
+
+    print(measure(profile, tiny))
+
+
+@app.command()
+def demo(
+    profile: Profile = "mini",
+    folder: Annotated[Path | None, Option("--data", help="Your catalogue and dialogues.")] = None,
+    seed: Seed = None,
+    host: Annotated[str, Option(help="0.0.0.0: for whoever reaches this machine.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535)] = 7860,
+) -> None:
+    """Serve a page to try the trained models. Trains what is missing, and says so."""
+    from lavic_utils.demo.page import serve
+
+    if folder and not folder.is_dir():
+        raise UserError(f"--data {folder}: no such folder; give one laid out as the published data")
+    _refuse(profile, "proposed")
+    serve(profile, seed, folder, host, port)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    from lavic_utils.config import UserError
-
     try:
-        code = app(args=arguments, prog_name="lavic_utils", standalone_mode=False) or 0
+        code = app(args=arguments, prog_name="lavic", standalone_mode=False) or 0
         if code == 130:  # typer has taken the interrupt
             raise KeyboardInterrupt
         return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, Abort):
         print("stopped; the same command continues from here", file=sys.stderr)
         return 130
     except Exception as error:

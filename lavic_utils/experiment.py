@@ -364,7 +364,6 @@ class Experiment:
         """Attribute accuracy of descriptions from `how` (full or [CLS] tokens); mini world only."""
         from lavic_utils.mini.accuracy import attribute_accuracy
 
-
         titles, pixels = [p.title for p in rows], [self.read_picture(p.path) for p in rows]
         texts = distillation.describe(model, self.processor, self.profile, titles, pixels, how)
         return attribute_accuracy(texts, [self.facts["items"][p.asin] for p in rows])
@@ -413,7 +412,6 @@ class Experiment:
     ) -> dict[str, dict[str, float]]:
         """What can be read off each kind of visual tokens, on items never trained on."""
         from lavic_utils.mini.accuracy import attribute_accuracy
-
 
         base, truths = self.model(), [self.facts["items"][p.asin] for p in valid]
         teacher = attribute_accuracy([p.description for p in valid], truths)

@@ -139,7 +139,9 @@ class Base(Method):
         if self.inputs == BOTH:
             visual, window = run.visual("full", (split,)), vision.context_window(model)
         prompter = run.prompter(visual, window)
-        return recommendation.generate_answers(model, prompter, dialogues, run.profile.candidates, scored)
+        return recommendation.generate_answers(
+            model, prompter, dialogues, run.profile.candidates, scored
+        )
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,9 @@ class Open(Method):
             window = vision.context_window(model)
         tokenizer = getattr(processor, "tokenizer", processor)
         prompter = recommendation.Prompter(tokenizer, profile, run.titles, visual, window)
-        return recommendation.generate_answers(model, prompter, dialogues, profile.candidates, scored)
+        return recommendation.generate_answers(
+            model, prompter, dialogues, profile.candidates, scored
+        )
 
 
 def load_open(profile: Profile, source: str, revision: str | None):
@@ -301,7 +305,9 @@ class Trained(Method):
         visual = self.visual(run, split)
         prompter = run.prompter(control(visual) if control else visual)
         tuned = run.tuned(self.name, domain)
-        return recommendation.generate_answers(tuned, prompter, dialogues, run.profile.candidates, scored)
+        return recommendation.generate_answers(
+            tuned, prompter, dialogues, run.profile.candidates, scored
+        )
 
 
 VICUNA = (  # the form Vicuna v1.5 was trained with

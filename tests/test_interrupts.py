@@ -1,7 +1,8 @@
-"""kill -9 at random moments of both stages and of `run`: what comes out in the end is what an undisturbed run gives, bit by bit.
+"""kill -9 at random moments of both stages and of `run`: what comes out in the end is what an
+undisturbed run gives, bit by bit.
 
-`LAVIC_KILLS=10 python -m pytest tests/test_interrupts.py --timeout 0` kills each ten times instead of twice.
-"""
+`LAVIC_KILLS=10 python -m pytest tests/test_interrupts.py --timeout 0` kills each ten times instead
+of twice."""
 
 from __future__ import annotations
 

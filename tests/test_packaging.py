@@ -1,67 +1,146 @@
-"""Staleness: lock, environment.yml, README and committed notebooks are what the sources make."""
+"""The house: who may import whom, how long it is; and lock, pages and notebooks are current."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
 import pytest
-from packaging.utils import canonicalize_name
 
-from lavic_utils.config import ROOT, UserError
-from lavic_utils.repro import environment as packaging
-from lavic_utils.repro import notebooks
+from lavic_utils.config import PACKAGE, ROOT, UserError
+from lavic_utils.repro import environment, notebooks, readme
 
-TABLE = packaging.project()
-PINS = packaging.read_lock((ROOT / "requirements.lock").read_text(encoding="utf-8"))
+SITTING = (
+    "config data vision store prompts training distillation recommendation evaluation".split()
+)  # the method, read in one sitting
+SITTING_LINES, CORE_LINES, PACKAGE_LINES = 1900, 3500, 8500
+CONTRACT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+    "importlinter"
+]["contracts"][0]
 
 
-def test_lock_and_environment_are_up_to_date():
-    assert packaging.check_environment() == []
+def lines(paths) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
 
 
-def test_each_fault_of_the_lock_is_found():
-    names = {canonicalize_name(r.name) for r in packaging.requirements(TABLE)}
-    assert {"torch", "papermill", "pytest"} <= names <= set(PINS)
-    without = {
-        name: version for name, version in PINS.items() if name not in {"papermill", "nbclient"}
-    }
-    problems = packaging.lock_problems(TABLE, without)
-    assert any("papermill (needed by pyproject.toml)" in p for p in problems)
-    assert any("nbclient (needed by" in p for p in problems)
-    assert (
-        "transformers==4.0.0 is not"
-        in packaging.lock_problems(TABLE, {**PINS, "transformers": "4.0.0"})[0]
+def test_the_code_stays_within_its_budgets():
+    assert lines(PACKAGE / f"{name}.py" for name in SITTING) <= SITTING_LINES
+    assert lines(PACKAGE.glob("*.py")) - lines([PACKAGE / "__main__.py"]) <= CORE_LINES
+    assert lines(PACKAGE.rglob("*.py")) <= PACKAGE_LINES
+
+
+def house(folder: Path, **imports: str) -> subprocess.CompletedProcess:
+    """lint-imports with the project's contract, on a package of empty modules with its names.
+
+    `imports`: module (mini_x for mini/x) -> what it imports beyond what the contract declares.
+    """
+    package = folder / "lavic_utils"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in " ".join(CONTRACT["layers"]).replace("|", "").split():
+        room = (PACKAGE / name).is_dir()
+        (package / name).mkdir() if room else (package / f"{name}.py").touch()
+        if room:
+            (package / name / "__init__.py").touch()
+            (package / name / "x.py").touch()
+    for line in CONTRACT["ignore_imports"]:
+        importer, imported = line.split(" -> ")
+        for name in (importer, imported):
+            (folder / (name.replace(".", "/") + ".py")).touch()
+        with open(folder / (importer.replace(".", "/") + ".py"), "a", encoding="utf-8") as file:
+            file.write(f"import {imported}\n")
+    for name, imported in imports.items():
+        with open(package / f"{name.replace('_', '/')}.py", "a", encoding="utf-8") as file:
+            file.write(f"import lavic_utils.{imported}\n")
+    command = [
+        Path(sys.executable).with_name("lint-imports"),
+        "--no-cache",
+        ROOT / "pyproject.toml",
+    ]
+    environ = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, check=False
     )
+
+
+def test_what_the_contract_allows_is_allowed(tmp_path):
+    done = house(tmp_path, figures="config", mini_x="vision", repro_x="audit.x")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"), [("data", "figures"), ("vision", "mini.x"), ("demo_x", "audit.x")]
+)
+def test_a_forbidden_import_is_found(importer, imported, tmp_path):
+    done = house(tmp_path, **{importer: imported})
+    found = f"lavic_utils.{importer.replace('_', '.')} -> lavic_utils.{imported}"
+    assert done.returncode == 1 and found in done.stdout
+
+
+def test_the_lock_gives_what_pyproject_wants():
+    assert environment.check() == []
+
+
+def test_each_fault_of_the_lock_is_found(tmp_path):
+    for name in ("pyproject.toml", "requirements.lock", "requirements-demo.lock"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    lock = tmp_path / "requirements.lock"
+    pins = environment.read_lock(lock) | {"transformers": "4.0.0"}
+    del pins["papermill"]
+    lock.write_text("".join(f"{name}=={pin}\n" for name, pin in pins.items()), encoding="utf-8")
+    missing, wrong = environment.check(tmp_path)
+    assert "papermill>=2.6" in missing and "lacks it" in missing
+    assert "transformers" in wrong and "pins 4.0.0" in wrong
+    environment.write_lock(tmp_path)
+    assert environment.check(tmp_path) == []
+    text = lock.read_text(encoding="utf-8")
+    assert "lavic" not in text and "+" not in text and "\ngradio==" not in text
 
 
 @pytest.mark.parametrize(
     "line", ["torch>=2", "torch==2.13.0+cpu", "x @ file:///a/x.whl", "-e .", "torch"]
 )
-def test_lock_takes_exact_public_pins_only(line):
-    with pytest.raises(UserError, match="requirements.lock line 2"):
-        packaging.read_lock(f"a==1\n{line}\n")
-
-
-def test_lock_text_drops_local_labels_and_the_project_itself():
-    text = packaging.lock_text(
-        [("torch", "2.13.0+cpu"), ("lavic-companion", "0.1.0"), ("Bm25s", "1"), ("pip", "1")]
-    )
-    assert text == packaging.HEAD + "bm25s==1\ntorch==2.13.0\n"
-
-
-def test_stale_environment_file_is_found(tmp_path):
-    for name in ("pyproject.toml", "requirements.lock"):
-        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
-    assert packaging.check_environment(tmp_path) == [
-        "environment.yml: not up to date; run `python -m lavic_utils environment`"
-    ]
-    packaging.write_environment(tmp_path)
-    assert packaging.check_environment(tmp_path) == []
+def test_lock_takes_exact_public_pins_only(line, tmp_path):
+    (tmp_path / "x.lock").write_text(f"a==1\n{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="x.lock line 2"):
+        environment.read_lock(tmp_path / "x.lock")
 
 
 def test_committed_notebooks_are_executed_and_current():
     assert notebooks.check() == []
 
 
-def test_readme_tables_are_current():
-    from lavic_utils.repro.readme import update_readme
+def test_the_pages_blocks_are_current():
+    assert readme.update_readme(check=True) == []
 
-    assert update_readme(check=True) == []
+
+def test_a_stale_block_is_found_and_written(tmp_path, monkeypatch):
+    page = tmp_path / "PAGE.md"
+    page.write_text("a\n<!-- rooms: begin -->\nold\n<!-- rooms: end -->\nb\n", encoding="utf-8")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "BLOCKS", {"PAGE.md": (rooms,)})
+    assert readme.update_readme(check=True) == [
+        "PAGE.md: its generated blocks are stale; run `make readme`"
+    ]
+    assert "old" in page.read_text(encoding="utf-8") and readme.update_readme() == []
+    assert page.read_text(encoding="utf-8").splitlines()[2] == "new"
+    assert readme.update_readme(check=True) == []
+    page.write_text("no block", encoding="utf-8")
+    with pytest.raises(UserError, match="no lines <!-- rooms: begin -->"):
+        readme.update_readme()
+
+
+def rooms() -> str:
+    return "new\n"
+
+
+def test_the_maps_name_every_module_in_the_order_of_the_contract():
+    found = readme.parts(ROOT)
+    named = sorted(path for paths in found.values() for path in paths)
+    every = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    assert named == sorted(every)
+    assert all(readme.first_sentence(path) for path in named)
+    assert [path.stem for path in found[""]][:2] == ["config", "provenance"]

@@ -1,13 +1,15 @@
-"""The runner, on notebooks of a few cells (a kernel start takes about two seconds, so each test does much)."""
+"""The runner, on notebooks of a few cells; a kernel starts in two seconds, so tests do much."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -15,17 +17,15 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lavic_utils import provenance
-from lavic_utils.config import UserError, load_profile
-from lavic_utils.repro import driver as reproduce
+from lavic_utils.config import Profile, UserError, load_profile
+from lavic_utils.repro import driver
 from lavic_utils.repro import notebooks as nbs
-from lavic_utils.repro import progress
 
 
 @pytest.fixture(autouse=True)
 def steady_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One code hash for a whole test, also while somebody edits the package; `code_hash` has a test of its own."""
-    monkeypatch.setattr(reproduce, "code_hash", lambda: "steady")
-    monkeypatch.setattr(nbs, "code_hash", lambda: "steady")
+    """One state of the code for a whole test, also while somebody edits it."""
+    monkeypatch.setattr(nbs, "code_stamp", lambda: {"core": "steady"})
 
 
 def save(path: Path, *cells: str, **lavic: object) -> Path:
@@ -44,13 +44,22 @@ def record(results: Path, seed: int = 5) -> dict:
     return json.loads((results / f"seed{seed}" / "run.json").read_text())["notebooks"]
 
 
+def reproduce(profile: Path, folder: Path, seeds=1, only=(), force=False) -> int:
+    return driver.reproduce(str(profile), seeds, only, force, folder, extended=False)
+
+
+def keys(profile: Profile, folder: Path, seed: int = 5) -> list[str]:
+    given = [{"profile": "tiny", "seed": seed}]
+    return [job.key for job in driver.plan(profile, given, folder)]
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "lavic_utils", *map(str, arguments)]
 
 
 def test_order_seeds_skipping_and_what_is_written(tmp_path, tiny_profile, results, capfd):
     folder = tmp_path / "nb"
-    made = f"open({str(results / 'made.txt')!r}, 'a').write(f'{{seed}};')"
+    made = f"open({str(results / 'made.json')!r}, 'a').write(f'{{seed}};')"
     save(
         folder / "00_a.ipynb",
         made,
@@ -58,11 +67,11 @@ def test_order_seeds_skipping_and_what_is_written(tmp_path, tiny_profile, result
         "print('hello')",
     )
     save(folder / "02_b.ipynb", made, per_seed=True, minutes=0.1)
-    run = lambda **more: reproduce.reproduce(str(tiny_profile), folder=folder, **more)  # noqa: E731
+    run = partial(reproduce, tiny_profile, folder)
     assert run() == 0
     out = capfd.readouterr().out
     assert "\x1b" not in out and "00_a (seed 5): done" in out and "peak" in out
-    assert (results / "made.txt").read_text() == "5;5;"
+    assert (results / "made.json").read_text() == "5;5;"
     copy = nbformat.read(results / "seed5" / "00_a.ipynb", 4)
     assert copy.metadata.lavic.provenance.seed == 5 and str(tmp_path) not in json.dumps(
         copy.metadata
@@ -74,18 +83,18 @@ def test_order_seeds_skipping_and_what_is_written(tmp_path, tiny_profile, result
     out = capfd.readouterr().out
     assert (
         out.count("unchanged, not run again") == 2
-        and (results / "made.txt").read_text() == "5;5;6;"
+        and (results / "made.json").read_text() == "5;5;6;"
     )
     assert (
         not (results / "seed6" / "00_a.ipynb").exists()
         and (results / "seed6" / "02_b.ipynb").exists()
     )
 
-    assert run(only=["2"], force=True) == 0 and (results / "made.txt").read_text() == "5;5;6;5;"
+    assert run(only=["2"], force=True) == 0 and (results / "made.json").read_text() == "5;5;6;5;"
     (
-        results / "made.txt"
+        results / "made.json"
     ).unlink()  # negative control: what a notebook made is gone, so it is run again
-    assert run() == 0 and (results / "made.txt").read_text() == "5;5;"
+    assert run() == 0 and (results / "made.json").read_text() == "5;5;"
 
 
 def test_key_changes_with_source_inputs_parameters_code_and_data(
@@ -94,25 +103,24 @@ def test_key_changes_with_source_inputs_parameters_code_and_data(
     folder = tmp_path / "nb"
     save(folder / "00_a.ipynb", "1"), save(folder / "01_b.ipynb", "2")
     profile = load_profile(str(tiny_profile))
-    keys = lambda: [job.key for job in reproduce.plan(profile, "tiny", [5], folder)]  # noqa: E731
-    first = keys()
-    assert keys() == first
+    first = keys(profile, folder)
+    assert keys(profile, folder) == first
     save(folder / "01_b.ipynb", "3")
-    assert keys()[0] == first[0] and keys()[1] != first[1]
+    assert keys(profile, folder)[0] == first[0] and keys(profile, folder)[1] != first[1]
     save(folder / "01_b.ipynb", "2"), save(folder / "00_a.ipynb", "0")
-    assert keys()[0] != first[0] and keys()[1] != first[1]
+    assert keys(profile, folder)[0] != first[0] and keys(profile, folder)[1] != first[1]
     save(folder / "00_a.ipynb", "1")
-    assert keys() == first
-    assert reproduce.plan(profile, "tiny", [6], folder)[0].key != first[0]
-    assert (
-        reproduce.plan(profile.model_copy(update={"dtype": "auto"}), "tiny", [5], folder)[0].key
-        != first[0]
-    )
+    assert keys(profile, folder) == first
+    assert keys(profile, folder, seed=6)[0] != first[0]
+    assert keys(profile.model_copy(update={"dtype": "auto"}), folder)[0] != first[0]
     monkeypatch.setenv("LAVIC_DATA", str(folder))
-    assert keys()[0] != first[0]
+    assert keys(profile, folder)[0] != first[0]
     monkeypatch.delenv("LAVIC_DATA")
-    monkeypatch.setattr(reproduce, "code_hash", lambda: "other")
-    assert keys()[0] != first[0]
+    monkeypatch.setattr(nbs, "code_stamp", lambda: {"core": "other"})
+    assert keys(profile, folder)[0] != first[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(provenance, "versions", lambda: {"pillow": "0.1"})
+    assert keys(profile, folder)[0] != first[0]
 
 
 def test_failing_cell_is_shown_in_few_lines_and_the_next_run_continues(
@@ -151,19 +159,19 @@ def test_killed_run_leaves_no_half_copy_and_lets_go_of_the_lock(tmp_path, tiny_p
     deadline = time.monotonic() + 60
     while not flag.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    with pytest.raises(UserError, match="another run"), reproduce.lock(results):
-        pass
+    with pytest.raises(UserError, match="another run"):
+        reproduce(tiny_profile, folder)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (results / "seed5" / "00_a.ipynb").exists()
     save(folder / "00_a.ipynb", "1")
-    assert reproduce.reproduce(str(tiny_profile), folder=folder) == 0
-    assert not list(results.rglob(".*.partial.ipynb")) and not list(results.rglob(".*.tmp"))
+    assert reproduce(tiny_profile, folder) == 0
+    assert not list(results.rglob("*.failed.ipynb")) and not list(results.rglob(".*.tmp"))
 
 
 def test_dead_kernel_is_a_failure_not_a_crash(tmp_path, tiny_profile, results, capfd):
     save(tmp_path / "nb" / "00_a.ipynb", "import os; os._exit(1)")
-    assert reproduce.reproduce(str(tiny_profile), folder=tmp_path / "nb") == 1
+    assert reproduce(tiny_profile, tmp_path / "nb") == 1
     assert "00_a: cell 3 of 3 (seed 5) failed\nDeadKernelError" in capfd.readouterr().out
 
 
@@ -197,55 +205,62 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_execute_in_place_then_check_and_each_fault_is_found(tmp_path, results, monkeypatch):
-    monkeypatch.setattr(nbs, "load_profile", lambda name: load_profile(str(tmp_path / "tiny.yaml")))
-    from conftest import TINY
-
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    path = save(tmp_path / "nb" / "00_a.ipynb", "seed + 1", "print('x')", per_seed=True, minutes=2)
-    assert any("stale" in p for p in nbs.check_notebook(path)) and any(
-        "order" in p for p in nbs.check_notebook(path)
-    )
-    nbs.execute_in_place(path)
+    folder, now = tmp_path / "nb", {"core": "steady"}
+    path = save(folder / "00_a.ipynb", "seed + 1", "print('x')", per_seed=True, minutes=2)
+    assert "never executed" in nbs.check_notebook(path, now)[0]
+    assert nbs.execute(folder=folder) == 0
     first = path.read_bytes()
-    assert nbs.check_notebook(path) == [] and b"papermill" not in first and b"iopub" not in first
-    nbs.execute_in_place(path)
+    assert nbs.check(folder) == [] and b"papermill" not in first and b"iopub" not in first
+    assert nbs.execute(["0"], folder) == 0
     assert path.read_bytes() == first  # nothing volatile is kept
     lavic = nbs.read_notebook(path).metadata.lavic
-    assert (
-        lavic.per_seed is True
-        and lavic.minutes == 2
-        and lavic.profile == "tiny"
-        and lavic.seed == 0
-    )
-    assert any("another state" in p for p in nbs.check_notebook(path, "other"))
+    assert lavic.per_seed is True and lavic.minutes == 2
+
+    later = {"core": "later", "mini": "new"}
+    assert "stale (core, mini changed after" in nbs.check_notebook(path, later)[0]
 
     def broken(change) -> str:
         nb = nbformat.reads(first.decode(), 4)
         change(nb.cells[-1], nb)
         path.write_text(nbformat.writes(nb), encoding="utf-8")
-        return " ".join(nbs.check_notebook(path))
+        return " ".join(nbs.check_notebook(path, now))
 
     stream = lambda name, text: nbformat.v4.new_output("stream", name=name, text=text)  # noqa: E731
-    error = nbformat.v4.new_output("error", ename="ValueError", evalue="x", traceback=[])
-    assert "cells changed" in broken(lambda c, nb: c.update(source="print('y')"))
+    said = lambda text: lambda c, nb: c.update(outputs=[stream("stdout", text)])  # noqa: E731
+    assert broken(lambda c, nb: None) == ""
+    assert "its cells changed" in broken(lambda c, nb: c.update(source="print('y')"))
     assert "26 lines" in broken(lambda c, nb: c.update(source="\n".join("1" * 26)))
-    assert "in order" in broken(lambda c, nb: c.update(execution_count=9))
-    assert "error (ValueError)" in broken(lambda c, nb: c.update(outputs=[error]))
+    assert "its outputs changed" in broken(lambda c, nb: c.update(execution_count=9))
+    assert "its outputs changed" in broken(said("z"))
     assert "stderr" in broken(lambda c, nb: c.update(outputs=[stream("stderr", "warning")]))
-    assert "progress bar" in broken(
-        lambda c, nb: c.update(outputs=[stream("stdout", " 50%|###  | 1/2 [3it/s]")])
-    )
-    assert "absolute path" in broken(
-        lambda c, nb: c.update(outputs=[stream("stdout", "see /home/me/x")])
-    )
+    assert "progress bar" in broken(said(" 50%|###  | 1/2 [3it/s]"))
+    assert "absolute path" in broken(said("see /home/me/x"))
     assert "absolute path" in broken(lambda c, nb: c.update(source="open('/tmp/x')"))
     assert "no cell tagged" in broken(lambda c, nb: nb.cells[1].metadata.pop("tags"))
-    assert (
-        broken(
-            lambda c, nb: c.update(outputs=[stream("stdout", "https://a.org/home/x 3/4 a/tmp/x")])
-        )
-        == ""
-    )
+    links = broken(said("https://a.org/home/x 3/4 a/tmp/x"))
+    assert "path" not in links and "its outputs changed" in links
+
+
+def test_the_stamp_names_what_changed_and_leaves_out_what_no_notebook_reads(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    for name in ("vision.py", "mini/world.py", "bench/plan.py", "__main__.py", "profiles/a.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x = 1\n")
+    weights = tmp_path / "mini_model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"\r\n")
+    first = nbs.code_stamp(tmp_path)
+    assert set(first) == {"vision.py", "mini", "profiles", "mini_model"}
+    (tmp_path / "vision.py").write_bytes(b"x = 1\r\n")  # line ends alone
+    (tmp_path / "bench" / "plan.py").write_bytes(b"x = 2\n")
+    assert nbs.code_stamp(tmp_path) == first
+    (tmp_path / "mini" / "world.py").write_bytes(b"x = 2\n")
+    weights.write_bytes(b"\n")
+    changed = nbs.code_stamp(tmp_path)
+    assert {part for part in first if changed[part] != first[part]} == {"mini", "mini_model"}
+    read = [path.read_text(encoding="utf-8") for path in nbs.find_notebooks()]
+    unread = r"lavic_utils(\.| import )(repro|bench|__main__)"
+    assert not [text for text in read if re.search(unread, text)]
 
 
 def test_code_hash_sees_content_not_line_ends(tmp_path):
@@ -259,7 +274,7 @@ def test_code_hash_sees_content_not_line_ends(tmp_path):
     assert provenance.code_hash(tmp_path) != first
 
 
-def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile):
+def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile, capsys):
     path = tmp_path / "metrics.json"
     about = provenance.provenance(load_profile(str(tiny_profile)), 5, "data")
     row = dict.fromkeys(provenance.ROW_FIELDS, 1) | {"method": "m", "domain": "home", "seed": 5}
@@ -275,8 +290,9 @@ def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile):
     with pytest.raises(ValueError, match="JSON compliant|NaN"):
         provenance.write_json(path, {"x": float("nan")})
     assert json.loads(path.read_text()) == out and [p.name for p in tmp_path.glob(".*")] == []
-    text = "\n".join(progress._metric_lines(path))
-    assert "home" in text and "1.0000" in text
+    job = driver.Job(path, path, {"seed": 5}, True, 1, "", {"seconds": 60, "peak_mb": 9})
+    driver.summary([job], tmp_path)
+    assert re.search(r"m +home +1 +1\.0000 +1\.0000", capsys.readouterr().out)
 
 
 def test_provenance_names_no_host_and_no_path(tiny_profile):
@@ -324,19 +340,19 @@ def test_data_names_the_folder_of_the_published_files(
     assert main([*arguments, "--data", str(real)]) == 0
 
 
-def test_solutions_run_on_the_mini_world_and_are_only_read_elsewhere(tmp_path, results):
-    path, partial = (
-        save(tmp_path / "nb" / "00_a.ipynb", "kept = 1", "cost = 'hours'\nassert False"),
-        tmp_path / "partial.ipynb",
-    )
+@pytest.mark.parametrize(("name", "code"), [("mini", 1), ("tiny", 0)])
+def test_solutions_run_on_the_mini_world_and_are_only_read_elsewhere(
+    name, code, tmp_path, tiny_profile, monkeypatch
+):
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
+    path = save(tmp_path / "nb" / "00_a.ipynb", "kept = 1", "cost = 'hours'\nassert False")
     nb = nbformat.read(path, 4)
     nb.cells[-1].metadata["tags"] = [nbs.SOLUTION, "hide-cell"]
     path.write_text(nbformat.writes(nb), encoding="utf-8")
-    job = reproduce.plan(load_profile("mini"), "mini", [42], path.parent)[0]
-    assert reproduce._source(job, "mini", partial) == path and not partial.exists()
-    cells = nbformat.read(reproduce._source(job, "t4", partial), 4).cells
-    assert cells[-1].source == "# cost = 'hours'\n# assert False" and cells[-2].source == "kept = 1"
-    assert len(cells) == len(nb.cells)  # so that a failing cell is still named by its number
+    assert reproduce(tiny_profile if name == "tiny" else name, path.parent) == code
+    if name == "tiny":
+        cells = nbformat.read(tmp_path / "tiny" / "seed5" / path.name, 4).cells
+        assert cells[-1].source == "# cost = 'hours'\n# assert False"
 
 
 @pytest.mark.parametrize(
@@ -344,18 +360,46 @@ def test_solutions_run_on_the_mini_world_and_are_only_read_elsewhere(tmp_path, r
     [("<Figure size 640x480 with 1 Axes>", True), ("", True), ("Ten hats.", False)],
 )
 def test_a_picture_without_alternative_text_is_a_problem(text, missing):
-    shown = nbformat.v4.new_output(
-        "display_data", {"image/png": "iVBORw0KGgo=", "text/plain": text}
-    )
+    found = {"image/png": "iVBORw0KGgo=", "text/plain": text}
+    shown = nbformat.v4.new_output("display_data", found)
     assert any("alternative text" in line for line in nbs._output_problems(shown)) == missing
 
 
-def test_other_versions_of_the_libraries_make_a_notebook_run_again(
+def test_an_empty_text_alone_is_no_picture_without_alternative_text():
+    shown = nbformat.v4.new_output("display_data", {"text/plain": "", "text/html": "<b>x</b>"})
+    assert nbs._output_problems(shown) == []
+
+
+def test_training_that_does_not_fit_the_card_is_refused_before_anything_runs(
     tmp_path, tiny_profile, results, monkeypatch
 ):
-    save(tmp_path / "nb" / "00_a.ipynb", "1")
-    key = lambda: reproduce.plan(load_profile(str(tiny_profile)), "x", [5], tmp_path / "nb")[0].key  # noqa: E731
-    before = key()
-    assert key() == before
-    monkeypatch.setattr(reproduce, "versions", lambda: {"pillow": "0.1"})
-    assert key() != before
+    from lavic_utils.__main__ import _refuse
+    from lavic_utils.bench import plan
+
+    asked = []
+
+    def refuse(profile: Profile, stage: str) -> None:
+        asked.append(stage)
+        if stage == "recommendation":
+            raise UserError("does not fit")
+
+    monkeypatch.setattr(plan, "refuse_here", refuse)
+    folder = tmp_path / "nb"
+    save(folder / "00_a.ipynb", "1")
+    save(folder / "02_b.ipynb", "1", per_seed=True)
+    with pytest.raises(UserError, match="does not fit"):
+        reproduce(tiny_profile, folder)
+    assert not list(results.rglob("*.ipynb"))
+    assert reproduce(tiny_profile, folder, only=["0"]) == 0  # control: this one trains nothing
+    for family, stages in (
+        ("retrieval", []),
+        ("proprietary", []),
+        ("generative", ["inference"]),
+        ("ablation", ["teacher", "distillation", "recommendation"]),
+    ):
+        asked.clear()
+        try:
+            _refuse(str(tiny_profile), family)
+        except UserError:
+            assert family == "ablation"
+        assert asked == stages

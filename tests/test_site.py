@@ -1,4 +1,5 @@
-"""docs/build.py and docs/pages.py: staging of the site, not built here (tests/browser/test_book.py looks at the built one)."""
+"""docs/build.py and docs/pages.py: staging of the site, not built here (tests/browser/test_book.py
+looks at the built one)."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ SITE = {
     "notebooks/01_a.ipynb",
     "notebooks/02.ipynb",
     "docs/api/lavic_utils/lavic_utils.data.md",
+    "docs/api/lavic_utils/lavic_utils.mini.world.md",
 }
 
 
@@ -35,6 +37,7 @@ def root(tmp_path: Path) -> Path:
         "notebooks/01_a.ipynb",
         "results/claims.md",
         "lavic_utils/data.py",
+        "lavic_utils/mini/world.py",
         "figures/a.png",
         ".ci/run",
     ):
@@ -46,16 +49,25 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("page", "text", "expected"), [
     ("README.md", "[n](notebooks/01_a.ipynb)", "[n](notebooks/01_a.ipynb)"),
     ("README.md", "[c](results/claims.md#x)", "[c](docs/claims.md#x)"),
-    ("README.md", "[`code`](lavic_utils/data.py)", "[`code`](docs/api/lavic_utils/lavic_utils.data.md)"),
+    ("README.md", "[`code`](lavic_utils/data.py)",
+     "[`code`](docs/api/lavic_utils/lavic_utils.data.md)"),
+    ("docs/api.md", "[`w`](../lavic_utils/mini/world.py)",
+     "[`w`](api/lavic_utils/lavic_utils.mini.world.md)"),
     ("README.md", "[what CI runs](.ci/run)", "what CI runs"),
     ("README.md", "![A picture](figures/a.png)", "![A picture](figures/a.png)"),
-    ("README.md", "[paper](https://example.org/a#b) and [below](#here)", "[paper](https://example.org/a#b) and [below](#here)"),
-    ("notebooks/01_a.ipynb", "[hr](../docs/glossary.md#hr-at-1)", "[hr](../docs/glossary.md#hr-at-1)"),
-    ("notebooks/01_a.ipynb", "[x](#What-is-a-tile?) [y](02.ipynb#Why%3F)", "[x](#what-is-a-tile) [y](02.ipynb#why)"),
+    ("README.md", "[paper](https://example.org/a#b) and [below](#here)",
+     "[paper](https://example.org/a#b) and [below](#here)"),
+    ("notebooks/01_a.ipynb", "[hr](../docs/glossary.md#hr-at-1)",
+     "[hr](../docs/glossary.md#hr-at-1)"),
+    ("notebooks/01_a.ipynb", "[x](#What-is-a-tile?) [y](02.ipynb#Why%3F)",
+     "[x](#what-is-a-tile) [y](02.ipynb#why)"),
     ("notebooks/01_a.ipynb", "[front](../README.md)", "[front](../index.md)"),
-    ("notebooks/01_a.ipynb", "[CLS], [[CLS] token](../docs/glossary.md)", "[CLS], [[CLS] token](../docs/glossary.md)"),
-    ("docs/glossary.md", "[`data`](../lavic_utils/data.py)", "[`data`](api/lavic_utils/lavic_utils.data.md)"),
-    ("README.md", "`[a](none.md)` and\n```\n[b](none.md)\n```", "`[a](none.md)` and\n```\n[b](none.md)\n```"),
+    ("notebooks/01_a.ipynb", "[CLS], [[CLS] token](../docs/glossary.md)",
+     "[CLS], [[CLS] token](../docs/glossary.md)"),
+    ("docs/glossary.md", "[`data`](../lavic_utils/data.py)",
+     "[`data`](api/lavic_utils/lavic_utils.data.md)"),
+    ("README.md", "`[a](none.md)` and\n```\n[b](none.md)\n```",
+     "`[a](none.md)` and\n```\n[b](none.md)\n```"),
 ])  # fmt: skip
 def test_links_hold_in_the_site(root: Path, page: str, text: str, expected: str) -> None:
     problems = build.Problems()
@@ -106,7 +118,8 @@ def test_a_notebook_picture_carries_its_text(root: Path) -> None:
         root / "notebooks" / "01_a.ipynb", "notebooks/01_a.ipynb", out, root, SITE, problems
     )
     assert problems == [
-        "notebooks/01_a.ipynb, cell 1: a picture has no alternative text (figures.keep(..., alt=...))"
+        "notebooks/01_a.ipynb, cell 1: a picture has no alternative text "
+        "(figures.keep(..., alt=...))"
     ]
     staged = json.loads(out.read_text(encoding="utf-8"))
     assert [c["cell_type"] for c in staged["cells"]] == ["markdown", "markdown", "code"]
@@ -209,11 +222,12 @@ def test_ledger_holds_every_claim() -> None:
     assert f'data-key="{first["published"]}">{first["published"]:.4f}</td>' in page
 
 
-def test_every_module_has_its_place() -> None:
-    groups = pages.modules(ROOT)
-    listed = [m for names in groups.values() for m in names]
-    assert sorted(listed) == sorted(p.stem for p in (ROOT / "lavic_utils").glob("[!_]*.py"))
-    assert all(f"[`{m}`](api/lavic_utils/lavic_utils.{m}.md): " in pages.api(ROOT) for m in listed)
+def test_the_api_page_leads_to_every_module_of_the_map(tmp_path: Path) -> None:
+    block = "| [`data`](lavic_utils/data.py) | rows |\n| [`w`](lavic_utils/mini/w.py) | x |\n"
+    text = f"a\n<!-- modules: begin -->\n{block}<!-- modules: end -->\n[b](lavic_utils/b.py)"
+    (tmp_path / "CONTRIBUTING.md").write_text(text, encoding="utf-8")
+    assert pages.modules(tmp_path) == ["data", "mini.w"]
+    assert pages.api(tmp_path).endswith(f"\n\n{block}")
 
 
 def test_glossary_anchors_that_pages_link_to() -> None:

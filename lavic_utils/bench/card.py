@@ -27,12 +27,12 @@ from transformers import LlavaNextForConditionalGeneration, TrainerCallback
 from transformers.utils import is_bitsandbytes_available
 
 from lavic_utils import training, vision
+from lavic_utils.bench.memory import GIB, SCORED, TITLE, count, full_tokens, memories, skeleton
+from lavic_utils.bench.plan import ASSUMED
 from lavic_utils.bench.speed import machine_name
 from lavic_utils.bench.stages import spread, synchronize, timed
 from lavic_utils.config import ROOT, Profile, UserError, load_profile
 from lavic_utils.distillation import IGNORE, VISION_LINEAR, Student
-from lavic_utils.bench.memory import GIB, SCORED, TITLE, count, full_tokens, memories, skeleton
-from lavic_utils.bench.plan import ASSUMED
 from lavic_utils.provenance import provenance, write_json
 from lavic_utils.recommendation import LANGUAGE_LINEAR, Read, Recommender
 

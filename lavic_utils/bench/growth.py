@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lavic_utils import data, store, vision
-from lavic_utils.bench.stages import DOMAIN, Bench, peak_bytes, spread, timed
 from lavic_utils.bench.reference import autocast
+from lavic_utils.bench.stages import DOMAIN, Bench, peak_bytes, spread, timed
 from lavic_utils.recommendation import Example, Prompter, answer, collator
 
 REPEATS = 3

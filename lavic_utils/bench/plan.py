@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 
 from lavic_utils import data
-from lavic_utils.config import DOMAINS, Profile, UserError, real_data_dir
 from lavic_utils.bench.memory import (
     GIB,
     RESERVE,
@@ -27,6 +26,7 @@ from lavic_utils.bench.memory import (
     skeleton,
     trainables,
 )
+from lavic_utils.config import DOMAINS, Profile, UserError, real_data_dir
 from lavic_utils.vision import source
 
 

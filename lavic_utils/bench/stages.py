@@ -344,7 +344,9 @@ class Bench:
             (
                 "evaluation",
                 None,
-                lambda: recommendation.generate_answers(self.model, self.prompter, some, self.which, False),
+                lambda: recommendation.generate_answers(
+                    self.model, self.prompter, some, self.which, False
+                ),
             ),
         ):
             work()

@@ -1,7 +1,8 @@
-"""Where nothing is installed (Colab): what the first cell of every notebook runs after cloning, with the standard library alone.
+"""For Colab, where nothing is installed: what the first cell of every notebook runs after cloning.
 
-The kernel there lives in the environment it is installed into. So its own torch and Jupyter stay as they are (another torch
-would not fit its torchvision), and only what is missing or too old is installed; `doctor` says what differs from the lock.
+The standard library alone. The kernel there lives in the environment that it installs into, so its
+own torch and Jupyter stay as they are (another torch would not fit its torchvision), and only what
+is missing or too old is installed; `doctor` says what differs from the lock.
 """
 
 import os
@@ -11,21 +12,15 @@ import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-STAY = {
-    "ipykernel",
-    "ipywidgets",
-    "jupyterlab",
-    "nbval",
-    "torch",
-}  # Colab's own; nbval and jupyterlab no notebook needs
+ROOT = Path(__file__).resolve().parents[2]
+STAY = {"ipykernel", "ipywidgets", "jupyterlab", "nbval", "torch"}  # no notebook needs nbval there
 CELL = """\
 import importlib.util
 import os
 
-if importlib.util.find_spec("lavic_utils") is None:  # Colab: clone, install, go there. Elsewhere this cell does nothing.
+if importlib.util.find_spec("lavic_utils") is None:  # Colab: clone and install; elsewhere nothing
     if not os.path.isdir("lavic-companion"):
-        address = os.environ.get("LAVIC_REPOSITORY") or input("Address of the repository, as for git clone: ")
+        address = os.environ.get("LAVIC_REPOSITORY") or input("Repository, as for git clone: ")
         !git clone --quiet --depth 1 "{address}" lavic-companion
     %run lavic-companion/lavic_utils/repro/colab.py
 """
@@ -33,14 +28,12 @@ if importlib.util.find_spec("lavic_utils") is None:  # Colab: clone, install, go
 
 def wanted(root: Path = ROOT) -> list[str]:
     """The dependencies of pyproject.toml, without those that stay as they are."""
-    lines = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "dependencies"
-    ]
-    return [line for line in lines if re.split(r"[^\w.-]", line)[0] not in STAY]
+    table = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [line for line in table["dependencies"] if re.split(r"[^\w.-]", line)[0] not in STAY]
 
 
 def main() -> None:
-    """Install, then make this checkout the working folder and importable. A failing pip stops the cell and has said why."""
+    """Install, then make this checkout the working folder and importable; a failing pip stops."""
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted()], check=True)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))

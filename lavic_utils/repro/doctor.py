@@ -1,88 +1,96 @@
-"""`python -m lavic_utils doctor`: what this machine can run, what is there, and the one command to run next.
+"""`doctor`: what this machine can run, what is there, and the one command to run next.
 
-torch is imported only where there is a GPU. Nothing printed names the machine, its user or a folder.
+torch is imported only where there is a GPU. Nothing printed names the machine, its user or
+a folder.
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import platform
 import shutil
-import sys
-from importlib import metadata
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import psutil
 from packaging.utils import canonicalize_name
 
-from lavic_utils.config import (
-    PACKAGE,
-    ROOT,
-    Profile,
-    UserError,
-    load_profile,
-    real_data_dir,
-    replications_dir,
-    results_dir,
-)
+from lavic_utils import config
+from lavic_utils.config import ROOT, Profile, UserError
 from lavic_utils.hub import HubModel
-from lavic_utils.provenance import code_of, key, world_dir
-from lavic_utils.repro import environment as packaging
-from lavic_utils.repro.machine import Facts, cpu, gpus, memory, network
+from lavic_utils.repro.environment import installed, read_lock, wanted
 
+GIB, CGROUP = 2**30, Path("/sys/fs/cgroup")
+INSTALLED_GB = 2.3  # what requirements.lock takes on the disk with torch's build for CPUs
 MINI_GIB = 2.0  # the mini run's measured peak is below it
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-RUN, TABLE = (
-    "python -m lavic_utils run LaViC --domain beauty --profile ",
-    "python -m lavic_utils table open_source",
-)
+TABLE = "python -m lavic_utils table open_source"
+Facts = dict[str, Any]
 
 
 def packages(root: Path = ROOT) -> Facts:
-    """Installed versions against requirements.lock: `missing` of what pyproject.toml needs, `different`: {name: [here, lock]}."""
+    """What is missing of pyproject.toml, and what differs from the lock: {name: [here, lock]}."""
     if not (root / "requirements.lock").is_file():
-        raise UserError(
-            "requirements.lock is not there; run doctor from a checkout of the repository"
-        )
-    pins = packaging.read_lock((root / "requirements.lock").read_text(encoding="utf-8"))
-    table = {**packaging.project(root), "optional-dependencies": {}}
-    needed = {canonicalize_name(requirement.name) for requirement in packaging.requirements(table)}
-    here = {
-        canonicalize_name(one.metadata["Name"]): one.version.split("+")[0]
-        for one in metadata.distributions()
-        if one.metadata["Name"]
-    }
+        raise UserError("requirements.lock is not there; run doctor from a checkout")
+    pins, here = read_lock(root / "requirements.lock"), installed()
+    needed = {canonicalize_name(one.name) for one in wanted(root, extra="")}
     return {
         "locked": len(pins),
         "missing": sorted(needed - set(here)),
         "bitsandbytes": "bitsandbytes" in here,
-        "different": {
-            name: [here[name], pin] for name, pin in pins.items() if here.get(name, pin) != pin
-        },
+        "different": {n: [here[n], pin] for n, pin in pins.items() if here.get(n, pin) != pin},
     }
 
 
-def published() -> Facts:
-    """What is there of the published data, by name and number (`data verify` reads contents), and of the replications."""
-    from lavic_utils.remote.download import CATALOGUE, FILES, data_dir
+def memory() -> Facts:
+    """GiB: `total`, and what a run may use now: what is free, or a container's limit if less."""
+    found = psutil.virtual_memory()
+    usable = found.available
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
+        path = CGROUP / name
+        limit = path.read_text(encoding="ascii").strip() if path.is_file() else ""
+        usable = min(usable, int(limit)) if limit.isdecimal() else usable
+    return {"total": round(found.total / GIB, 1), "usable": round(usable / GIB, 1)}
 
-    root, answers = data_dir(), replications_dir()
+
+def gpus() -> list[Facts]:
+    """NVIDIA GPUs as `nvidia-smi` lists them; empty where it is not there or not understood."""
+    ask = "nvidia-smi --query-gpu=name,memory.total,compute_cap --format=csv,noheader,nounits"
+    found = []
+    try:
+        said = subprocess.run(ask.split(), capture_output=True, text=True, timeout=10, check=True)
+        for name, mib, capability in csv.reader(said.stdout.splitlines(), skipinitialspace=True):
+            compute, gib = float(capability), round(float(mib) / 1024, 1)
+            half = "bfloat16" if compute >= 8 else "float16"
+            found.append({"name": name, "gib": gib, "compute": compute, "half": half})
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+    return found
+
+
+def published() -> Facts:
+    """What is there of the published data, by name and number (`data verify` reads contents)."""
+    from lavic_utils.remote.download import FILES, data_dir
+
+    root, answers = data_dir(), config.replications_dir()
     return {
-        "set": real_data_dir() is not None,
+        "set": config.real_data_dir() is not None,
         "files": sum((root / name).is_file() for name in FILES),
         "of": len(FILES),
-        "catalogue": (root / CATALOGUE).is_file(),
         "images": sum(1 for _ in root.glob("*_images/*.jpg")),
-        "replications": answers and len(list(answers.rglob("*.jsonl"))),
+        "replications": len(list(answers.rglob("*.jsonl"))) if answers else 0,
     }
 
 
 def obstacle(profile: Profile, found: Facts) -> str | None:
     """Why a profile cannot run on a machine of these facts; None where it can."""
     free, cards = found["memory"]["usable"], found["gpus"]
+    if profile.world and free >= MINI_GIB:
+        return None
     if profile.world:
-        return (
-            None if free >= MINI_GIB else f"needs {MINI_GIB:g} GiB of memory, {free:g} can be had"
-        )
+        return f"needs {MINI_GIB:g} GiB of memory, {free:g} can be had"
     if not cards:
         return "needs an NVIDIA GPU"
     import torch
@@ -100,159 +108,92 @@ def obstacle(profile: Profile, found: Facts) -> str | None:
 
 
 def state(profile: Profile, found: Facts) -> Facts:
-    """Of a profile: its `obstacle`, whether its `world` is drawn (None: it has none), the command that downloads its `model`
-    (None: it is here), and its trained stages: how many, and how many of this code and these settings."""
-    now = key(code=code_of("report"), settings=profile.model_dump(mode="json"))
-    stages = [
-        p
-        for stage in ("stage1", "stage2/*/*")
-        for p in results_dir(profile).glob(f"seed*/{stage}/result.json")
-    ]
+    """Of a profile: its `obstacle`, how many results of stages are `kept`, and the command that
+    downloads its `model` (None: it is here)."""
     hub = HubModel(profile.model, profile.revision, profile.download_gb)
+    here = Path(profile.model_path).is_dir() or hub.cached()
     return {
         "obstacle": obstacle(profile, found),
-        "trained": len(stages),
-        "current": sum(f'"{now}"' in path.read_text(encoding="utf-8") for path in stages),
-        "world": (world_dir(profile) / "mini_facts.json").is_file() if profile.world else None,
-        "model": None if Path(profile.model_path).is_dir() or hub.cached() else hub.command,
+        "kept": sum(1 for _ in config.results_dir(profile).glob("seed*/**/result.json")),
+        "model": None if here else hub.command,
     }
 
 
-def facts(ask_network: bool = True) -> Facts:
-    """Everything `show` prints, JSON-able. Where packages are missing, profiles and data are left out."""
+def facts() -> Facts:
+    """Everything `show` prints, JSON-able. Where packages are missing, profiles are left out."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: Facts = {
         "python": platform.python_version(),
         "packages": packages(),
-        "cpu": cpu(),
+        "cores": cores,
         "memory": memory(),
         "gpus": gpus(),
         "disk_free_gb": round(shutil.disk_usage(ROOT).free / 1e9, 1),
-        "network": network(ask_network),
-        "browser": next((name for name in BROWSERS if shutil.which(name)), None),
+        "installed_gb": INSTALLED_GB,
         "data": {},
         "profiles": {},
     }
     if not found["packages"]["missing"]:
         found["data"] = published()
-        names = sorted(path.stem for path in (PACKAGE / "profiles").glob("*.yaml"))
-        found["profiles"] = {name: state(load_profile(name), found) for name in names}
-    return {**found, "next": dict(zip(("command", "why"), next_command(found), strict=True))}
+        for path in sorted((config.PACKAGE / "profiles").glob("*.yaml")):
+            found["profiles"][path.stem] = state(config.load_profile(path.stem), found)
+    command, why = next_command(found)
+    return {**found, "next": {"command": command, "why": why}}
 
 
 def next_command(found: Facts) -> tuple[str, str]:
-    """The one command to run next, and why: first the mini run, then what a GPU makes possible, then trying it."""
+    """The command to run next, and why: the mini run, what a GPU makes possible, trying it."""
+    data, profiles = found["data"], found["profiles"]
     if found["packages"]["missing"]:
         return "python -m pip install -r requirements.lock", "packages are missing"
-    profiles, data = found["profiles"], found["data"]
     if profiles["mini"]["obstacle"]:
         return TABLE, "too little memory for a run; this prints the committed results"
-    if not profiles["mini"]["current"]:
-        return (
-            "python -m lavic_utils reproduce",
-            "nothing trained here is of this code; the mini run takes minutes",
-        )
-    name = next((name for name in ("paper", "t4") if profiles[name]["obstacle"] is None), None)
-    if name is None:
+    if not profiles["mini"]["kept"]:
+        return "python -m lavic_utils reproduce", "nothing is trained here; the mini run: minutes"
+    able = [name for name in ("paper", "t4") if profiles[name]["obstacle"] is None]
+    if not able:
         return "make demo", "the mini run is done, and no profile of the 7B model can run here"
-    big = profiles[name]
-    steps = [
-        (
-            data["files"] < data["of"],
-            "python -m lavic_utils data fetch",
-            "the published files are missing",
-            True,
-        ),
-        (
-            not data["set"],
-            'export LAVIC_DATA="$PWD/data/reddit-amazon"',
-            "LAVIC_DATA does not name the data yet",
-            False,
-        ),
-        (
-            not data["images"],
-            "python -m lavic_utils data crawl",
-            "the product images are missing",
-            True,
-        ),
-        (big["model"], big["model"], "its model is missing", True),
-        (not big["current"], RUN + name, "data and model are there", False),
-        (True, f"{TABLE} --profile {name}", "it is trained", False),
+    name, big = able[0], profiles[able[0]]
+    run = f"python -m lavic_utils run LaViC --domain beauty --profile {name}"
+    set_data = 'export LAVIC_DATA="$PWD/data/reddit-amazon"'
+    steps = [  # (whether it is due, command, why)
+        (data["files"] < data["of"], "python -m lavic_utils data fetch", "files are missing"),
+        (not data["set"], set_data, "LAVIC_DATA does not name the published data yet"),
+        (not data["images"], "python -m lavic_utils data crawl", "product images are missing"),
+        (big["model"], big["model"], "its model is missing"),
+        (not big["kept"], run, "data and model are there"),
+        (True, f"{TABLE} --profile {name}", "it is trained"),
     ]
-    _, command, why, online = next(step for step in steps if step[0])
-    if online and found["network"] not in ("the hub is found", "not asked"):
-        return "make demo", f"profile {name} can run, but {why} and there is no network"
+    command, why = next(step[1:] for step in steps if step[0])
     return command, f"profile {name} can run; {why}"
 
 
-def _packages_row(pack: Facts) -> str:
-    if pack["missing"]:
-        return f"missing: {', '.join(pack['missing'])}"
-    if not pack["different"]:
-        return f"none differs from requirements.lock ({pack['locked']})"
-    shown = [f"{name} {here} (lock: {pin})" for name, (here, pin) in pack["different"].items()]
-    return f"{len(shown)} differ from requirements.lock: {', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}"
-
-
-def _profile_row(one: Facts) -> str:
-    parts = [f"cannot run: {one['obstacle']}" if one["obstacle"] else "can run"]
-    parts += ["world not drawn yet"] if one["world"] is False else []
-    parts += ["its model is not here"] if one["model"] else []
-    return "; ".join([*parts, f"{one['trained']} trained stages, {one['current']} of this code"])
-
-
-def rows(found: Facts) -> list[tuple[str, str]]:
-    """The facts in words: (what, finding)."""
-    cores, gib, data = found["cpu"], found["memory"], found["data"]
-    limit = f"; the container's limit is {gib['limit']:g}" if gib["limit"] else ""
-    cards = [
-        f"{g['name']}, {g['gib']:g} GiB, compute capability {g['compute']:g}: {'bfloat16' if g['bf16'] else 'float16'}"
-        for g in found["gpus"]
-    ]
-    features = " ".join(cores["features"]) or "no known vector feature"
-    told = [
-        ("Python", found["python"]),
-        ("packages", _packages_row(found["packages"])),
-        (
-            "processor",
-            f"{cores['name']}, {cores['usable']:g} of {cores['cores']} cores, {features}",
-        ),
-        ("memory", f"{gib['free']:g} of {gib['total']:g} GiB free{limit}"),
-        *(("GPU", card) for card in cards or ["no NVIDIA GPU"]),
-        ("disk", f"{found['disk_free_gb']:g} GB free"),
-        ("network", found["network"]),
-        ("browser", found["browser"] or "no Chromium (only the browser tests need it)"),
-    ]
-    if data:
-        parts = [
-            *([] if data["set"] else ["LAVIC_DATA is not set"]),
-            f"{data['files']} of {data['of']} files",
-            f"{data['images']:,} images",
-            "catalogue" if data["catalogue"] else "no catalogue",
-        ]
-        told += [
-            ("published data", ", ".join(parts)),
-            (
-                "replications",
-                "LAVIC_REPLICATIONS is not set"
-                if data["replications"] is None
-                else f"{data['replications']} of 9 files",
-            ),
-        ]
-    return told + [
-        (f"profile {name}", _profile_row(one)) for name, one in found["profiles"].items()
-    ]
-
-
 def show(found: Facts, as_json: bool = False) -> None:
-    """The facts as a table, then the command to run next; or all as one JSON object."""
+    """The facts in words, then the command to run next; or all as one JSON object."""
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table.grid("", "", padding=(0, 2))
-    for row in rows(found):
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
+    pack, data, gib = found["packages"], found["data"], found["memory"]
+    print(f"Python {found['python']}, {found['cores']} cores")
+    print(f"packages: {', '.join(pack['missing']) or 'none'} missing,", end=" ")
+    print(f"{len(pack['different'])} of {pack['locked']} differ from requirements.lock")
+    for name, (here, pin) in list(pack["different"].items())[:5]:
+        print(f"  {name} {here} (lock: {pin})")
+    print(f"memory: {gib['usable']:g} of {gib['total']:g} GiB can be used")
+    print(
+        f"disk: {found['disk_free_gb']:g} GB free; an installation takes {INSTALLED_GB} GB", end=" "
+    )
+    print("with torch's build for CPUs, gigabytes more with the one for GPUs")
+    for card in found["gpus"]:
+        print("GPU: {name}, {gib:g} GiB, compute capability {compute:g}: {half}".format(**card))
+    if not found["gpus"]:
+        print("GPU: no NVIDIA GPU")
+    if data:
+        unset = "" if data["set"] else " (LAVIC_DATA is not set)"
+        print("published data{}: {files} of {of} files, {images:,} images".format(unset, **data))
+        print(f"replications (LAVIC_REPLICATIONS): {data['replications']} files")
+    for name, one in found["profiles"].items():
+        can = f"cannot run: {one['obstacle']}" if one["obstacle"] else "can run"
+        model = "; its model is not here" if one["model"] else ""
+        print(f"profile {name}: {can}{model}; {one['kept']} results kept")
     print(f"\nnext: {found['next']['command']}\n({found['next']['why']})")

@@ -1,313 +1,214 @@
-"""`python -m lavic_utils reproduce`: papermill over the notebooks, in order, once for what has not changed."""
+"""`reproduce`: papermill over the notebooks in order, each run again only where something changed.
+
+What a notebook depends on is its key: its cells, the parameters, the package, the libraries, the
+data, and the cells of the notebooks before it. `results/<profile>/seed<seed>/run.json` keeps keys.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import relpath
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
 from typing import Any
 
-from lavic_utils.config import (
-    Profile,
-    UserError,
-    load_profile,
-    real_data_dir,
-    replications_dir,
-    results_dir,
-)
-from lavic_utils.provenance import (
-    code_hash,
-    key,
-    profile_data_hash,
-    provenance,
-    tree_hash,
-    versions,
-    write_json,
-    write_text,
-)
-from lavic_utils.repro import notebooks as nbs
-from lavic_utils.repro.progress import Display, Memory, clock, shown, summary
+from filelock import FileLock, Timeout
 
-SCRATCH = ("checkpoint-", ".")  # names of files and folders that a later run need not find again
+from lavic_utils import config
+from lavic_utils import provenance as origin
+from lavic_utils.repro import notebooks as nbs
+
+STAGES = ("teacher", "distillation", "recommendation", "inference")
 
 
 @dataclass
 class Job:
-    """One notebook with one seed. `previous` is its record in run.json, `key` what it depends on."""
+    """One notebook with one seed. `record`: how its last run went, as run.json has it."""
 
     path: Path
-    seed: int
     out: Path  # executed copy
+    parameters: dict[str, Any]
+    trains: bool
+    seconds: float  # expected
     key: str
-    minutes: float
-    cells: int
-    injected: int  # index of the cell papermill puts in, in the executed copy
-    more: dict[str, Any] = field(default_factory=dict)  # parameters beyond profile and seed
-    previous: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any]
 
     @property
     def name(self) -> str:
-        return self.path.stem
-
-    def number(self, index: int) -> int:
-        """1-based number in the notebook's source of the cell at an index of the executed copy."""
-        return index + 1 - int(index > self.injected)
-
-    @property
-    def estimate(self) -> float:
-        """Seconds it is expected to take."""
-        return float(self.previous.get("seconds") or self.minutes * 60)
+        return f"{self.path.stem} (seed {self.parameters['seed']})"
 
     def unchanged(self, results: Path) -> bool:
-        """Executed well with this key, and everything it made then is still there."""
-        ok = (
-            self.previous.get("status") == "ok"
-            and self.previous.get("key") == self.key
-            and self.out.is_file()
-        )
-        return ok and all((results / made).exists() for made in self.previous.get("made", []))
+        """Executed well with this key, and everything that it made then is still there."""
+        if self.record.get("status") != "ok" or self.record["key"] != self.key:
+            return False
+        return self.out.is_file() and all((results / made).exists() for made in self.record["made"])
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of one seed; empty where there is none or it is damaged (then everything is run again)."""
+    """The notebooks of one seed's run.json; empty where there is none or it is damaged."""
     try:
-        return dict(json.loads((folder / "run.json").read_text(encoding="utf-8"))["notebooks"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["notebooks"]
+    except (OSError, ValueError, KeyError):
         return {}
 
 
 def plan(
-    profile: Profile,
-    name: str,
-    seeds: Sequence[int],
-    folder: Path,
-    only: Sequence[str] = (),
-    extended: bool = False,
+    profile: config.Profile, given: Sequence[dict], folder: Path, only: Sequence[str] = ()
 ) -> list[Job]:
-    """The jobs in order. A job's key covers its cells, parameters, package, versions, data, and the earlier notebooks' code."""
-    chosen, everything, jobs = nbs.find_notebooks(folder, only), nbs.find_notebooks(folder), []
-    common = {
-        "code": code_hash(),
-        "profile": profile.model_dump(mode="json"),
-        "versions": versions(),
-        "data": {"real": tree_hash(real_data_dir()), "replications": tree_hash(replications_dir())},
-    }
-    sources = {path: nbs.read_notebook(path) for path in everything}
-    for seed in [*seeds[1:], seeds[0]]:  # the first seed last: its tables then show every seed
-        earlier: list[str] = []
-        out = results_dir(profile) / f"seed{seed}"
-        records = read_run(out)
-        for path in everything:
-            nb, about = sources[path], sources[path].metadata.get("lavic", {})
-            if seed != seeds[0] and not about.get("per_seed"):
+    """The jobs in order, for the parameters `given` for each seed.
+
+    The first seed comes last: its tables then show every seed.
+    """
+    chosen, jobs = nbs.find_notebooks(folder, only), []
+    books = {path: nbs.read_notebook(path) for path in nbs.find_notebooks(folder)}
+    data = [origin.tree_hash(config.real_data_dir()), origin.tree_hash(config.replications_dir())]
+    common = [nbs.code_stamp(), profile.model_dump(mode="json"), origin.versions(), data]
+    for wanted in [*given[1:], given[0]]:
+        out = config.results_dir(profile) / f"seed{wanted['seed']}"
+        records, earlier = read_run(out), []
+        for path, nb in books.items():
+            about, record = nb.metadata.get("lavic", {}), records.get(path.stem, {})
+            trains = bool(about.get("per_seed"))
+            if wanted is not given[0] and not trains:
                 continue
-            more = {"extended": True} if extended and nbs.has_parameter(nb, "extended") else {}
-            job_key = key(
-                source=nbs.source_hash(nb),
-                inputs=earlier,
-                profile_name=name,
-                seed=seed,
-                common=common,
-                **more,
-            )
+            own = {name: wanted[name] for name in wanted if nbs.has_parameter(nb, name)}
+            key = origin.key(cells=nbs.source_hash(nb), earlier=earlier, given=own, common=common)
             earlier = [*earlier, nbs.source_hash(nb, code_only=True)]
+            seconds = record.get("seconds") or 60 * about.get("minutes", 1)
             if path in chosen:
-                minutes = float(about.get("minutes", 1))
-                record = records.get(path.stem, {})
-                jobs.append(
-                    Job(
-                        path,
-                        seed,
-                        out / path.name,
-                        job_key,
-                        minutes,
-                        len(nb.cells),
-                        nbs.injected_place(nb),
-                        more,
-                        record,
-                    )
-                )
+                jobs.append(Job(path, out / path.name, own, trains, seconds, key, record))
     return jobs
 
 
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Refuse two runs at once in one results folder. The lock goes with the process, however it ends."""
-    import fcntl
+def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
+    """Run one notebook; its record for run.json: status "ok", or "failed" with `error` lines.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="ascii") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another run is working in {shown(folder)}; wait for its end, or stop it"
-            ) from None
-        for pattern in (
-            "**/.*.tmp",
-            "seed*/.*.partial.ipynb",
-        ):  # what a killed run left half written
-            for path in folder.glob(pattern):
-                path.unlink(missing_ok=True)
-        yield
-
-
-def _files(results: Path) -> dict[str, int]:
-    """Relative name -> modification time of the files stages make in a results folder."""
-    found = {}
-    for path in results.rglob("*"):
-        parts = path.relative_to(results).parts
-        ours = len(parts) == 2 and (path.suffix in {".ipynb", ".log"} or path.name == "run.json")
-        if path.is_file() and not ours and not any(part.startswith(SCRATCH) for part in parts):
-            found["/".join(parts)] = path.stat().st_mtime_ns
-    return found
-
-
-def execute(job: Job, parameters: dict[str, Any], log: Any, on_cell: Any) -> Path:
-    """papermill over one notebook into a hidden file beside the copy; returns that file. Raises what papermill does."""
+    The cells so far stand in NN_name.failed.ipynb until the last one has run. What exercises claim
+    is true of the mini world, and cheap there alone: for real data solutions are only read.
+    """
+    import nbformat
     import papermill
 
-    partial = job.out.with_name(f".{job.name}.partial.ipynb")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    handler, logger = logging.StreamHandler(log), logging.getLogger("papermill")
-    logger.propagate, logger.handlers = False, [handler]
-    papermill.execute_notebook(
-        _source(job, parameters["profile"], partial),
-        partial,
-        parameters=parameters,
-        stdout_file=log,
-        stderr_file=log,
-        on_cell_start=on_cell,
-        cwd=job.path.parent,
-        **nbs.KERNEL,
-    )
-    return partial
-
-
-def _source(job: Job, profile: str, partial: Path) -> Path:
-    """The notebook to run. What exercises claim is true of the mini world, and cheap there alone: for any other profile a copy
-    (where `partial` will stand) whose solutions are only read."""
-    import nbformat
-
-    if load_profile(profile).world is not None:
-        return job.path
-    nb = nbs.read_notebook(job.path)
-    for cell in nb.cells:
-        if nbs.SOLUTION in nbs.tags(cell):
+    nb, start, begun = nbs.read_notebook(job.path), time.time(), [-1]
+    extra = 0  # index of the cell that papermill puts in, after the parameters
+    for index, cell in enumerate(nb.cells):
+        if "parameters" in nbs.tags(cell):
+            extra = index + 1
+        if profile.world is None and nbs.SOLUTION in nbs.tags(cell):
             cell.source = "".join(f"# {line}" for line in cell.source.splitlines(True))
-    nbformat.write(nb, partial)
-    return partial
-
-
-def finish(job: Job, partial: Path, about: dict[str, Any]) -> None:
-    """Atomically turn the partial notebook into the executed copy, with provenance and without this machine's paths."""
-    import nbformat
-
-    nb = nbs.read_notebook(partial)
-    paths = {"input_path": job.path.name, "output_path": job.out.name}
-    parameters = {"profile": about["profile"], "seed": job.seed, **job.more}
-    nb.metadata["papermill"] = {
-        **nb.metadata.get("papermill", {}),
-        **paths,
-        "parameters": parameters,
-    }
-    nb.metadata["lavic"] = {**nb.metadata.get("lavic", {}), "provenance": about}
-    write_text(job.out, nbformat.writes(nb) + "\n")
-    partial.unlink()
-
-
-def run_job(job: Job, profile: Profile, name: str, display: Display) -> dict[str, Any]:
-    """Run one notebook; returns its record for run.json (status 'ok', or 'failed' with `error` lines)."""
-    results, partial = results_dir(profile), job.out.with_name(f".{job.name}.partial.ipynb")
-    failed, log_path = job.out.with_suffix(".failed.ipynb"), job.out.with_suffix(".log")
+    failed, results = job.out.with_suffix(".failed.ipynb"), config.results_dir(profile)
+    record: dict[str, Any] = {"key": job.key, "status": "ok"}
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    partial.unlink(missing_ok=True)
-    memory, before, start = Memory(), _files(results), time.monotonic()
-    memory.start()
-    record: dict[str, Any] = {"key": job.key, "status": "ok", "cells": job.cells}
-
-    def on_cell(cell: Any, cell_index: int) -> None:
-        display.cell = job.number(cell_index)
-
-    with open(log_path, "w", encoding="utf-8") as log:
-        log.write(json.dumps(provenance(profile, job.seed, profile_data_hash(profile))) + "\n")
+    with open(job.out.with_suffix(".log"), "w", encoding="utf-8") as log:
+        logging.getLogger("papermill").handlers = [logging.StreamHandler(log)]
+        how = {
+            **nbs.KERNEL,
+            "progress_bar": {"desc": job.name, "leave": False, "disable": None},  # on a terminal
+            "on_cell_start": lambda cell, cell_index: begun.append(cell_index),
+            "stdout_file": log,
+            "stderr_file": log,
+            "cwd": job.path.parent,
+        }
+        total = len(nb.cells)
         try:
-            execute(job, {"profile": name, "seed": job.seed, **job.more}, log, on_cell)
+            nb = papermill.execute_notebook(nb, failed, parameters=job.parameters, **how)
         except Exception as error:  # whatever a cell, the kernel or papermill raised
-            record |= {"status": "failed", "error": _failure(job, error, display.cell)}
-            log.write("\n".join(record["error"]) + "\n")
-    record |= {"seconds": round(time.monotonic() - start, 1), "peak_mb": memory.stop()}
-    record["made"] = sorted(
-        path for path, stamp in _files(results).items() if before.get(path) != stamp
-    )
+            index = getattr(error, "cell_index", begun[-1])  # a dead kernel: the last one begun
+            number = index if index > extra else index + 1  # as the notebook's source counts
+            place = f"cell {number} of {total} (seed {job.parameters['seed']})"
+            record = {"status": "failed", "error": nbs.failure_lines(job.path.stem, place, error)}
+            print(*record["error"], sep="\n", file=log)
+    seed = job.parameters["seed"]
+    about = origin.provenance(profile, seed, origin.profile_data_hash(profile))
     if record["status"] == "ok":
-        finish(job, partial, provenance(profile, job.seed, profile_data_hash(profile)))
-        failed.unlink(missing_ok=True)
-    elif partial.is_file():
-        os.replace(partial, failed)
+        given = {**job.parameters, "profile": profile.name}  # a path would be this machine's
+        nb.metadata["papermill"] = {"parameters": given}
+        nb.metadata["lavic"] = {**nb.metadata.get("lavic", {}), "provenance": about}
+        origin.write_text(job.out, nbformat.writes(nb) + "\n")
+        failed.unlink()
+    made = [path for path in results.rglob("*.json") if path.stat().st_mtime >= start]
+    kilobyte = 1 if sys.platform == "darwin" else 2**10
+    record |= {
+        "seconds": round(time.time() - start, 1),
+        "peak_mb": getrusage(RUSAGE_CHILDREN).ru_maxrss * kilobyte // 2**20,  # largest so far
+        "made": sorted(path.relative_to(results).as_posix() for path in made),
+    }
+    records = {**read_run(job.out.parent), job.path.stem: record}
+    origin.write_json(job.out.with_name("run.json"), {"provenance": about, "notebooks": records})
     return record
 
 
-def _failure(job: Job, error: BaseException, last: int) -> list[str]:
-    """Two or three lines: notebook and cell (numbered as in the notebook's source), error name, message."""
-    index = getattr(error, "cell_index", None)  # a dead kernel has none: the last cell begun
-    number = last if index is None else job.number(index)
-    place = f"cell {number} of {job.cells}" if number > 0 else "starting it"
-    return nbs.failure_lines(job.name, f"{place} (seed {job.seed})", error)
-
-
-def save_record(job: Job, record: dict[str, Any], profile: Profile) -> None:
-    folder = job.out.parent
-    records = {**read_run(folder), job.name: record}
-    about = provenance(profile, job.seed, profile_data_hash(profile))
-    write_json(
-        folder / "run.json", {"provenance": about, "notebooks": dict(sorted(records.items()))}
-    )
-
-
 def reproduce(
-    name: str = "mini",
-    seeds: int = 1,
-    only: Sequence[str] = (),
-    force: bool = False,
-    folder: Path = nbs.NOTEBOOKS,
-    extended: bool = False,
+    name: str, seeds: int, only: Sequence[str], force: bool, folder: Path, extended: bool
 ) -> int:
-    """Run all that is not up to date; exit code 0, or 1 after the first failing cell. UserError for bad input."""
+    """Run all that is not up to date; exit code 0, or 1 after the first failing cell.
+
+    UserError for bad input, for a second run in the same folder, and where training does not fit.
+    """
     if seeds < 1:
-        raise UserError(f"--seeds {seeds}: must be 1 or more")
-    profile = load_profile(name)
+        raise config.UserError(f"--seeds {seeds}: must be 1 or more")
+    profile = config.load_profile(name)
     name = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
     nbs.set_kernel_environment()
-    results = results_dir(profile)
-    with lock(results):
-        jobs = plan(profile, name, [profile.seed + i for i in range(seeds)], folder, only, extended)
-        todo = [job for job in jobs if force or not job.unchanged(results)]
-        with Display(todo) as display:
-            for job in jobs:
-                if job not in todo:
-                    display.say(f"{job.name} (seed {job.seed}): unchanged, not run again")
-                    continue
-                display.begin(job)
-                record = run_job(job, profile, name, display)
-                save_record(job, record, profile)
-                if record["status"] != "ok":
-                    failed = shown(job.out.with_suffix(".failed.ipynb"))
-                    lines = [
-                        *record["error"],
-                        f"the cells so far: {failed}; the same command continues from here",
-                    ]
-                    display.say("\n".join(lines))
-                    return 1
-                job.previous = record
-                taken, peak = clock(record["seconds"]), record["peak_mb"]
-                display.say(
-                    f"{job.name} (seed {job.seed}): done in {taken} min, peak {peak:.0f} MB"
-                )
-        print(summary(jobs, results))
+    results = config.results_dir(profile)
+    results.mkdir(parents=True, exist_ok=True)
+    given = [{"profile": name, "seed": profile.seed + i} for i in range(seeds)]
+    if extended:
+        given = [{**one, "extended": True} for one in given]
+    try:
+        with FileLock(results / ".lock", timeout=0):  # goes with the process, however it ends
+            return _run_all(plan(profile, given, folder, only), profile, force)
+    except Timeout:
+        where = relpath(results)
+        raise config.UserError(f"another run is working in {where}; wait, or stop it") from None
+
+
+def _run_all(jobs: list[Job], profile: config.Profile, force: bool) -> int:
+    results = config.results_dir(profile)
+    todo = [job for job in jobs if force or not job.unchanged(results)]
+    if any(job.trains for job in todo):
+        from lavic_utils.bench.plan import refuse_here
+
+        for stage in STAGES:
+            refuse_here(profile, stage)
+    left = sum(job.seconds for job in todo) / 60
+    for job in jobs:
+        if job not in todo:
+            print(f"{job.name}: unchanged, not run again", flush=True)
+            continue
+        print(f"{job.name}: started, about {left:.1f} minutes left in all", flush=True)
+        job.record = run_job(job, profile)
+        if job.record["status"] != "ok":
+            failed = relpath(job.out.with_suffix(".failed.ipynb"))
+            print(*job.record["error"], sep="\n")
+            print(f"the cells so far: {failed}; the same command continues from here")
+            return 1
+        left -= job.seconds / 60
+        print(f"{job.name}: done in {job.record['seconds'] / 60:.1f} minutes", flush=True)
+    summary(jobs, results)
     return 0
+
+
+def summary(jobs: Sequence[Job], results: Path) -> None:
+    """Print minutes by notebook, peak memory, HR@1 and VR (means over seeds), where files are."""
+    import pandas as pd
+
+    print()
+    for job in jobs:
+        print(f"{job.name:44} {job.record['seconds'] / 60:5.1f} min")
+    minutes = sum(job.record["seconds"] for job in jobs) / 60
+    peak = max(job.record["peak_mb"] for job in jobs)
+    print(f"{'in all':44} {minutes:5.1f} min, peak memory {peak} MB\n")
+    path = results / "metrics.json"
+    if path.is_file():
+        rows = pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        rows["seeds"] = 1
+        how = {"seeds": "sum", "hit_ratio_conversations": "mean", "validity_ratio": "mean"}
+        means = rows.groupby(["method", "domain"], as_index=False).agg(how)
+        print(means.to_string(index=False, float_format="{:.4f}".format, na_rep="-"), end="\n\n")
+    print(f"executed notebooks, figures, tables, metrics.json: {relpath(results)}")

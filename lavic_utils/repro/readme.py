@@ -1,92 +1,143 @@
-"""The README's generated blocks: written from the files under results/ alone, and checked against them."""
+"""The generated blocks of README.md and CONTRIBUTING.md: results, claims, speed, maps of the code.
+
+Written from the files under results/ and the modules' first sentences alone, and checked.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
 
-from lavic_utils.audit.claims import claims_summary
-from lavic_utils.bench.speed import speed_block
 from lavic_utils.config import ROOT, UserError
 from lavic_utils.provenance import footer, write_text
-from lavic_utils.report import NOT_RUN, comparison
 
 
-def readme_block() -> str:
-    """The results tables of the README, from the committed metrics file alone."""
+def results() -> str:
+    """The results tables, from the committed metrics file alone."""
+    from lavic_utils.report import NOT_RUN, comparison
+
     metrics = json.loads((ROOT / "results" / "mini" / "metrics.json").read_text(encoding="utf-8"))
+    tier = metrics["provenance"]["tier"]
     lines = [
-        f"*{footer(metrics['provenance'])}. HR@1 over conversations, mean over seeds [95 % interval over dialogues] / VR; "
-        "published figures: the paper's. The two columns measure different worlds and are not comparable.*",
-        "",
+        f"*{footer(metrics['provenance'])}. HR@1 over conversations, mean over seeds [95 % "
+        "interval over dialogues] / VR; published figures: the paper's. The two columns measure "
+        "different worlds and are not comparable.*\n"
     ]
-    for table in ("open_source", "ablation"):
-        frame = comparison(metrics, table)
-        tier = metrics["provenance"]["tier"]
-        ran = frame[frame[("beauty", tier)] != NOT_RUN]
-        heads = [f"{d}, {kind}" for d, kind in frame.columns]
-        lines += [
-            f"**Table: {table.replace('_', ' ')}**",
-            "",
-            "| method | " + " | ".join(heads) + " |",
-            "| --- |" + " --- |" * len(heads),
-        ]
-        lines += [
-            f"| {name} | " + " | ".join(row) + " |"
-            for name, row in zip(ran.index, ran.values, strict=True)
-        ]
-        lines.append("")
+    for name in ("open_source", "ablation"):
+        frame = comparison(metrics, name)
+        frame = frame[frame[("beauty", tier)] != NOT_RUN]
+        frame.columns = [", ".join(column) for column in frame.columns]
+        table = frame.rename_axis("method").reset_index()
+        lines += [f"**Table: {name.replace('_', ' ')}**\n", markdown(list(table), table.values)]
     return "\n".join(lines)
 
 
+def markdown(heads: list[str], rows) -> str:
+    """A Markdown table."""
+    cells = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def claims() -> str:
+    """What the audit finds, in a few lines."""
+    from lavic_utils.audit.claims import claims_summary
+
+    return claims_summary()
+
+
 def speed() -> str:
-    """What `make bench` measured, for each machine whose file is committed; then what `bench gpu` did, for each card's."""
+    """What `make bench` and `bench gpu` measured, for each machine whose file is committed."""
+    from lavic_utils.bench.card import gpu_block
+    from lavic_utils.bench.speed import speed_block
+
     found = sorted((ROOT / "results" / "bench").glob("*.json"))
     cards = [path for path in found if path.stem.endswith("-gpu")]
     blocks = [speed_block(path) for path in found if path not in cards] or ["not measured yet\n"]
-    if cards:
-        from lavic_utils.bench.card import gpu_block
+    return "\n".join(blocks + [gpu_block(path) for path in cards])
 
-        blocks += map(gpu_block, cards)
-    return "\n".join(blocks)
+
+def first_sentence(path: Path) -> str:
+    """The first sentence of a module's docstring, on one line and without its full stop."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    sentence = re.split(r"(?<=\.)\s|\n\n", text + "\n\n")[0]
+    return " ".join(sentence.split()).removesuffix(".")
+
+
+def parts(root: Path) -> dict[str, list[Path]]:
+    """The package as it is read: part -> its modules. The core ("") comes first, in the order of
+    the import contract in pyproject.toml, then each room."""
+    tools = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    layers = tools["importlinter"]["contracts"][0]["layers"]
+    package, found = root / "lavic_utils", {"": []}
+    for name in re.findall(r"\w+", " ".join(reversed(layers))):
+        if (package / f"{name}.py").is_file():
+            found[""].append(package / f"{name}.py")
+        elif (package / name).is_dir():
+            found[name] = sorted((package / name).glob("[!_]*.py"))
+    return found
+
+
+def rooms() -> str:
+    """README's map: a row for the core and for each room."""
+    rows = []
+    for name, modules in parts(ROOT).items():
+        about = first_sentence(ROOT / "lavic_utils" / name / "__init__.py")
+        names = ", ".join(f"`{path.stem}`" for path in modules if path.stem != "__main__")
+        rows.append((f"`{name}/`" if name else "the core", about, names))
+    return markdown(["where", "what", "modules"], rows)
+
+
+def modules() -> str:
+    """CONTRIBUTING's map, and the site's API page: a row for each module."""
+    text = ""
+    for name, paths in parts(ROOT).items():
+        about = first_sentence(ROOT / "lavic_utils" / name / "__init__.py")
+        rows = []
+        for path in paths:
+            place = path.relative_to(ROOT).as_posix()
+            rows.append((f"[`{path.stem}`]({place})", first_sentence(path)))
+        heading = f"**`{name}/`**: {about}." if name else "**The core**, in the order to read it."
+        text += f"{heading}\n\n{markdown(['module', 'what'], rows)}\n"
+    return text
+
+
+BLOCKS: dict[str, tuple[Callable[[], str], ...]] = {
+    "README.md": (results, claims, speed, rooms),
+    "CONTRIBUTING.md": (modules,),
+}
 
 
 def own_results() -> bool:
-    """Whether the results here are of a run of somebody's own, later than what is committed: README.md then is as committed and
-    results/mini/metrics.json is not. Without git, or outside a checkout: no."""
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "README.md", "results/mini/metrics.json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    return "metrics.json" in changed and "README.md" not in changed
+    """Whether results/ holds a run of one's own: changed in git, where README.md is not."""
+    command = ["git", "status", "--porcelain", "README.md", "results/mini/metrics.json"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    return "metrics.json" in said and "README.md" not in said
 
 
 def update_readme(check: bool = False) -> list[str]:
-    """Rewrite (or, with `check`, only compare) the README's generated blocks. Returns what is stale. After a run of one's own
-    there is nothing to compare: the README shows the committed results."""
-    if check and own_results():
-        print(
-            "README.md shows the committed results, results/mini/metrics.json those of a run of your own: not compared"
-        )
-        return []
-    path = ROOT / "README.md"
-    text = fresh = path.read_text(encoding="utf-8")
-    for name, block in (("results", readme_block), ("claims", claims_summary), ("speed", speed)):
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if begin not in fresh or end not in fresh:
-            raise UserError(
-                f"{path.name}: markers {begin} and {end} not found; put them where the tables belong"
-            )
-        head, rest = fresh.split(begin, 1)
-        fresh = head + begin + "\n" + block() + end + rest.split(end, 1)[1]
-    if fresh == text:
-        return []
-    if not check:
-        write_text(path, fresh)
-        return []
-    return [
-        f"{path.name}: its generated blocks differ from the files under results/; run `python -m lavic_utils readme`"
-    ]
+    """Rewrite (or, with `check`, only compare) the generated blocks. Returns what is stale.
+
+    After a run of one's own README's results are not compared: it shows the committed ones.
+    """
+    stale = []
+    for page, blocks in BLOCKS.items():
+        text = fresh = (ROOT / page).read_text(encoding="utf-8")
+        for make in blocks:
+            if check and make is results and own_results():
+                print(f"{page} shows the committed results, results/ those of a run of your own")
+                continue
+            begin, end = f"<!-- {make.__name__}: begin -->\n", f"<!-- {make.__name__}: end -->"
+            head, found, rest = fresh.partition(begin)
+            if not found or end not in rest:
+                raise UserError(f"{page}: no lines {begin.strip()} and {end}; put them back")
+            fresh = head + begin + make() + end + rest.partition(end)[2]
+        if fresh != text and check:
+            stale.append(f"{page}: its generated blocks are stale; run `make readme`")
+        elif fresh != text:
+            write_text(ROOT / page, fresh)
+    return stale

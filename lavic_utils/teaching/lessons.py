@@ -12,9 +12,9 @@ import torch
 from lavic_utils import style, vision
 from lavic_utils.config import DOMAINS
 from lavic_utils.data import Dialogue
-from lavic_utils.training import pad_left
 from lavic_utils.prompts import dialogue_text, recommend_message
 from lavic_utils.recommendation import Example, Prompter, Read
+from lavic_utils.training import pad_left
 
 # Parts of a prompt -> colour: neither methods nor domains, so lightness tells them apart too.
 PARTS = {

@@ -1,4 +1,5 @@
-"""What the site needs to be whole without a network: equations as MathML, which browsers draw themselves, made at build time."""
+"""What the site needs to be whole without a network: equations as MathML, which browsers draw
+themselves, made at build time."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from sphinx.writers.html5 import HTML5Translator
 
 
 def mathml(tex: str, display: str) -> str:
-    """MathML of a TeX formula, with the TeX itself as its text for readers that do not speak MathML."""
+    """MathML of a TeX formula, with the TeX itself as its text for readers that do not speak
+    MathML."""
     made = convert(tex.strip(), display=display)
     made = re.sub(r"(<mi>(?:log|exp|max|min)</mi>)", r'\1<mspace width="0.17em"/>', made)
     made = re.sub(
