@@ -78,14 +78,17 @@ class Stage(nn.Module):
 
 
 # ------------------------------------------------------------ adapters
+def lora_config(lora: Lora, target: str) -> LoraConfig:
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target
+    )
+
+
 def add_adapter(model, lora: Lora, target: str):
     """The model (a LLaVA-NeXT, or a stage around one) with a fresh float32 adapter on every linear
     layer that `target` names, ready to train. The layers are put into the model given, which can
     still be asked by itself. Raises RuntimeError where anything else would be trained."""
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target
-    )
-    tuned = get_peft_model(model, config)
+    tuned = get_peft_model(model, lora_config(lora, target))
     check_trainable(tuned, target)
     kernel = vision.attention(model.dtype)
     if kernel != "sdpa":

@@ -56,7 +56,7 @@ def dialogue(text: str) -> Dialogue:
 def adapted(model, target: str):
     """The model with an adapter whose A and B both have gradients: B is not zero."""
     torch.manual_seed(0)
-    tuned = get_peft_model(model, dist.lora_config(PROFILE.recommendation.lora, target)).eval()
+    tuned = get_peft_model(model, training.lora_config(PROFILE.recommendation.lora, target)).eval()
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -133,7 +133,7 @@ def test_a_batch_has_the_loss_and_gradients_of_its_rows_one_by_one(
     assert len(set(batch["attention_mask"].sum(1).tolist())) == 3  # mixed lengths
     single = loss_and_gradients(tuned, [collate([row]) for row in rows])
     assert all(g.abs().max() > 10 * CLOSE for g in single[1].values()) and len(single[1]) == len(
-        dist.trainable_names(tuned)
+        training.trainable_names(tuned)
     )
     assert far(loss_and_gradients(tuned, [batch]), single) <= CLOSE
     assert far(loss_and_gradients(tuned, [right(batch)]), single) <= CLOSE

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from PIL import Image
 
 from lavic_utils import distillation as dist
-from lavic_utils import prompts, vision
+from lavic_utils import prompts, training, vision
 from lavic_utils import recommendation as rec
 from lavic_utils.config import UserError, load_profile
 from lavic_utils.data import Dialogue
@@ -157,14 +157,14 @@ def test_loss_of_a_batch_is_the_mean_over_single_rows(model, prompter):
 
 def test_a_row_without_target_is_an_error_not_a_nan():
     with pytest.raises(ValueError, match="no target"):
-        dist.mean_row_loss(torch.zeros(1, 3, 7), torch.full((1, 2), dist.IGNORE))
+        training.mean_row_loss(torch.zeros(1, 3, 7), torch.full((1, 2), dist.IGNORE))
 
 
 @pytest.mark.parametrize("target", [dist.VISION_LINEAR, rec.LANGUAGE_LINEAR])
 def test_lora_with_b_zero_equals_the_base(model, prompter, target):
     batch = batch_of(prompter, examples(2))
     base = loss_of(model, batch)
-    tuned = get_peft_model(model, dist.lora_config(PROFILE.distillation.lora, target)).eval()
+    tuned = get_peft_model(model, training.lora_config(PROFILE.distillation.lora, target)).eval()
     assert torch.allclose(loss_of(tuned, batch), base, atol=1e-6)
     if target == rec.LANGUAGE_LINEAR:  # negative control: with another B the loss moves
         for name, parameter in tuned.named_parameters():
@@ -174,16 +174,16 @@ def test_lora_with_b_zero_equals_the_base(model, prompter, target):
 
 
 def test_each_stage_trains_its_own_side_only(model):
-    stage1 = dist.trainable_names(
-        get_peft_model(model, dist.lora_config(PROFILE.distillation.lora, dist.VISION_LINEAR))
+    stage1 = training.trainable_names(
+        get_peft_model(model, training.lora_config(PROFILE.distillation.lora, dist.VISION_LINEAR))
     )
     assert {n.split(".")[3] for n in stage1} == {"vision_tower", "multi_modal_projector"}
     assert len(stage1) == 2 * (4 * 6 + 2)
 
 
 def test_stage_two_trains_every_linear_layer_of_the_language_model(model):
-    names = dist.trainable_names(
-        get_peft_model(model, dist.lora_config(PROFILE.recommendation.lora, rec.LANGUAGE_LINEAR))
+    names = training.trainable_names(
+        get_peft_model(model, training.lora_config(PROFILE.recommendation.lora, rec.LANGUAGE_LINEAR))
     )
     assert len(names) == 2 * 6 * 7 and all(".language_model.layers." in n for n in names)
 
@@ -337,11 +337,3 @@ def test_student_batch_is_described_by_the_real_tile_counts(processor, model, tm
         model, batch["input_ids"], batch["labels"], batch["attention_mask"], visual, 0
     )
     assert loss.isfinite()
-
-
-def test_attribute_accuracy_has_a_negative_control():
-    facts = [{"colour": "red", "pattern": "plain", "shape": "round", "accent": "white"}]
-    right = dist.attribute_accuracy(["red and plain, round, with a white lid."], facts)
-    wrong = dist.attribute_accuracy(["blue and plain, boxy, with a white lid."], facts)
-    assert right == {"colour": 1, "pattern": 1, "shape": 1, "accent": 1, "all": 1}
-    assert wrong["colour"] == wrong["shape"] == wrong["all"] == 0 and wrong["pattern"] == 1

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lavic_utils import data, vision
 from lavic_utils.data import Dialogue
-from lavic_utils.distillation import IGNORE, VISION_LINEAR, Picture, lora_config, pad_left
+from lavic_utils.distillation import VISION_LINEAR, Picture
+from lavic_utils.training import IGNORE, lora_config, pad_left
 from lavic_utils.experiment import Experiment
 from lavic_utils.prompts import describe_prompt, encode
 from lavic_utils.recommendation import LANGUAGE_LINEAR, Example
