@@ -38,11 +38,9 @@ def trainable_names(model) -> list[str]:
 
 
 def add_adapter(model, lora: Lora, target: str):
-    """The model with a fresh adapter on every linear layer that `target` names, ready to train: adapters in float32,
-    but in the weights' own dtype under FSDP, which wants one. Raises RuntimeError where anything else would be trained."""
-    tuned = get_peft_model(
-        model, lora_config(lora, target), autocast_adapter_dtype=not vision.sharded()
-    )
+    """The model with a fresh adapter on every linear layer that `target` names, ready to train: adapters in float32.
+    Raises RuntimeError where anything else would be trained."""
+    tuned = get_peft_model(model, lora_config(lora, target))
     check_trainable(tuned, target)
     kernel = vision.attention(model.dtype)
     if kernel != "sdpa":

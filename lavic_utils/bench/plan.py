@@ -27,7 +27,7 @@ from lavic_utils.bench.memory import (
     trainables,
 )
 from lavic_utils.config import DOMAINS, Profile, UserError, real_data_dir
-from lavic_utils.vision import sharded, source
+from lavic_utils.vision import source
 
 
 class Card(NamedTuple):
@@ -106,7 +106,7 @@ def present() -> Card | None:
 def refuse_here(profile: Profile, stage: str) -> None:
     """`refuse` for a stage about to begin and the card of this machine, if there is one: before anything is loaded. Training
     whose weights are spread over cards (FSDP) is not judged: the model of memory is of one card."""
-    if (card := present()) and not (sharded() and stage in ("distillation", "recommendation")):
+    if card := present():
         source(profile)  # says so first where there is no such model
         refuse(profile, card, (stage,))
 
