@@ -15,7 +15,6 @@ from torch import Tensor
 from lavic_utils import openmodels, prompts, recommendation, retrieval, vision
 from lavic_utils.config import UserError, results_dir
 from lavic_utils.data import Dialogue, image_file
-from lavic_utils.encoders import ENCODERS
 from lavic_utils.evaluation import parse_answer
 from lavic_utils.hub import HubModel, fingerprint
 from lavic_utils.recommendation import Answer
@@ -74,7 +73,7 @@ class Retrieval(Method):
 
     @property
     def hub(self) -> HubModel | None:
-        return ENCODERS[self.name].model if self.name in ENCODERS else None
+        return retrieval.ENCODERS[self.name].model if self.name in retrieval.ENCODERS else None
 
     def needs(self, run):
         return str(self.hub) if self.hub else super().needs(run)
@@ -267,7 +266,7 @@ def _registry(*methods: Method) -> dict[str, Method]:
 
 
 METHODS = _registry(
-    *(Retrieval(name, family="retrieval") for name in ("BM25", *ENCODERS)),
+    *(Retrieval(name, family="retrieval") for name in ("BM25", *retrieval.ENCODERS)),
     Open("Vicuna-v1.5", hub=VICUNA_7B, chat=VICUNA),
     Open("LLaVA-v1.5 (title)", hub=LLAVA_15, chat=LLAVA),
     Base("LLaVA-v1.6 (title)"),
