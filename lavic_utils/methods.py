@@ -200,9 +200,8 @@ class Requests(Sequence):
 
     def __getitem__(self, i: int) -> list[dict]:
         names = getattr(self.dialogues[i], self.run.profile.candidates)
-        text = prompts.recommend_message(
-            self.run.profile.prompts, self.dialogues[i].turns, names, self.run.titles
-        )
+        items = [prompts.Candidate(a, self.run.titles[a]) for a in names]
+        text = prompts.recommend_message(self.run.profile.prompts, self.dialogues[i].turns, items)
         return proprietary.build_messages(
             text, [(a, image_file(self.run.root, a)) for a in names] if self.images else []
         )

@@ -22,7 +22,7 @@ from lavic_utils.config import Profile
 from lavic_utils.data import Dialogue
 from lavic_utils.distillation import IGNORE, forward_loss, pad_left
 from lavic_utils.evaluation import parse_answer
-from lavic_utils.prompts import Encoded, encode, recommend_prompt
+from lavic_utils.prompts import Candidate, Encoded, encode, recommend_prompt
 
 LANGUAGE_LINEAR = (
     r"(base_model\.model\.)?model\.language_model\.layers\.\d+\."
@@ -102,15 +102,14 @@ class Prompter:
         }  # what training prompts lost for being too long
 
     def prompt(self, dialogue: Dialogue, candidates: Sequence[str]) -> Encoded:
+        items = [Candidate(a, self.titles[a], self.lengths.get(a, 0)) for a in candidates]
         return recommend_prompt(
             self.tokenizer,
             self.profile.prompts,
             dialogue.turns,
-            candidates,
-            self.titles,
-            self.lengths,
+            items,
             self.room,
-            overflow=self.overflow,
+            self.overflow,
         )
 
     def answer(self, asin: str) -> list[int]:
