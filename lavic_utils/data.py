@@ -1,34 +1,153 @@
-"""Reading Reddit-Amazon (or the mini world, same layout): dialogues, catalogue, stage-1 descriptions and images.
+"""Reading Reddit-Amazon, or the mini world in the same layout: dialogues, catalogue, images.
 
-Nothing is repaired in silence: a row is read exactly as it stands, or `RowError` (`rows.py`) names file, line and field.
+Nothing is repaired in silence: a row is read exactly as it stands, or `RowError` names file, line
+and field. An image is whole or it is None.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from PIL import Image
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import StringConstraints as Text
 
 from lavic_utils.config import DOMAINS, UserError
-from lavic_utils.rows import GET_DATA, Row, check_row, load_json, read_bytes, read_rows
-
-if TYPE_CHECKING:
-    import datasets
 
 SPLITS = ("train", "valid", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # not every reader of Pillow: one starts Ghostscript
 TURN = re.compile(r"<(submission|comment)>(.*?)</\1>", re.DOTALL)
 TAG = re.compile(r"</?(?:submission|comment)>")
 SPEAKERS = {"submission": "seeker", "comment": "helper"}
-log = logging.getLogger(__name__)
+GET_DATA = "get jeon185/LaViC's files (`python -m lavic_utils data fetch`) and set LAVIC_DATA"
 
 
+# ------------------------------------------------------------------- strict reading of JSON rows
+class Row(BaseModel):
+    """What is read from a file: values are never converted, fields of other names are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+class RowError(UserError):
+    """A bad row: `where` (file and line), `field`, `kind` of fault, `problem`; no text of it."""
+
+    def __init__(self, where: str, field: str, kind: str, problem: str) -> None:
+        super().__init__(f"{where}: field {field}: {problem}; correct or download the file again")
+        self.field, self.kind, self.problem = field, kind, problem
+
+
+def check_row(kind: type[AnyRow], row: Any, where: str, **extra: Any) -> AnyRow:
+    """The JSON object `row` as a `kind`; RowError names the place and the first wrong field."""
+    if not isinstance(row, dict):
+        problem = f"a JSON object is expected, found {type(row).__name__}"
+        raise RowError(where, "(all)", "not an object", problem)
+    try:
+        return kind.model_validate({**row, **extra})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        fault = "missing" if first["type"] == "missing" else "bad value"
+        problem = first["msg"].removeprefix("Value error, ")
+        raise RowError(where, field, fault, problem) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise KeyError(max(names, key=names.count))
+    return dict(pairs)
+
+
+def _last_field(begun: str, kind: type[Row]) -> str:
+    """The last field of `kind` that a broken row names before its fault."""
+    known = {field.alias or name for name, field in kind.model_fields.items()}
+    named = [name for name in re.findall(r'"(\w+)"\s*:', begun) if name in known]
+    return named[-1] if named else "(before the first)"
+
+
+def _load_json(raw: bytes, where: str, kind: type[Row]) -> Any:
+    """The JSON value in `raw`; RowError with the last field of `kind` named before the fault."""
+    try:
+        # No field that is read is a number: as a float, one of thousands of digits is refused
+        # where it stands, by its field.
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=float)
+    except UnicodeDecodeError as error:
+        field = _last_field(raw[: error.start].decode("utf-8"), kind)
+        fault, problem = "bad UTF-8", f"not valid UTF-8 at byte {error.start + 1}"
+    except json.JSONDecodeError as error:
+        field = _last_field(error.doc[: error.pos], kind)
+        fault, problem = "bad JSON", f"not valid JSON at character {error.pos + 1} ({error.msg})"
+    except KeyError as twice:
+        field, fault, problem = ascii(twice.args[0][:40])[1:-1], "field twice", "it stands twice"
+    except RecursionError:
+        field, fault, problem = "(all)", "bad JSON", "not valid JSON: nested too deep"
+    raise RowError(where, field, fault, problem)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        zipped = path.with_name(path.name + ".zip")
+        todo = f"unzip {zipped.name} there" if zipped.is_file() else GET_DATA
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {todo}") from None
+
+
+def read_rows(
+    path: Path, kind: type[AnyRow], set_aside: list[dict[str, Any]] | None = None, **extra: Any
+) -> list[AnyRow]:
+    """Each line of a JSONL file as a `kind` (field `line`: its number from 1). The first bad line
+    raises RowError; or, where a list `set_aside` is given, bad lines are left out and described
+    there (`file`, `line`, `field`, `kind`, `problem`).
+
+    Only "\\n" ends a line: texts may hold U+2028, U+0085 and others that `str.splitlines` takes for
+    line ends. A duplicate row, equal to an earlier one in every field that `kind` reads, is a bad
+    one: it would count twice. A dialogue that comes again with its candidates in another order is
+    none, since the prompt is another one (five rows of the published valid and test files), nor is
+    a context with another answer.
+    """
+    names = [name for name in kind.model_fields if name not in ("line", *extra)]
+    found: list[AnyRow] = []
+    first_line: dict[tuple, int] = {}  # values of a row -> the line where they stood first
+    for line, raw in enumerate(_read_bytes(path).removesuffix(b"\n").split(b"\n"), 1):
+        where = f"{path}, line {line}"
+        try:
+            row = check_row(kind, _load_json(raw, where, kind), where, **extra, line=line)
+            before = first_line.setdefault(tuple(getattr(row, name) for name in names), line)
+            if names and before != line:
+                problem = f"all as in line {before}, a duplicate row"
+                raise RowError(where, ", ".join(names), "duplicate row", problem)
+            found.append(row)
+        except RowError as error:
+            if set_aside is None:
+                raise
+            bad = {"field": error.field, "kind": error.kind, "problem": error.problem}
+            set_aside.append({"file": f"{path.parent.name}/{path.name}", "line": line, **bad})
+    return found
+
+
+def set_aside_report(bad: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows that `read_rows` set aside, JSON-able: how many `rows`, `counts` by file, kind of
+    fault and field, and what was `found`."""
+    counts = Counter((one["file"], one["kind"], one["field"].split(".")[0]) for one in bad)
+    named = [
+        {"file": file, "kind": kind, "field": field, "rows": rows}
+        for (file, kind, field), rows in counts.items()
+    ]
+    return {"rows": len(bad), "counts": named, "found": list(bad)}
+
+
+# ------------------------------------------------------------------------ the fields of the files
 def _closed(text: str) -> str:
     if TURN.sub("", text).strip() or any(TAG.search(inner) for _, inner in TURN.findall(text)):
         raise ValueError("text outside of a turn, or a turn not closed")
@@ -36,9 +155,10 @@ def _closed(text: str) -> str:
 
 
 def _ten(ids: tuple[str, ...]) -> tuple[str, ...]:
-    if len(ids) != 10 or len(set(ids)) != 10:
+    different = len(set(ids))
+    if len(ids) != 10 or different != 10:
         raise ValueError(
-            f"10 different candidates are expected, found {len(set(ids))} different in {len(ids)}"
+            f"10 different candidates are expected, found {different} different in {len(ids)}"
         )
     return ids
 
@@ -48,28 +168,25 @@ def _texts(value: Any) -> Any:
 
 
 def _links(images: Any) -> Any:
-    if not isinstance(images or [], list) or not all(isinstance(one, dict) for one in images or ()):
+    images = images or []
+    if not isinstance(images, list) or not all(isinstance(one, dict) for one in images):
         raise ValueError("a list of objects with the link `large` is expected")
-    return tuple(
-        next((one[key] for key in ("large", "hi_res", "thumb") if one.get(key)), "")
-        for one in images or ()
-    )
+    return tuple(one.get("large") or one.get("hi_res") or one.get("thumb") or "" for one in images)
 
 
-Id = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9]{1,32}$")
-]  # also keeps ids usable as file names
+Id = Annotated[str, Text(pattern=r"^[A-Za-z0-9]{1,32}$")]  # so that an id can name a file, too
 Ids = tuple[Id, ...]
-Filled = Annotated[str, StringConstraints(pattern=r"\S")]
-ImageName = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9]{1,32}_[0-9]{1,6}\.jpg$")
-]  # ASIN_k.jpg
+Filled = Annotated[str, Text(pattern=r"\S")]
+ImageName = Annotated[str, Text(pattern=r"^[A-Za-z0-9]{1,32}_[0-9]{1,6}\.jpg$")]  # ASIN_k.jpg
 Ten = Annotated[Ids, AfterValidator(_ten)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # a text, a list of texts or null
+Links = Annotated[tuple[str, ...], BeforeValidator(_links)]
+ByImage = Annotated[dict[str, str], BeforeValidator(lambda value: {} if value is None else value)]
 
 
 class Dialogue(Row):
-    """One row of a dialogue file. `line` counts from 1; the ids stand as in the file (`gt_items` may repeat one)."""
+    """One row of a dialogue file. `line` counts from 1; the ids stand as in the file (`gt_items`
+    may repeat one)."""
 
     domain: str
     split: str
@@ -83,43 +200,42 @@ class Dialogue(Row):
 
     @property
     def turns(self) -> list[tuple[str, str]]:
-        """(speaker, text) in order: "seeker" wrote the submission, "helper" any comment; edges stripped."""
+        """(speaker, text), edges stripped: "seeker" wrote the submission, "helper" any comment."""
         return [(SPEAKERS[tag], text.strip()) for tag, text in TURN.findall(self.context)]
 
 
 class Item(Row):
-    """One product. `images[k]` is the link of ASIN_k.jpg ("" where none is given)."""
+    """One product. `images[k]` is the link of ASIN_k.jpg ("" where none is given), `descriptions`
+    what LLaVA wrote about the looks of an image, by file name."""
 
     asin: Id
     title: str
     categories: Texts = ()
     features: Texts = ()
     description: Texts = ()
-    images: Annotated[tuple[str, ...], BeforeValidator(_links)] = ()
-    # image file name -> what LLaVA wrote about its looks
-    descriptions: Annotated[
-        dict[str, str], BeforeValidator(lambda value: {} if value is None else value)
-    ] = Field(default={}, alias="image_descriptions_llava_cleaned")
+    images: Links = ()
+    descriptions: ByImage = Field(default={}, alias="image_descriptions_llava_cleaned")
 
 
 class ValidImage(Row):
-    """One image with its description: a stage-1 example. `asin` and `k` are read from `image_name`, ASIN_k.jpg."""
+    """One image with its description ("" where no teacher has written yet): a stage-1 example.
+    `asin` and `k` are read from `image_name`, ASIN_k.jpg."""
 
     title: str
     image_name: ImageName
     link: str = Field(alias="image")
-    description: str = Field(
-        alias="image_description_llava_cleaned"
-    )  # "" where no teacher has written yet
+    description: str = Field(alias="image_description_llava_cleaned")
     asin = property(lambda self: self.image_name.split("_")[0])
     k = property(lambda self: int(self.image_name[:-4].split("_")[1]))
 
 
+# -------------------------------------------------------------------------------------- the files
 def dialogue_file(root: Path | str, domain: str, split: str) -> Path:
     """Path of one dialogue file; UserError for a domain or split that does not exist."""
     if domain not in DOMAINS or split not in SPLITS:
         raise UserError(
-            f"no dialogues {domain}/{split}; use one of {', '.join(DOMAINS)} and of {', '.join(SPLITS)}"
+            f"no dialogues {domain}/{split}; use one of {', '.join(DOMAINS)} "
+            f"and of {', '.join(SPLITS)}"
         )
     return Path(root) / DOMAINS[domain] / f"{split}.jsonl"
 
@@ -127,16 +243,15 @@ def dialogue_file(root: Path | str, domain: str, split: str) -> Path:
 def read_dialogues(
     root: Path | str, domain: str, split: str, set_aside: list[dict[str, Any]] | None = None
 ) -> list[Dialogue]:
-    """All dialogues of one split in file order. A list `set_aside` takes the bad rows; without it RowError."""
-    return read_rows(
-        dialogue_file(root, domain, split), Dialogue, set_aside, domain=domain, split=split
-    )
+    """All dialogues of a split in file order; RowError, or `set_aside`, as in `read_rows`."""
+    path = dialogue_file(root, domain, split)
+    return read_rows(path, Dialogue, set_aside, domain=domain, split=split)
 
 
 def read_catalogue(root: Path | str) -> dict[str, Item]:
     """Item id -> Item, from item2meta_train.json. Raises UserError naming file, item and field."""
     path = Path(root) / "item2meta_train.json"
-    rows = load_json(read_bytes(path), str(path), Item)
+    rows = _load_json(_read_bytes(path), str(path), Item)
     if not isinstance(rows, dict) or not rows:
         raise UserError(f"{path}: an object of items by id is expected; {GET_DATA}")
     return {
@@ -155,34 +270,23 @@ def stage1_rows(items: Iterable[Item]) -> list[ValidImage]:
     rows = []
     for item in items:
         links = {f"{item.asin}_{k}.jpg": link for k, link in enumerate(item.images)}
-        rows += [
-            check_row(
-                ValidImage,
-                {
-                    "title": item.title,
-                    "image_name": name,
-                    "image": links.get(name, ""),
-                    "image_description_llava_cleaned": text,
-                },
-                f"item {item.asin}, {name!a}",
-            )
-            for name, text in item.descriptions.items()
-        ]
+        for name, text in item.descriptions.items():
+            row = {"title": item.title, "image_name": name, "link": links.get(name, "")}
+            where = f"item {item.asin}, {name!a}"
+            rows.append(check_row(ValidImage, {**row, "description": text}, where))
     return rows
 
 
-def _image_path(root: Path | str, name: str) -> Path:
+# ------------------------------------------------------------------------------------- the images
+def image_file(root: Path | str, asin: str, k: int = 0) -> Path:
+    """Where image k of an item is: train_images, else valid_images; the first where neither is."""
+    name = f"{asin}_{k}.jpg"
     train, valid = Path(root) / "train_images" / name, Path(root) / "valid_images" / name
     return valid if valid.is_file() and not train.is_file() else train
 
 
-def image_file(root: Path | str, asin: str, k: int = 0) -> Path:
-    """Where image k of an item is: train_images, else valid_images; the train path where neither holds it."""
-    return _image_path(root, f"{asin}_{k}.jpg")
-
-
 def open_image(path: Path | str) -> Image.Image | None:
-    """The whole image decoded, RGB; None where the file is missing or corrupt (never a blank stand-in)."""
+    """The whole image, decoded, RGB; None where it is missing or corrupt (never a stand-in)."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.convert("RGB")
@@ -190,92 +294,25 @@ def open_image(path: Path | str) -> Image.Image | None:
         return None
 
 
-def image_report(root: Path | str, names: Iterable[str]) -> dict[str, Any]:
-    """Decode every image named, once: counts `present`, `missing`, `corrupt`, and `missing_names`, `corrupt_names`."""
-    every = list(dict.fromkeys(names))
-    missing = [name for name in every if not _image_path(root, name).is_file()]
-    corrupt = [
-        name
-        for name in sorted(set(every) - set(missing))
-        if open_image(_image_path(root, name)) is None
-    ]
-    return {
-        "present": len(every) - len(missing) - len(corrupt),
-        "missing": len(missing),
-        "corrupt": len(corrupt),
-        "missing_names": missing,
-        "corrupt_names": corrupt,
-    }
-
-
-def _dataset(columns: dict[str, list[Any]], lists: Iterable[str] = ()) -> datasets.Dataset:
-    """Columns of texts, `lists` of lists of texts; `line` a number; `image`: paths, decoded to RGB when read."""
-    from datasets import Dataset, Features, List, Value
-    from datasets import Image as ImageFeature
-
-    text = Value("string")
-    kinds = dict.fromkeys(lists, List(text)) | {
-        "line": Value("int64"),
-        "image": ImageFeature(mode="RGB"),
-    }
-    return Dataset.from_dict(
-        columns, features=Features({name: kinds.get(name, text) for name in columns})
-    )
-
-
-def dialogue_dataset(dialogues: Sequence[Dialogue]) -> datasets.Dataset:
-    """One row a dialogue, with the fields of `Dialogue` as columns."""
-    return _dataset(
-        {name: [getattr(d, name) for d in dialogues] for name in Dialogue.model_fields},
-        ("context_items", "gt_items", "candidates_st", "candidates_gpt_large"),
-    )
-
-
-def item_dataset(root: Path | str, items: Iterable[Item]) -> datasets.Dataset:
-    """Columns asin, title, categories, features, description, and image: the first, RGB, decoded when read; None where it
-    is missing or corrupt."""
-    items = list(items)
-    names = [f"{item.asin}_0.jpg" for item in items]
-    report = image_report(root, names)
-    bad = {*report["missing_names"], *report["corrupt_names"]}
-    lists = ("categories", "features", "description")
-    columns = {name: [getattr(item, name) for item in items] for name in ("asin", "title", *lists)}
-    return _dataset(
-        {
-            **columns,
-            "image": [None if name in bad else str(_image_path(root, name)) for name in names],
-        },
-        lists,
-    )
-
-
-def image_dataset(
-    root: Path | str, rows: Sequence[ValidImage], check: bool = True
-) -> datasets.Dataset:
-    """Columns asin, title, image (RGB, decoded when read), description. `check` leaves out, logged, unreadable ones."""
-    report = image_report(root, [row.image_name for row in rows] if check else ())
-    if bad := {*report["missing_names"], *report["corrupt_names"]}:
-        log.warning(
-            "left out: %d missing and %d corrupt images", report["missing"], report["corrupt"]
-        )
-    kept = [row for row in rows if row.image_name not in bad]
-    columns = {
-        name: [getattr(row, name) for row in kept] for name in ("asin", "title", "description")
-    }
-    return _dataset({**columns, "image": [str(_image_path(root, row.image_name)) for row in kept]})
+def image_report(paths: Iterable[Path]) -> dict[str, Any]:
+    """Decode every image, once: how many are `present`; names of `missing` and `corrupt` ones."""
+    every = list(dict.fromkeys(paths))
+    missing = [path.name for path in every if not path.is_file()]
+    corrupt = [path.name for path in every if path.is_file() and open_image(path) is None]
+    present = len(every) - len(missing) - len(corrupt)
+    return {"present": present, "missing": missing, "corrupt": corrupt}
 
 
 def data_hash(root: Path | str) -> str:
-    """12 hex digits of SHA-256 over names and contents of the .json and .jsonl files of a data folder."""
+    """12 hex of SHA-256 over names and contents of a data folder's .json and .jsonl files."""
     base = Path(root)
     folders = (base, *(base / name for name in DOMAINS.values()))
-    found = [
-        path for folder in folders for end in ("json", "jsonl") for path in folder.glob(f"*.{end}")
-    ]
-    files = {path.relative_to(base).as_posix(): path for path in found}
+    files = [path for folder in folders for path in folder.glob("*.json*")]
+    files = [path for path in files if path.suffix in (".json", ".jsonl")]
     if not files:
         raise UserError(f"{base}: no .json or .jsonl file; {GET_DATA}")
-    lines = [
-        f"{name}\0{hashlib.sha256(read_bytes(files[name])).hexdigest()}\n" for name in sorted(files)
-    ]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda path: path.relative_to(base).as_posix()):
+        content = hashlib.sha256(_read_bytes(path)).hexdigest()
+        digest.update(f"{path.relative_to(base).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()[:12]

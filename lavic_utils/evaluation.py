@@ -17,8 +17,7 @@ from pydantic import Field
 from scipy.stats import binomtest
 
 from lavic_utils.config import DOMAINS, UserError
-from lavic_utils.data import SPLITS, Dialogue, dialogue_file, read_dialogues
-from lavic_utils.rows import read_rows
+from lavic_utils.data import SPLITS, Dialogue, dialogue_file, read_dialogues, read_rows
 
 # An ASIN is B and 9 more, with a digit somewhere (so "BREATHABLE" is none); books carry an ISBN-10 instead. No boundary
 # is asked for after the id: a model that writes on past it ("B00HO5EE9W0HO") has still answered.

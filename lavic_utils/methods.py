@@ -25,7 +25,6 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from lavic_utils import prompts, recommendation, retrieval, vision
 from lavic_utils.config import Profile, UserError, results_dir
 from lavic_utils.data import Dialogue, image_file
-from lavic_utils.encoders import ENCODERS
 from lavic_utils.evaluation import parse_answer
 from lavic_utils.hub import HubModel
 from lavic_utils.provenance import folder_hash
@@ -91,7 +90,7 @@ class Retrieval(Method):
 
     @property
     def hub(self) -> HubModel | None:
-        return ENCODERS[self.name].model if self.name in ENCODERS else None
+        return retrieval.ENCODERS[self.name].model if self.name in retrieval.ENCODERS else None
 
     def needs(self, run):
         return str(self.hub) if self.hub else super().needs(run)
@@ -261,7 +260,8 @@ class Requests(Sequence):
 
         run, turns = self.run, self.dialogues[i].turns
         ten = getattr(self.dialogues[i], run.profile.candidates)
-        text = prompts.recommend_message(run.profile.prompts, turns, ten, run.titles)
+        items = [prompts.Candidate(asin, run.titles[asin]) for asin in ten]
+        text = prompts.recommend_message(run.profile.prompts, turns, items)
         pictures: list[tuple[str, Path]] = []
         if self.images:
             pictures = [(asin, image_file(run.root, asin)) for asin in ten]

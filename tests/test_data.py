@@ -1,4 +1,5 @@
-"""Reading files: exact or refused, never repaired in silence. Made-up rows; real files only where LAVIC_DATA is set."""
+"""Reading files: exact or refused, never repaired in silence. Made-up rows; real files only where
+LAVIC_DATA is set."""
 
 from __future__ import annotations
 
@@ -13,11 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lavic_utils import data, rows
+from lavic_utils import data
 from lavic_utils.config import DOMAINS, UserError, real_data_dir
 
-NEED_DATA = "set LAVIC_DATA to a folder with the published Reddit-Amazon files (`python -m lavic_utils data fetch`)"
-real = pytest.mark.skipif(real_data_dir() is None, reason=NEED_DATA)
+real = pytest.mark.skipif(real_data_dir() is None, reason=data.GET_DATA)
 TEN = [f"B0TEST{i:04d}" for i in range(10)]
 ROW = {
     "context": "<submission>a red mug?\u2028please</submission>\n<comment>how\u0085big?</comment>",
@@ -48,15 +48,6 @@ def changed(**fields: object) -> dict[str, object]:
 def test_a_row_is_read_as_it_stands(tmp_path: Path) -> None:
     path = write(tmp_path, lines(ROW, changed(gt="b"), changed(extra=1, gt_items=[TEN[0], TEN[0]])))
     read = data.read_dialogues(tmp_path, "beauty", "test")
-    table = data.dialogue_dataset(read)
-    assert {k: v for k, v in table[0].items() if k in FIELDS} == ROW and list(table["line"]) == [
-        1,
-        2,
-        3,
-    ]
-    assert (
-        data.dialogue_dataset([]).features == table.features
-    )  # typed, not guessed from what is there
     assert [d.line for d in read] == [1, 2, 3] and {(d.domain, d.split) for d in read} == {
         ("beauty", "test")
     }
@@ -126,7 +117,7 @@ def test_bad_rows_are_set_aside_in_a_report_with_counts(tmp_path: Path) -> None:
     write(tmp_path, lines(ROW, changed(gt_items=[]), second, ROW) + broken)
     bad: list[dict] = []
     assert [d.line for d in data.read_dialogues(tmp_path, "beauty", "test", bad)] == [1, 3]
-    report = rows.set_aside_report(bad)
+    report = data.set_aside_report(bad)
     assert report["rows"] == 5 and [(one["line"], one["kind"]) for one in report["found"]] == [
         (2, "bad value"),
         (4, "duplicate row"),
@@ -141,7 +132,7 @@ def test_bad_rows_are_set_aside_in_a_report_with_counts(tmp_path: Path) -> None:
     assert all(one["file"] == name for one in report["found"]) and "red mug" not in json.dumps(
         report
     )
-    assert rows.set_aside_report([]) == {"rows": 0, "counts": [], "found": []}
+    assert data.set_aside_report([]) == {"rows": 0, "counts": [], "found": []}
     write(tmp_path, b"{\n")
     assert data.read_dialogues(tmp_path, "beauty", "test", bad) == [] and len(bad) == 6
 
@@ -309,7 +300,7 @@ FAULTS = (
 
 @st.composite
 def mutated(draw: st.DrawFn) -> list[tuple[bytes, str]]:
-    """Six lines, each with what must become of it: READ, ANY, or the field that its error must name."""
+    """Six lines, each with what must become of it: READ, ANY, or the field its error must name."""
     made: list[tuple[bytes, str]] = []
     for number in range(6):
         row = copy.deepcopy({**ROW, "gt": f"number {number}"})
@@ -462,65 +453,31 @@ def test_images_are_whole_or_none(tmp_path: Path) -> None:
         and opened[1].mode == "RGB"
         and opened[0].size == (64, 48)
     )
-    # negative control: the header of the cut file is fine, so opening without decoding would pass it
+    # negative control: the header of the cut file is fine, opening without decoding would pass it
     assert Image.open(tmp_path / "train_images" / names[2]).size == (64, 48)
-    assert data.image_report(tmp_path, names) == {
+    files = [data.image_file(tmp_path, asin) for asin in TEN[:4]]
+    assert data.image_report([*files, files[0]]) == {
         "present": 2,
-        "missing": 1,
-        "corrupt": 1,
-        "missing_names": [names[3]],
-        "corrupt_names": [names[2]],
+        "missing": [names[3]],
+        "corrupt": [names[2]],
     }
 
 
-def test_image_dataset_and_stage1_valid(tmp_path: Path) -> None:
-    names = images(tmp_path)
+def test_stage1_validation_images_are_read_and_their_names_checked(tmp_path: Path) -> None:
     raw = [
         {
             "title": "t",
-            "image_name": name,
+            "image_name": f"{asin}_0.jpg",
             "image": "link",
-            "image_description_llava_cleaned": name[:-4],
+            "image_description_llava_cleaned": asin,
         }
-        for name in names
+        for asin in TEN[:4]
     ]
     (tmp_path / "item2meta_valid.jsonl").write_bytes(lines(*raw))
     rows = data.read_stage1_valid(tmp_path)
-    assert [(r.asin, r.k, r.link) for r in rows] == [(asin, 0, "link") for asin in TEN[:4]]
-    dataset = data.image_dataset(tmp_path, rows)
-    assert (
-        set(dataset.column_names) == {"asin", "title", "image", "description"}
-        and list(dataset["asin"]) == TEN[:2]
-    )
-    assert dataset[0]["image"].getpixel((5, 5))[0] > 200 and dataset[1]["image"].mode == "RGB"
-    unchecked = data.image_dataset(
-        tmp_path, rows, check=False
-    )  # nothing is decoded until it is read
-    assert len(unchecked) == 4
-    with pytest.raises(OSError):
-        unchecked[2]["image"].load()
-    items = [
-        data.Item(asin=asin, title=str(n), features=("f",) * n) for n, asin in enumerate(TEN[:4])
+    assert [(r.asin, r.k, r.link, r.description) for r in rows] == [
+        (asin, 0, "link", asin) for asin in TEN[:4]
     ]
-    shop = data.item_dataset(tmp_path, items)
-    assert shop[2] == {
-        "asin": TEN[2],
-        "title": "2",
-        "categories": [],
-        "features": ["f", "f"],
-        "description": [],
-        "image": None,
-    }
-    assert [image is None for image in shop["image"]] == [
-        False,
-        False,
-        True,
-        True,
-    ]  # cut and missing: none, never a stand-in
-    assert (
-        shop[0]["image"].size == (64, 48)
-        and str(shop.features["features"]) == "List(Value('string'))"
-    )
     (tmp_path / "item2meta_valid.jsonl").write_bytes(lines({**raw[0], "image_name": "x.png"}))
     with pytest.raises(UserError, match="line 1: field image_name"):
         data.read_stage1_valid(tmp_path)

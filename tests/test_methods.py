@@ -310,7 +310,12 @@ def test_golden_prompts():
         assert methods.METHODS[name].chat.replace("{message}", "MESSAGE") == chat
     assert paper.chat == load_profile("t4").prompts.chat == "[INST] {message} [/INST]"
     asked = paper.chat.format(
-        message=prompts.recommend_message(paper, TURNS, NAMES, TITLES, NAMES[:1], "<image>")
+        message=prompts.recommend_message(
+            paper,
+            TURNS,
+            [prompts.Candidate(a, TITLES[a], int(a == NAMES[0])) for a in NAMES],
+            "<image>",
+        )
     )
     assert asked == (
         "[INST] You recommend one of the listed items to the seeker, judging by what they ask for and by how the items look.\n\n"
@@ -334,13 +339,14 @@ def test_long_dialogues_lose_their_oldest_comments_first():
         prompts.shortened(turns, 12)[0][1].split() == ["first"] * 30
     )  # then the seeker's oldest words
     tokenizer, profile = minimodel.build_tokenizer(), load_profile("mini")
+    items = [prompts.Candidate(a, TITLES[a]) for a in NAMES]
     fits = [
-        prompts.recommend_prompt(tokenizer, profile.prompts, turns, NAMES, TITLES, None, room)
+        prompts.recommend_prompt(tokenizer, profile.prompts, turns, items, room)
         for room in (80, 60)
     ]
     assert all(len(p.ids) <= room for p, room in zip(fits, (80, 60), strict=True))
     assert 0 < fits[0].dropped_dialogue_tokens < fits[1].dropped_dialogue_tokens
-    whole = prompts.recommend_prompt(tokenizer, profile.prompts, turns, NAMES, TITLES, None, 500)
+    whole = prompts.recommend_prompt(tokenizer, profile.prompts, turns, items, 500)
     assert (
         whole.dropped_dialogue_tokens == 0 and len(fits[0].ids) > 80 - 8
     )  # no more is cut than must be

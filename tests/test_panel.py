@@ -207,7 +207,7 @@ def test_a_typed_request_gets_the_ten_titles_of_bm25(shop):
     )
     assert asked.dialogue.turns == [("seeker", text)] and asked.dialogue.gt_items == ()
     assert "arbitrary" in shop.request("fashion", "blue.").notes[0]
-    near = [asins[i] for i in retrieval.sbert_rank([text], titles)[0][:10]]
+    near = [asins[i] for i in retrieval.rank("SBERT", [text], titles)[0][:10]]
     assert set(shop.request("fashion", text, "SBERT").candidates) == set(near)
 
 

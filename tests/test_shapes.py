@@ -1,5 +1,6 @@
-"""LLaVA-v1.6-mistral-7B's true shapes without its weights (meta device): what each stage trains, what 4 bits would hold,
-how many tokens an image is. Expected figures are worked out by hand from the published shapes."""
+"""LLaVA-v1.6-mistral-7B's true shapes without its weights (meta device): what each stage trains,
+what 4 bits would hold, how many tokens an image is. Expected figures are worked out by hand from
+the published shapes."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ from lavic_utils.recommendation import LANGUAGE_LINEAR
 
 ID = "llava-hf/llava-v1.6-mistral-7b-hf"
 LORA = Lora(r=8, alpha=32, dropout=0.1)
-# CLIP ViT-L/14-336: 24 layers of q, k, v, out (1024 -> 1024), fc1, fc2 (1024 <-> 4096); projector 1024 -> 4096 -> 4096.
+# CLIP ViT-L/14-336: 24 layers of q, k, v, out (1024 -> 1024), fc1, fc2 (1024 <-> 4096);
+# projector 1024 -> 4096 -> 4096.
 VISION_LAYERS = 24 * 6 + 2
 VISION_TRAINED = 8 * (24 * (4 * (1024 + 1024) + 2 * (1024 + 4096)) + (1024 + 4096) + (4096 + 4096))
-# Mistral-7B: 32 layers of q, o (4096 -> 4096), k, v (4096 -> 8 heads of 128), gate, up, down (4096 <-> 14336).
+# Mistral-7B: 32 layers of q, o (4096 -> 4096), k, v (4096 -> 8 heads of 128), gate, up, down
+# (4096 <-> 14336).
 LANGUAGE_LAYERS = 32 * 7
 LANGUAGE_TRAINED = 8 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
 
@@ -132,10 +135,11 @@ def test_four_bits_hold_the_language_models_layers_and_nothing_else():
     ],
 )
 def test_an_image_is_2928_tokens_or_5(size, tiles, full):
-    model = bare()
-    pixels, sizes = torch.zeros(1, 5, 3, 336, 336, device="meta"), torch.tensor([size])
+    model = bare()  # on the meta device; the pixels, from the CPU, are brought to it
+    pixels, sizes = torch.zeros(1, 5, 3, 336, 336, dtype=torch.float64), torch.tensor([size])
     short, long = vision.cls_tokens(model, pixels, sizes), vision.full_tokens(model, pixels, sizes)
     assert [tuple(v.shape) for v in short] == [(tiles, 4096)] and long[0].shape[1] == 4096
+    assert {(v.device.type, v.dtype) for v in (*short, *long)} == {("meta", model.dtype)}
     assert 576 < len(long[0]) <= 2928
     if full:
         assert len(long[0]) == full == memory.full_tokens(model.config) == 2928

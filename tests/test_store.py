@@ -1,9 +1,9 @@
-"""The visual store: equal to encoding in place, made once, kept through kills and damage, by any number of processes."""
+"""The visual store: equal to encoding in place, made once, kept through kills and damage, by any
+number of processes."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import signal
 import subprocess
@@ -31,10 +31,10 @@ from lavic_utils.mini import model as minimodel
 DOMAIN = "fashion"
 
 
-# ---------------------------------------------------------------- equality with the direct path, on the mini model
+# ------------------------------------------- equality with the direct path, on the mini model
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The mini model on a very small world, with an adapter of random numbers in stage 1's place."""
+    """The mini model on a very small world, with a random adapter in stage 1's place."""
     folder, patch = tmp_path_factory.mktemp("store"), pytest.MonkeyPatch()
     settings = yaml.safe_load((PACKAGE / "profiles" / "mini.yaml").read_text(encoding="utf-8"))
     settings["world"] |= {
@@ -173,8 +173,8 @@ def test_what_training_prompts_lost_is_in_the_result_of_stage_two(run, monkeypat
     )
 
 
-# ---------------------------------------------------------------- the store itself, on made-up vectors
-COUNT = 2 * store.SHARD + 10  # three shards
+# ------------------------------------------- the store itself, on made-up vectors
+COUNT = 2 * store.CHUNK + 10  # three chunks
 
 
 def vectors(files):
@@ -237,12 +237,12 @@ def test_an_image_is_encoded_once_whatever_items_and_calls_ask_for_it(paths, tmp
     assert len(seen) == COUNT + 1
 
 
-def test_a_killed_process_keeps_its_finished_shards(paths, tmp_path):
+def test_a_killed_process_keeps_its_finished_chunks(paths, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     store.open_store(whole, paths, lambda: vectors)
 
     def deadly(files):
-        if paths["item300"] in files:  # in the second shard
+        if paths["item300"] in files:  # in the second chunk
             os.kill(os.getpid(), signal.SIGKILL)
         return vectors(files)
 
@@ -250,13 +250,24 @@ def test_a_killed_process_keeps_its_finished_shards(paths, tmp_path):
         store.open_store(killed, paths, lambda: deadly)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert len(names(killed)) == 1 and not (killed / "index.json").exists()
+    assert len(names(killed)) == 1
     seen = []
     store.open_store(killed, paths, lambda: lambda files: [seen.extend(files), vectors(files)][1])
-    assert len(seen) == COUNT - store.SHARD and names(killed) == names(
-        whole
-    )  # names hold the content's sha256
-    assert (killed / "index.json").read_bytes() == (whole / "index.json").read_bytes()
+    # names are the content's sha256
+    assert len(seen) == COUNT - store.CHUNK and names(killed) == names(whole)
+
+
+def test_a_chunk_appears_whole_or_not_at_all(paths, tmp_path, monkeypatch):
+    def full(self, content):
+        self.touch()
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space"):
+        store.open_store(tmp_path / "s", paths, lambda: vectors)
+    assert names(tmp_path / "s") == []
+    monkeypatch.undo()
+    assert len(store.open_store(tmp_path / "s", paths, lambda: vectors)) == COUNT - 1
 
 
 def flip(path: Path) -> None:
@@ -265,58 +276,45 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def lie(path: Path) -> None:
-    index = json.loads((path.parent / "index.json").read_text())
-    index["shards"][path.name][next(iter(index["shards"][path.name]))] += 1
-    (path.parent / "index.json").write_text(json.dumps(index))
+def chunk_of(folder: Path, path: Path) -> Path:
+    """The chunk that holds an image."""
+    return store.read_shards(folder)[store.sha256(path)][0]
 
 
-@pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(b""), lambda p: p.unlink(), lie])
-def test_a_damaged_shard_is_made_again_and_said_in_one_line(paths, tmp_path, caplog, damage):
+@pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(b"")])
+def test_a_damaged_chunk_is_made_again_and_said_in_one_line(paths, tmp_path, caplog, damage):
     before = store.open_store(tmp_path / "s", paths, lambda: vectors)
-    file, seen = tmp_path / "s" / before._at["item0"][0], []
+    file, seen = chunk_of(tmp_path / "s", paths["item0"]), []
     expected, kept = {a: v.clone() for a, v in before.items()}, names(tmp_path / "s")
     damage(file)
     found = store.open_store(
         tmp_path / "s", paths, lambda: lambda files: [seen.extend(files), vectors(files)][1]
     )
-    assert len(seen) == store.SHARD and names(tmp_path / "s") == kept
-    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        f"{file}: damaged or not what the index says; made again"
-    ]
+    assert len(seen) == store.CHUNK and names(tmp_path / "s") == kept
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said == [f"{file}: damaged; made again"]
     assert all(torch.equal(found[a], v) for a, v in expected.items())
     store.open_store(tmp_path / "s", paths, refuse)
+    file.unlink()  # one that is gone is made again, too
+    assert len(store.open_store(tmp_path / "s", paths, lambda: vectors)) == COUNT - 1
 
 
-def test_a_shard_made_again_by_another_request_replaces_the_damaged_one(paths, tmp_path, caplog):
-    before = store.open_store(tmp_path / "s", paths, lambda: vectors)
-    damaged = before._at["item0"][0]
-    flip(tmp_path / "s" / damaged)
+def test_a_chunk_made_again_by_another_request_replaces_the_damaged_one(paths, tmp_path, caplog):
+    store.open_store(tmp_path / "s", paths, lambda: vectors)
+    damaged = chunk_of(tmp_path / "s", paths["item0"])
+    flip(damaged)
     few = dict(list(paths.items())[:7])
-    assert (
-        len(store.open_store(tmp_path / "s", few, lambda: vectors)) == 6
-        and len(caplog.records) == 1
-    )
-    assert damaged not in json.loads((tmp_path / "s" / "index.json").read_text())["shards"]
+    assert len(store.open_store(tmp_path / "s", few, lambda: vectors)) == 6
+    assert len(caplog.records) == 1 and not damaged.exists()
     seen = []
     found = store.open_store(
         tmp_path / "s", paths, lambda: lambda files: [seen.extend(files), vectors(files)][1]
     )
-    assert len(seen) == store.SHARD - 7 and len(found) == COUNT - 1 and len(caplog.records) == 1
+    assert len(seen) == store.CHUNK - 7 and len(found) == COUNT - 1 and len(caplog.records) == 1
     assert all(
         torch.equal(found[a], v)
         for a, v in zip(found, vectors([paths[a] for a in found]), strict=True)
     )
-
-
-def test_a_damaged_index_is_written_again_from_the_shards(paths, tmp_path, caplog):
-    store.open_store(tmp_path / "s", paths, lambda: vectors)
-    before = (tmp_path / "s" / "index.json").read_bytes()
-    (tmp_path / "s" / "index.json").write_bytes(before[:100])
-    store.open_store(tmp_path / "s", paths, refuse)
-    assert (
-        tmp_path / "s" / "index.json"
-    ).read_bytes() == before and "index.json: damaged" in caplog.text
 
 
 def test_the_key_holds_all_that_changes_vectors(tmp_path, monkeypatch):
@@ -346,11 +344,24 @@ def test_the_key_holds_all_that_changes_vectors(tmp_path, monkeypatch):
     found.append(store.key_of(**plain))
     (adapter / "adapter_model.safetensors").write_bytes(b"22")
     found.append(store.key_of(**plain))
+    source = inspect.getsource
+    makers = (data.open_image, vision.pixels, vision.cls_tokens, vision.full_tokens, vision.encode)
+    for edited in makers:
+        monkeypatch.setattr(inspect, "getsource", lambda f, e=edited: source(f) + "x\n" * (f is e))
+        found.append(store.key_of(**plain))
+    monkeypatch.setattr(inspect, "getsource", source)
     monkeypatch.setattr(
         provenance.metadata, "version", lambda name: "0.1"
     )  # another Pillow resizes otherwise
     found.append(store.key_of(**plain))
     assert len(set(found)) == len(found)
+
+
+def test_a_comment_in_the_code_throws_no_vectors_away(monkeypatch):
+    plain = ["hub/id", "a", None, minimodel.build_processor(), torch.float32, "cls"]
+    before, source = store.key_of(*plain), inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda f: source(f) + "    # a comment\n")
+    assert store.key_of(*plain) == before
 
 
 SCRIPT = """
@@ -364,12 +375,14 @@ VECTORS
 folder = Path(sys.argv[1])
 paths = {f"item{i}": folder.parent / f"{i}.jpg" for i in range(int(sys.argv[2]))}
 rank, seen = PartialState(cpu=True).process_index, []
-found = store.open_store(folder, paths, lambda: lambda files: [seen.extend(files), vectors(files)][1])
-(folder.parent / f"rank{rank}").write_text(f"{PartialState().num_processes} {len(seen)} {len(found)}")
+encode = lambda files: [seen.extend(files), vectors(files)][1]
+found = store.open_store(folder, paths, lambda: encode)
+said = f"{PartialState().num_processes} {len(seen)} {len(found)}"
+(folder.parent / f"rank{rank}").write_text(said)
 """
 
 
-def test_two_processes_share_the_work_and_make_the_same_store(paths, tmp_path):
+def test_of_two_processes_the_first_encodes_and_both_read(paths, tmp_path):
     (tmp_path / "share.py").write_text(SCRIPT.replace("VECTORS", inspect.getsource(vectors)))
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
     subprocess.run(
@@ -389,12 +402,9 @@ def test_two_processes_share_the_work_and_make_the_same_store(paths, tmp_path):
         timeout=120,
     )
     said = [(tmp_path / f"rank{i}").read_text() for i in range(2)]
-    assert said == [f"2 {store.SHARD + 10} {COUNT - 1}", f"2 {store.SHARD} {COUNT - 1}"]
+    assert said == [f"2 {COUNT} {COUNT - 1}", f"2 0 {COUNT - 1}"]
     store.open_store(tmp_path / "one", paths, lambda: vectors)
     assert names(tmp_path / "two") == names(tmp_path / "one")
-    assert (tmp_path / "two" / "index.json").read_bytes() == (
-        tmp_path / "one" / "index.json"
-    ).read_bytes()
 
 
 # ---------------------------------------------------------------- tiles and slots

@@ -19,9 +19,8 @@ from pydantic import ConfigDict, Field, create_model
 from scipy.stats import binomtest
 
 from lavic_utils.config import UserError
-from lavic_utils.data import Filled, Id
+from lavic_utils.data import Filled, Id, Row, check_row, read_rows
 from lavic_utils.evaluation import ASIN, USUAL_ID, paired_difference, wilson
-from lavic_utils.rows import Row, check_row, read_rows
 
 DRAWS = 10_000
 PREFIX = "recommended_"

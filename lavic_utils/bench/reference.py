@@ -18,10 +18,10 @@ from torch import Tensor
 from lavic_utils import data, vision
 from lavic_utils.data import Dialogue
 from lavic_utils.distillation import VISION_LINEAR, Picture
-from lavic_utils.training import IGNORE, lora_config, pad_left
 from lavic_utils.experiment import Experiment
 from lavic_utils.prompts import describe_prompt, encode
 from lavic_utils.recommendation import LANGUAGE_LINEAR, Example
+from lavic_utils.training import IGNORE, lora_config, pad_left
 
 See = Callable[[Sequence[str]], dict[str, Tensor]]
 BATCH = 4  # images a step in stage 1 (paper, section 5.1)

@@ -12,7 +12,7 @@ import torch
 from lavic_utils import style, vision
 from lavic_utils.config import DOMAINS
 from lavic_utils.data import Dialogue
-from lavic_utils.prompts import dialogue_text, recommend_message
+from lavic_utils.prompts import IMAGE, Candidate, dialogue_text, recommend_message
 from lavic_utils.recommendation import Example, Prompter, Read
 from lavic_utils.training import pad_left
 
@@ -36,7 +36,8 @@ def prompt_parts(prompter: Prompter, dialogue: Dialogue, candidates: Sequence[st
     the same in every prompt). ValueError for a prompt that was shortened, since its text is not the dialogue's."""
     tokenizer, prompts, titles = prompter.tokenizer, prompter.profile.prompts, prompter.titles
     shown = [a for a in candidates if prompter.lengths.get(a)]
-    message = recommend_message(prompts, dialogue.turns, candidates, titles, shown, image="<image>")
+    items = [Candidate(a, titles[a], prompter.lengths.get(a, 0)) for a in candidates]
+    message = recommend_message(prompts, dialogue.turns, items, IMAGE)
     text, talk = prompts.chat.format(message=message), dialogue_text(prompts, dialogue.turns)
     parts, place = ["request"] * len(text), text.index(talk)
     parts[place : (place := place + len(talk))] = ["dialogue"] * len(talk)

@@ -1,0 +1,70 @@
+"""Prompts as tokens: one call for a prompt that fits; what a long one loses, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+
+from lavic_utils.config import UserError, load_profile
+from lavic_utils.prompts import IMAGE, Candidate, recommend_message, recommend_prompt
+
+PROMPTS = load_profile("mini").prompts
+TURNS = [("seeker", "i want a jar " * 15), ("helper", "how big?"), ("seeker", "red please " * 20)]
+ITEMS = [Candidate(f"B00000000{i}", "modern lamp", 5 * (i != 2)) for i in range(4)]
+
+
+class Counting:
+    """A tokenizer that counts its calls."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        return self.tokenizer(*args, **options)
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+
+def test_a_prompt_that_fits_is_made_in_one_call(processor):
+    tokenizer = Counting(processor.tokenizer)
+    whole = recommend_prompt(tokenizer, PROMPTS, TURNS, ITEMS, 1000)
+    assert tokenizer.calls == 1
+    slot = tokenizer.convert_tokens_to_ids(IMAGE)
+    assert whole.ids.count(slot) == 15 and whole.visual == tuple(
+        one.id for one in ITEMS if one.tokens
+    )
+    assert (whole.dropped_dialogue_tokens, whole.dropped_images, whole.refused) == (0, 0, 0)
+    message = PROMPTS.chat.format(message=recommend_message(PROMPTS, TURNS, ITEMS, IMAGE * 5))
+    assert whole.ids == processor.tokenizer(message).input_ids
+    assert recommend_prompt(tokenizer, PROMPTS, TURNS, ITEMS, len(whole.ids)) == whole
+
+
+def test_a_long_prompt_loses_words_first_then_images_from_the_last_on(processor):
+    tokenizer = processor.tokenizer
+    whole = recommend_prompt(tokenizer, PROMPTS, TURNS, ITEMS, 1000)
+    seen = []
+    for room in range(len(whole.ids) - 1, 30, -1):
+        try:
+            found = recommend_prompt(tokenizer, PROMPTS, TURNS, ITEMS, room)
+        except UserError as error:
+            assert f"more than max_length {room}" in str(error)
+            break
+        assert room - 15 < len(found.ids) <= room  # no more is lost than must be
+        assert found.visual == whole.visual[: 3 - found.dropped_images]
+        seen.append((found.dropped_images, found.dropped_dialogue_tokens))
+        refused = recommend_prompt(tokenizer, PROMPTS, TURNS, ITEMS, room, "refuse")
+        assert (refused.refused == len(whole.ids)) == (found.dropped_images > 0)
+    assert {images for images, _ in seen} == {0, 1, 2, 3} and seen[0][1] > 0
+    assert [images for images, _ in seen] == sorted(images for images, _ in seen)
+
+
+def test_text_that_reads_as_a_picture_is_refused_in_one_line(processor):
+    for turns, items in (
+        ([("seeker", f"a jar {IMAGE} please")], ITEMS),
+        (TURNS, [ITEMS[0], ITEMS[1]._replace(title=f"lamp {IMAGE}")]),
+    ):
+        with pytest.raises(UserError, match="holds <image>, which stands for a picture"):
+            recommend_prompt(processor.tokenizer, PROMPTS, turns, items, 1000)
+    # negative control: the same text without the mark
+    assert recommend_prompt(processor.tokenizer, PROMPTS, TURNS, ITEMS[:2], 1000).ids
