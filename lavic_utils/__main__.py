@@ -285,7 +285,7 @@ def data_stats(
     from lavic_utils.audit.inspection import table_1
     from lavic_utils.evaluation import real_data_summary
     from lavic_utils.remote.download import data_dir
-    from lavic_utils.rows import set_aside_report
+    from lavic_utils.data import set_aside_report
 
     root, bad = data_dir(folder), [] if lenient else None
     splits = real_data_summary(root, bad)

