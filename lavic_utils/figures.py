@@ -47,10 +47,15 @@ def save(fig, name: str, profile: Profile, provenance: Mapping, alt: str) -> Kep
     """
     path = figures_dir(profile) / f"{name}.png"
     save_figure(fig, path, provenance["tier"], {**provenance, "alt": alt})
-    shown = BytesIO()
-    fig.savefig(shown, format="png", dpi=110, bbox_inches="tight")
+    return shown(fig, alt)
+
+
+def shown(fig, alt: str) -> Kept:
+    """A figure for display alone."""
+    png = BytesIO()
+    fig.savefig(png, format="png", dpi=110, bbox_inches="tight")
     plt.close(fig)
-    return Kept(shown.getvalue(), alt)
+    return Kept(png.getvalue(), alt)
 
 
 def keep(fig, name: str, run: Run, tier="", seeds: Sequence[int] = (), alt="") -> Kept:
