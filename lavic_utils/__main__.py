@@ -283,9 +283,9 @@ def data_stats(
     import pandas as pd
 
     from lavic_utils.audit.inspection import table_1
+    from lavic_utils.data import set_aside_report
     from lavic_utils.evaluation import real_data_summary
     from lavic_utils.remote.download import data_dir
-    from lavic_utils.data import set_aside_report
 
     root, bad = data_dir(folder), [] if lenient else None
     splits = real_data_summary(root, bad)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lavic_utils import distillation as dist
 from lavic_utils import recommendation as rec
-from lavic_utils import vision
+from lavic_utils import training, vision
 from lavic_utils.config import UserError, load_profile
 from lavic_utils.data import Dialogue
 from lavic_utils.mini import words as w

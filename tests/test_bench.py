@@ -104,9 +104,7 @@ def test_the_direct_way_encodes_the_padding_and_ours_does_not(measured):
 def test_direct_training_moves_the_right_side_alone(measured):
     for train, rows, side, other in (
         (
-            lambda model, rows: direct.fine_tune(
-                measured.run, model, measured.stored, rows
-            ),
+            lambda model, rows: direct.fine_tune(measured.run, model, measured.stored, rows),
             measured.examples[:1],
             "language_model",
             "vision_tower",

@@ -1,5 +1,7 @@
-"""The panel behind the page and the widget: cases, swaps, hidden tiles, requests, uploads. No page and no training here:
-the adapters are random, so that every one of them matters."""
+"""The panel behind the page and the widget: cases, swaps, hidden tiles, requests, uploads.
+
+No page and no training here: the adapters are random, so that every one of them matters.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from lavic_utils import (
 )
 from lavic_utils.__main__ import main
 from lavic_utils.config import ROOT, UserError, World, load_profile
-from lavic_utils.demo import panel
+from lavic_utils.demo import cards, panel
 from lavic_utils.demo.uploads import MAX_BYTES, read_upload
 from lavic_utils.mini.world import make_world
 
@@ -97,9 +99,9 @@ def test_answers_are_those_of_each_method_s_own_model(shop, case):
         plain = training.load_adapter(
             run.model(), run.folder / "stage2" / methods.slug(method) / "fashion" / "adapter"
         )
-        wanted = recommendation.generate_answers(plain, run.prompter(seen), [case.dialogue], "candidates_st")[
-            0
-        ]
+        wanted = recommendation.generate_answers(
+            plain, run.prompter(seen), [case.dialogue], "candidates_st"
+        )[0]
         found = shop.answer(case)[method]
         assert found.response == wanted.response and found.probabilities == pytest.approx(
             wanted.probabilities, abs=1e-3
@@ -158,18 +160,36 @@ def test_a_hidden_tile_leaves_only_its_item_s_slots(shop, case):
     assert after.prompt_tokens == before.prompt_tokens - 1
     gone = shop.answer(case.hide(asin, range(9)))["LaViC"]
     assert gone.prompt_tokens == before.prompt_tokens - len(whole[asin])
-    frame = shop.table(case.hide(asin, [1]), shop.answer(case.hide(asin, [1])), shop.answer(case))
-    assert (
-        frame.loc[asin, "tiles hidden"] == 1
-        and list(frame["LaViC, before"]) == before.probabilities
-    )
+    assert [a for a in case.candidates if case.hide(asin, [1]).changed(a)] == [asin]
+
+
+def test_an_item_whose_tiles_are_all_hidden_has_nothing_to_describe(shop, case):
+    asin = case.candidates[3]
+    tiles = len(shop.tiles(case, asin))
+    dark = case.hide(asin, range(tiles))
+    assert shop.describe(dark, asin) == ""
+    assert "Every tile is hidden, so the student" in cards.closer(shop, dark, asin)
+    one_left = case.hide(asin, range(1, tiles))  # negative control
+    assert shop.describe(one_left, asin)
+    assert "The student of stage 1 sees: " in cards.closer(shop, one_left, asin)
+    other = case.candidates[4]
+    assert shop.describe(dark, other) == shop.describe(case, other)
+
+
+def test_what_comes_from_the_data_is_escaped(shop, case):
+    asin, answers = case.candidates[0], shop.answer(case)
+    titles = {**shop.run.titles, asin: '<img src="x">'}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shop.run.__dict__, "titles", titles)
+        shown = cards.cards(shop, case, answers, answers, asin) + cards.closer(shop, case, asin)
+    assert '<img src="x">' not in shown and "&lt;img src=&quot;x&quot;&gt;" in shown
 
 
 def test_visitors_at_once_do_not_mix(shop):
-    """One model serves all and changes its adapter for each: answers must be those of a visitor alone."""
+    """One model serves all, its adapter changed for each: answers are those of a visitor alone."""
     asked = [shop.example(domain, number) for number in range(2) for domain in shop.domains]
     alone, together = [numbers(shop, case) for case in asked], {}
-    shop._vectors.cache_clear()
+    shop._cls_vectors.cache_clear()
     threads = [
         threading.Thread(
             target=lambda i=i: together.update(
@@ -203,12 +223,11 @@ def test_a_typed_request_gets_the_ten_titles_of_bm25(shop):
     assert set(asked.candidates) == set(best) and len(asked.candidates) == 10
     assert asked.candidates != tuple(best)  # the place in the list must not tell the rank
     assert asked.notes == (
-        f"The ten candidates: what BM25 finds for the request among the {len(asins)} fashion titles.",
+        "The ten candidates: what BM25 finds for the request among the "
+        f"{len(asins)} fashion titles.",
     )
     assert asked.dialogue.turns == [("seeker", text)] and asked.dialogue.gt_items == ()
     assert "arbitrary" in shop.request("fashion", "blue.").notes[0]
-    near = [asins[i] for i in retrieval.rank("SBERT", [text], titles)[0][:10]]
-    assert set(shop.request("fashion", text, "SBERT").candidates) == set(near)
 
 
 def test_words_that_the_model_does_not_know_are_named(shop):
@@ -287,10 +306,10 @@ def test_a_picture_is_taken_and_written_anew(shop, case, kind):
     (picture("WEBP")[:-200], "not a whole PNG, JPEG or WebP"),
     (b"a text file renamed to photo.png", "not a whole PNG, JPEG or WebP"),
     (b"", "not a whole PNG, JPEG or WebP"),
-    (bomb(9000), "9000 x 9000 pixels; at most 16 million"),
-    (bomb(60000), "too many pixels; at most 16 million"),
-    (picture(size=(8, 8)), "at least 16 a side"),
-    (picture(size=(400, 20)), "no side over 10 times"),
+    (bomb(9000), "has 9000 x 9000 pixels; at least 16 a side are taken, at most 16 million"),
+    (bomb(60000), "too many pixels; at least 16 a side are taken, at most 16 million"),
+    (picture(size=(8, 8)), "has 8 x 8 pixels; at least 16 a side"),
+    (picture(size=(400, 20)), "has 400 x 20 pixels; at least 16 a side are taken, at most"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_other_files_are_refused_in_one_line(content, why):
@@ -317,44 +336,40 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys, results):
 def test_what_is_not_there_is_made_and_said(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     fresh, made, said = experiment.Experiment("mini", 42, run.root), [], []
-    monkeypatch.setattr(
-        fresh, "distil", lambda: fresh.kept(fresh.folder / "stage1", dict, stage="distil")
-    )
-    monkeypatch.setattr(
-        fresh,
-        "tune",
-        lambda method, domain: (
-            made.append((method, domain))
-            or fresh.kept(
-                fresh.folder / "stage2" / methods.slug(method) / domain,
-                dict,
-                stage="tune",
-                method=method,
-                domain=domain,
-            )
-        ),
-    )
+
+    def make(*what: str) -> None:
+        folder = panel.tuned_folder(fresh, *what) if what else fresh.folder / "stage1"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").write_text("{}")
+        made.append(what)
+
+    monkeypatch.setattr(fresh, "distil", make)
+    monkeypatch.setattr(fresh, "tune", make)
     panel.prepare(fresh, said.append)
-    assert (
-        said[0] == "training what is not there yet, 10 of 10 parts (at most 6 minutes on 2 cores):"
-        and len(said) == 11
-    )
-    assert len(made) == 9
+    first = "training what is not there yet, 10 of 10 parts (at most 6 minutes on 2 cores):"
+    assert said[0] == first and len(said) == 11
+    assert made[0] == () and len(set(made)) == 10
     panel.prepare(fresh, said.append)
-    assert len(said) == 11  # nothing to do, nothing said
+    assert len(said) == 11 and len(made) == 20  # read back: nothing is said
 
 
-def test_the_widget_is_also_a_picture_and_follows_its_controls(shop):
-    from lavic_utils.demo.widget import show
+def test_the_widget_is_also_a_picture_and_follows_its_controls(shop, monkeypatch):
+    from lavic_utils.demo import widget
 
+    seen = []
+    monkeypatch.setattr(widget, "display", seen.append)
     one, other = shop.example("home", 0).candidates[:2]
-    shown = show(shop, "home", 0, (one, other))
+    shown = widget.show(shop, "home", 0, (one, other))
     bundle = shown._repr_mimebundle_()
     assert bundle["text/plain"].startswith("LaViC ") and bundle["image/png"].startswith("iVBOR")
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    first = shown.png
-    shown.children[0].children[1].children[0].value = None  # swap nothing
-    assert shown.png != first and f'alt="{shown.alt[:20]}' in shown.children[1].value
+    shown.update()
+    assert seen[-1].png == shown.first.png
+    swap = next(child for child in shown.children if child.description == "swap")
+    swap.value = None
+    assert seen[-1].png != shown.first.png
+    plain = shop.example("home", 0)
+    assert seen[-1].alt == shop.sentence(plain, shop.answer(plain))
 
 
 def test_a_committed_notebook_keeps_the_widget_s_picture_alone():

@@ -183,7 +183,9 @@ def test_each_stage_trains_its_own_side_only(model):
 
 def test_stage_two_trains_every_linear_layer_of_the_language_model(model):
     names = training.trainable_names(
-        get_peft_model(model, training.lora_config(PROFILE.recommendation.lora, rec.LANGUAGE_LINEAR))
+        get_peft_model(
+            model, training.lora_config(PROFILE.recommendation.lora, rec.LANGUAGE_LINEAR)
+        )
     )
     assert len(names) == 2 * 6 * 7 and all(".language_model.layers." in n for n in names)
 
@@ -299,7 +301,9 @@ def test_greedy_from_the_shared_cache_equals_generate(model, prompter):
         wrong = rec.Read(model, embeds, mask.flip(0)).score(
             [[prompter.target_ids(a) for a in IDS[:10]]] * 3
         )
-        right = rec.Read(model, embeds, mask).score([[prompter.target_ids(a) for a in IDS[:10]]] * 3)
+        right = rec.Read(model, embeds, mask).score(
+            [[prompter.target_ids(a) for a in IDS[:10]]] * 3
+        )
     assert not torch.allclose(wrong[0], right[0], atol=1e-3)
 
 

@@ -50,7 +50,7 @@ def run(tmp_path_factory):
     )
     patch.setenv("LAVIC_RESULTS", str(folder / "results"))
     patch.setenv("LAVIC_WORLD", str(folder / "data"))
-    patch.setattr(Run, "distil", lambda self: {})
+    patch.setattr(Experiment, "distil", lambda self: {})
     made = Experiment(str(folder / "small.yaml"))
     torch.manual_seed(0)
     tuned = training.add_adapter(made.model(), made.profile.distillation.lora, VISION_LINEAR)
@@ -77,9 +77,13 @@ def test_stored_vectors_and_answers_equal_the_direct_path(run, tokens):
     fresh = see(list(stored))
     assert len(stored) > 50 and all((stored[a] - fresh[a]).abs().max() <= 1e-5 for a in stored)
     model, rows = run.model(), run.dialogues(DOMAIN, "test")[:4]
-    ours = recommendation.generate_answers(model, run.prompter(stored), rows, run.profile.candidates)
+    ours = recommendation.generate_answers(
+        model, run.prompter(stored), rows, run.profile.candidates
+    )
     assert [a.response for a in ours] == [direct.answer(run, model, see, row) for row in rows]
-    again = recommendation.generate_answers(model, run.prompter(fresh), rows, run.profile.candidates)
+    again = recommendation.generate_answers(
+        model, run.prompter(fresh), rows, run.profile.candidates
+    )
     assert [a.log_likelihoods for a in ours] == [
         pytest.approx(a.log_likelihoods, abs=2e-5) for a in again
     ]

@@ -1,1 +1,1 @@
-"""What the notebooks show of prompts, targets and differences."""
+"""What notebooks show of prompts, targets and differences: small measurements, and figures."""
