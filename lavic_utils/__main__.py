@@ -238,9 +238,6 @@ def evaluate(
     against: Annotated[
         Path | None, typer.Option(help="Answers to compare with, on the rows both hold.")
     ] = None,
-    candidates: Annotated[
-        str | None, typer.Option(help="Field with the candidates (candidates_<key>).")
-    ] = None,
     answer: Annotated[
         str | None, typer.Option(help="Field with the id read (recommended_<key>).")
     ] = None,
@@ -254,7 +251,7 @@ def evaluate(
 
     from lavic_utils.audit.answer_files import report, show
 
-    found = report(answers, against, candidates, answer, reparse)
+    found = report(answers, against, answer, reparse)
     print(json.dumps(found, indent=1)) if as_json else show(found)
 
 

@@ -76,8 +76,7 @@ def stats(
 
     import pandas as pd
 
-    from lavic_utils.audit.inspection import table_1
-    from lavic_utils.evaluation import real_data_summary
+    from lavic_utils.audit.inspection import real_data_summary, table_1
     from lavic_utils.remote.download import data_dir
     from lavic_utils.rows import set_aside_report
 

@@ -180,7 +180,7 @@ class Proprietary(Method):
         return [
             Answer(
                 r.text or "",
-                parse_answer(r.text or ""),
+                parse_answer(r.text or "", getattr(d, run.profile.candidates)),
                 getattr(d, run.profile.candidates),
                 prompt_tokens=r.input_tokens,
                 new_tokens=r.output_tokens,

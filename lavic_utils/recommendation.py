@@ -257,7 +257,7 @@ def _answer_batch(
     answers = [
         Answer(
             text.strip(),
-            parse_answer(text),
+            parse_answer(text, names),
             names,
             prompt_tokens=len(p.ids),
             new_tokens=new,
