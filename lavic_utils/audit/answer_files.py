@@ -8,15 +8,13 @@ once.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import ConfigDict, Field, create_model
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from lavic_utils import evaluation
 from lavic_utils.config import DOMAINS, UserError
@@ -27,75 +25,47 @@ from lavic_utils.rows import Row, check_row, read_rows
 VARIANTS = {"title+image": "_st2", "title": "_st_noimg", "image": "_st_notitle"}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answered test row. `recommended` None: no id was read. `response` None: no raw answer."""
-
-    context: str
-    gt_items: tuple[str, ...]
-    candidates: tuple[str, ...]
-    recommended: str | None
-    response: str | None
-
-
 class AnyLine(Row):
     """A line before its answer fields are known."""
 
     model_config = ConfigDict(extra="allow")
-    line: int
 
 
-class AnsweredLine(Row):
-    """What every line must hold, whatever its answer fields are called."""
+class Answer(Row):
+    """One answered test row. `recommended` None: no id was read. `response` None: no raw answer."""
 
     context: Filled
     gt_items: Annotated[tuple[Id, ...], Field(min_length=1)]
+    recommended: Annotated[Id | None, BeforeValidator(lambda value: None if value == "" else value)]
+    candidates: Annotated[tuple[Id, ...], Field(min_length=1)]
+    response: str | None = None
 
 
 def read_answers(path: Path | str, answer: str | None = None) -> list[Answer]:
     """All rows of an answer file; `answer` names the field recommended_<key> where there are
-    several. Its candidates are candidates_<key>, or the only candidates_<...> there is.
+    several.
 
     Line 1 decides which fields there are. UserError names file, line and field: not JSON, a field
     missing or of the wrong type (a `recommended` that is no id: "B00HO5EE9W "), no row.
     """
-    path, where = Path(path), f"{path}, line 1"
+    path = Path(path)
     if not path.is_file() or not path.stat().st_size:
         reason = "the file is empty" if path.is_file() else "no such file"
         raise UserError(f"{path}: {reason}; give a JSONL file of answered test rows")
-    rows = read_rows(path, AnyLine)
-    names = list(rows[0].model_extra or ())
-    if answer is not None and answer not in names:
-        raise UserError(f"{where}: no field {answer}; there are {', '.join(names)}")
-    answer = answer or _only_field(names, "recommended_", where)
-    key = answer.removeprefix("recommended_")
-    candidates = f"candidates_{key}"
-    if candidates not in names:
-        candidates = _only_field(names, "candidates_", where)
-    kind = create_model(
-        "Line",
-        __base__=AnsweredLine,
-        candidates=(tuple[Id, ...], Field(alias=candidates, min_length=1)),
-        recommended=(str | None, Field(alias=answer, pattern=r"^([A-Za-z0-9]{1,32})?$")),
-        response=(str | None, Field(alias=f"response_{key}", default=None)),
-    )
-    found = []
-    for row in rows:
-        line = check_row(kind, row.model_extra, f"{path}, line {row.line}")
-        chosen = line.recommended or None
-        found.append(Answer(line.context, line.gt_items, line.candidates, chosen, line.response))
-    return found
+    rows = [row.model_extra or {} for row in read_rows(path, AnyLine)]
+    found = [answer] if answer else [name for name in rows[0] if name.startswith("recommended_")]
+    if len(found) != 1:
+        there = f"{path}, line 1: fields recommended_<key>: {', '.join(found) or 'none'}"
+        raise UserError(f"{there}; one is expected, or name one with --answer")
+    key = found[0].removeprefix("recommended_")
+    fields = {"recommended": found[0], "candidates": f"candidates_{key}"}
+    fields["response"] = f"response_{key}"
 
+    class Line(Answer):  # the same under the names of this file
+        model_config = ConfigDict(alias_generator=lambda name: fields.get(name, name))
 
-def _only_field(names: Sequence[str], prefix: str, where: str) -> str:
-    """The one field whose name begins with `prefix`; UserError where there is none or several."""
-    found = [name for name in names if name.startswith(prefix)]
-    if not found:
-        raise UserError(f"{where}: no field {prefix}<key>; add it")
-    if len(found) > 1:
-        several = f"{where}: several fields {prefix}<key>: {', '.join(found)}"
-        raise UserError(f"{several}; choose the answer's with --answer, or keep one")
-    return found[0]
+    lines = [check_row(Line, row, f"{path}, line {i}") for i, row in enumerate(rows, 1)]
+    return [Answer(**dict(line)) for line in lines]
 
 
 def read_replications(folder: Path | str) -> dict[tuple[str, str], list[Answer]]:
@@ -141,57 +111,47 @@ def _ratios(sums: pd.DataFrame) -> pd.DataFrame:
 def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
     """Counts, ratios and `ci95` of answered rows (JSON-able); ValueError without rows.
 
-    `rows`, `valid` (answer is a candidate), `unparsed` (no id), `hits_outside` (right, though no
-    candidate): conversations. `repeated`: rows that say what an earlier one says in all that is
-    read; they count, as in the authors' script.
-    `pairs`: ground-truth items, `hits`: those equal to the answer, with repeats.
-    `hit_ratio_pairs` = hits / pairs; `hit_ratio_conversations`: share of rows whose answer is a
-    ground-truth item; `hit_ratio_mean`: mean over rows of hits / items (over batches of one).
-    `ceiling_*`: the same ratios of somebody who always names the best candidate; `of_ceiling` =
-    hit_ratio_conversations / ceiling_conversations (None where no list holds a right item).
-    `ci95`: percentiles of 10,000 bootstrap samples of conversations; rows with equal counts are
-    drawn together (multinomial), which is exact. Where all or none count the bootstrap sees no
-    spread: Wilson's interval.
+    Of `rows` are `valid` (the answer is a candidate), `unparsed` (no id), `hits_outside` (right,
+    though no candidate), `repeated` (says all that an earlier one says; counts all the same).
+    `pairs`: ground-truth items, `hits`: those equal to the answer, both with repeats.
+    `hit_ratio_pairs` = hits / pairs; `hit_ratio_conversations`: share of rows with a right answer;
+    `hit_ratio_mean`: mean over rows of hits / items (over batches of one); `ceiling_*`: the same of
+    somebody who always names the best candidate; `of_ceiling` = hit_ratio_conversations /
+    ceiling_conversations (None where no list holds a right item). `ci95`: percentiles of 10,000
+    bootstrap samples of conversations; where all or none count, which shows no spread, Wilson's.
     """
     plain = score(rows)
-    times = [row.gt_items.count(row.recommended) for row in rows]
     best = [max(row.gt_items.count(one) for one in row.candidates) for row in rows]
-    table = pd.DataFrame({"hits": times, "pairs": [len(row.gt_items) for row in rows]})
+    table = pd.DataFrame({"hits": [row.gt_items.count(row.recommended) for row in rows]})
+    table["pairs"] = [len(row.gt_items) for row in rows]
     table["hit"] = _hits(rows)
     table["mean"] = table["hits"] / table["pairs"]
     table["valid"] = [row.recommended in row.candidates for row in rows]
     table["rows"], table["ceiling_hits"] = 1, best
     table["ceiling"] = table["ceiling_hits"] > 0
     table = table.astype(float)  # one row a conversation
+    total = table.sum()
+    # rows with equal counts are drawn together (multinomial), which is exact
     kinds, often = np.unique(table.to_numpy(), axis=0, return_counts=True)
     samples = np.random.default_rng(seed).multinomial(len(rows), often / len(rows), size=10_000)
     draws = _ratios(pd.DataFrame(samples @ kinds, columns=table.columns))
-    total = table.sum()
     ratios, ci95 = {}, {}
     for name, value in _ratios(total.to_frame().T).iloc[0].items():
         trials = int(total["ceiling"]) if name == "of_ceiling" else len(rows)
-        drawn = draws[name][np.isfinite(draws[name])]
+        ratios[name] = float(value) if trials else None
         if not trials:
-            ratios[name], ci95[name] = None, None
-            continue
-        ratios[name] = float(value)
-        if value in (0, 1):
+            ci95[name] = None
+        elif value in (0, 1):
             ci95[name] = list(evaluation.wilson(int(value * trials), trials))
         else:
+            drawn = draws[name][np.isfinite(draws[name])]
             ci95[name] = np.percentile(drawn, (2.5, 97.5)).tolist()
-    counts = {"rows": plain.conversations, "pairs": int(total["pairs"]), "hits": int(total["hits"])}
     ratios["hit_ratio_conversations"] = plain.hit_ratio_conversations
     ratios["validity_ratio"] = plain.validity_ratio
-    outside = int((table["hit"] > table["valid"]).sum())
-    return {
-        **counts,
-        **ratios,
-        "valid": plain.valid,
-        "unparsed": sum(row.recommended is None for row in rows),
-        "hits_outside": outside,
-        "repeated": len(rows) - len(set(rows)),
-        "ci95": ci95,
-    }
+    found = {"rows": len(rows), "pairs": int(total["pairs"]), "hits": int(total["hits"]), **ratios}
+    found |= {"valid": plain.valid, "unparsed": sum(row.recommended is None for row in rows)}
+    found["hits_outside"] = int((table["hit"] > table["valid"]).sum())
+    return found | {"repeated": len(rows) - len(set(rows)), "ci95": ci95}
 
 
 def match(a: Sequence[Answer], b: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
@@ -223,17 +183,11 @@ def compare(a: Sequence[Answer], b: Sequence[Answer], seed: int = 0) -> dict[str
     a_hits, b_hits = (np.array(_hits(rows)) for rows in zip(*pairs, strict=True))
     only_a, only_b = int((a_hits & ~b_hits).sum()), int((b_hits & ~a_hits).sum())
     mean, low, high = evaluation.paired_difference(a_hits, b_hits, seed)
-    return {
-        "matched": len(pairs),
-        "unmatched_a": len(a) - len(pairs),
-        "unmatched_b": len(b) - len(pairs),
-        "other_candidates": sum(set(x.candidates) != set(y.candidates) for x, y in pairs),
-        "only_a": only_a,
-        "only_b": only_b,
-        "difference": mean,
-        "ci95": [low, high],
-        "p_value": evaluation.mcnemar(only_a, only_b),
-    }
+    found = {"matched": len(pairs), "unmatched_a": len(a) - len(pairs)}
+    found["unmatched_b"] = len(b) - len(pairs)
+    found["other_candidates"] = sum(set(x.candidates) != set(y.candidates) for x, y in pairs)
+    found |= {"only_a": only_a, "only_b": only_b, "difference": mean, "ci95": [low, high]}
+    return found | {"p_value": evaluation.mcnemar(only_a, only_b)}
 
 
 def any_candidate(text: str, candidates: Sequence[str]) -> str | None:
@@ -254,26 +208,28 @@ def reparse(
         if row.response is None:
             missing = f"{where}, line {i}: no raw answer (field response_<key>)"
             raise UserError(f"{missing}; leave --reparse out, or add it")
-        found.append(replace(row, recommended=parser(row.response, row.candidates)))
+        read = parser(row.response, row.candidates)
+        found.append(row.model_copy(update={"recommended": read}))
     return found
 
 
 def changes(rows: Sequence[Answer], again: Sequence[Answer]) -> dict[str, int]:
     """What `reparse` changes: `changed` answers, and of these `ran_on` (the model wrote on behind
     the id: "B00HO5EE9W0HO"), `unexpected_form` (not B and nine) and `other`."""
-    why = Counter(changed=0, ran_on=0, unexpected_form=0, other=0)
+    why = {"changed": 0, "ran_on": 0, "unexpected_form": 0, "other": 0}
     for row, other in zip(rows, again, strict=True):
         read = other.recommended
-        if row.recommended == read:
+        if read == row.recommended:
             continue
-        why["changed"] += 1
-        if read and row.response.partition(read)[2][:1].isalnum():
-            why["ran_on"] += 1
+        if read and (row.response or "").partition(read)[2][:1].isalnum():
+            kind = "ran_on"
         elif read and not (len(read) == 10 and read.startswith("B")):
-            why["unexpected_form"] += 1
+            kind = "unexpected_form"
         else:
-            why["other"] += 1
-    return dict(why)
+            kind = "other"
+        why["changed"] += 1
+        why[kind] += 1
+    return why
 
 
 def report(path: Path, against: Path | None, answer: str | None, again: bool) -> dict[str, Any]:
@@ -285,7 +241,7 @@ def report(path: Path, against: Path | None, answer: str | None, again: bool) ->
     if again:
         before = evaluate(rows)
         out["parsing"] = changes(rows, found)
-        out["parsing"] |= {f"{name} before": before[name] for name in ("hits", "valid", "unparsed")}
+        out["parsing"] |= {f"{name}_before": before[name] for name in ("hits", "valid", "unparsed")}
     if against:
         other = read_answers(against, answer)
         out["against"] = compare(found, reparse(other, where=against) if again else other)
@@ -293,16 +249,12 @@ def report(path: Path, against: Path | None, answer: str | None, again: bool) ->
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print a report as a small table and a line a comparison."""
-    counts = ("rows", "pairs", "hits", "valid", "unparsed", "hits_outside", "repeated")
-    lines = [(name, str(found[name]), "") for name in counts]
-    for name, bounds in found["ci95"].items():
-        value, interval = "-", "-"
-        if bounds is not None:
-            value, interval = f"{found[name]:.4f}", "[{:.4f}, {:.4f}]".format(*bounds)
-        lines.append((name, value, interval))
-    table = pd.DataFrame(lines, columns=["figure", "value", "95 % interval"])
-    print(table.to_string(index=False))
-    for name in ("parsing", "against"):
-        if name in found:
-            print(f"{name}:", ", ".join(f"{key} {value}" for key, value in found[name].items()))
+    """Print a report, a line a figure, ratios with their 95 % intervals."""
+    for name, value in found.items():
+        if isinstance(value, float):
+            low, high = found["ci95"][name]
+            print(f"{name:24} {value:.4f}  [{low:.4f}, {high:.4f}]")
+        elif name in ("parsing", "against"):
+            print(f"{name}:", ", ".join(f"{key} {value}" for key, value in value.items()))
+        elif name != "ci95":
+            print(f"{name:24} {value}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,16 @@ from lavic_utils.provenance import write_json, write_text
 BESIDE = {"LaViC": "title+image", "LaViC w/o images": "title"}
 ABSENT = "absent in the paper"
 MINI = "mini run only: not comparable with the paper"
-REASONS = {
-    "not measured": "a service or model that this project does not run",
-    MINI: "tiny model, rendered catalogue: shows how the method behaves there, nothing about the "
-    "published figure",
-}
-SETTING = (
+WHY_MINI = (
+    "tiny model, rendered catalogue: shows how the method behaves there, nothing about the "
+    "published figure"
+)
+WHY_OTHER = (
     "4-bit weights, stage 1 with one view an image, one run, some rows missing: not the published "
     "run"
 )
 # None: not in the paper; no ceiling: VR, retrieval
 PAPER = ("published", "reading", "counts", "n", "low", "high", "ceiling")
-SIZES = ("conversations", "pairs", "distinct", "best_pairs", "best_conversations")
 Figures = dict[tuple[str, str, str], dict[str, Any]]  # (method, domain, metric) -> `_figure`
 
 
@@ -81,9 +80,10 @@ def _status(value: float | None, retrieval: bool, ours: Sequence[Mapping]) -> tu
     for one in ours:
         if one["tier"] == "replication answers":
             where = "inside" if one["low"] <= value <= one["high"] else "outside"
-            return f"another setting; published value {where} its interval", SETTING
-    status = MINI if ours else "not measured"
-    return status, REASONS[status]
+            return f"another setting; published value {where} its interval", WHY_OTHER
+    if ours:
+        return MINI, WHY_MINI
+    return "not measured", "a service or model that this project does not run"
 
 
 def claim_rows(splits: Mapping[str, published.Split], *figures: Figures) -> list[dict[str, Any]]:
@@ -114,15 +114,14 @@ def claims(data: Path, replications: Path, metrics: Path) -> dict[str, Any]:
     mini = {}
     if metrics.is_file():
         mini = mini_figures(json.loads(metrics.read_text(encoding="utf-8")))
-    tables = {
-        "comparisons": published.comparisons(published.published_cells(), splits),
-        "value_of_images": published.value_of_images(runs),
-    }
-    found: dict[str, Any] = {"splits": {}}
-    for domain, split in splits.items():
-        found["splits"][domain] = {name: getattr(split, name) for name in SIZES}
-    found["rows"] = claim_rows(splits, replication_figures(runs), mini)
-    for name, frame in tables.items():
+    sizes = {domain: asdict(split) for domain, split in splits.items()}
+    for split in sizes.values():
+        split.pop("truths")
+    rows = claim_rows(splits, replication_figures(runs), mini)
+    found: dict[str, Any] = {"splits": sizes, "rows": rows}
+    leads = published.comparisons(published.published_cells(), splits)
+    images = published.value_of_images(runs)
+    for name, frame in (("comparisons", leads), ("value_of_images", images)):
         found[name] = json.loads(frame.to_json(orient="records", double_precision=4))
     return found
 

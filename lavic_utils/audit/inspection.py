@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from lavic_utils import data
-from lavic_utils.config import DOMAINS, PACKAGE, Prompts, UserError
+from lavic_utils.audit.published import paper
+from lavic_utils.config import DOMAINS, Prompts, UserError
 from lavic_utils.prompts import dialogue_text
 from lavic_utils.provenance import write_json, write_text
 
@@ -114,7 +115,7 @@ def table_1(root: Path | str, set_aside: list | None = None) -> pd.DataFrame:
     items (distinct ids of lists, truths and dialogues) and images (links the catalogue gives for
     these items; None without the catalogue), and which splits are here and which are not.
     `set_aside` as in `data.read_dialogues`."""
-    paper = json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))["dataset"]
+    published = paper()["dataset"]
     catalogue = data.read_catalogue(root) if has_catalogue(root) else None
     here, facts, rows = present(root), _facts(root, set_aside), []
     for domain in DOMAINS:
@@ -125,7 +126,7 @@ def table_1(root: Path | str, set_aside: list | None = None) -> pd.DataFrame:
         counted = {"conversations": len(part), "turns": part["turns"].sum(), "items": len(ids)}
         counted["images"] = images
         row = {"domain": domain}
-        row |= {f"{name}_published": paper[domain][name] for name in counted}
+        row |= {f"{name}_published": published[domain][name] for name in counted}
         row |= {f"{name}_here": value for name, value in counted.items()}
         absent = [split for split in data.SPLITS if (domain, split) not in here]
         row["splits_here"] = ", ".join(split for split in data.SPLITS if split not in absent)

@@ -1,7 +1,6 @@
 """What the published figures can mean, how sure they are, and what others' answers add.
 
-Sources: `published.json`, the published test splits (LAVIC_DATA), a third party's answers of 7B
-models (LAVIC_REPLICATIONS). HR@1 and VR are shares (0 to 1). `cells` is `published_cells()`.
+HR@1 and VR are shares (0 to 1); `cells` is `published_cells()`, `splits` `read_splits(data)`.
 """
 
 from __future__ import annotations
@@ -22,24 +21,14 @@ from scipy.stats import binomtest, norm
 from lavic_utils.audit import answer_files
 from lavic_utils.config import DOMAINS, PACKAGE
 from lavic_utils.data import read_dialogues
-from lavic_utils.evaluation import mcnemar, parse_answer, wilson
+from lavic_utils.evaluation import mcnemar, wilson
 
 HALF = Fraction(1, 20_000)  # half a unit of the fourth digit: what rounding may hide
 READINGS = ("pairs", "distinct", "conversations", "row mean")
 BEYOND, WITHIN = "beyond chance in every pairing", "within chance in every pairing"
 DEPENDS = "depends on unpublished answers"
 CHOOSERS = ("generative", "ablation", "proprietary", "proposed")  # name one of ten; retrieval ranks
-GROUP8, CAVIL = "yousef-moustafa/ds8008-group8-lavic", "Kyro-Ma/CaViL"
-# Who, setting in their words, domain, HR@1, VR: what others report of one rerun each, not measured
-REPORTED = (
-    (GROUP8, "1 image an item", "home", 0.1662, 0.9651),
-    (GROUP8, "2 images", "home", 0.2469, 0.9973),
-    (GROUP8, "all images", "home", 0.2443, 0.9919),
-    (CAVIL, "their routed adapters", "beauty", 0.1000, 0.9909),
-    (CAVIL, "their routed adapters", "fashion", 0.1072, 0.9915),
-    (CAVIL, "their routed adapters", "home", 0.1990, 1.0),
-)
-BATCH_MEAN = 0.2510  # what GROUP8's run with all images logs as its mean over batches
+BATCH_MEAN = 0.2510  # what the run with all images (reported_by_others.csv) logs as a batch mean
 Runs = Mapping[tuple[str, str], Sequence[answer_files.Answer]]
 
 
@@ -49,21 +38,20 @@ def paper() -> dict[str, Any]:
 
 
 def published_cells() -> pd.DataFrame:
-    """method, family, inputs, tables, domain, metric (hr@1, vr), value (NaN: not in the paper)."""
+    """method, family, tables, domain, metric (hr@1, vr), value (NaN: not in the paper)."""
     cells = []
     for row in paper()["rows"]:
         about = (row["method"], row["family"], tuple(row["table"]))
         for domain, metric in product(DOMAINS, ("hr@1", "vr")):
             cells.append((*about, domain, metric, row["results"][domain][metric]))
-    names = ["method", "family", "tables", "domain", "metric", "value"]
-    return pd.DataFrame(cells, columns=names)
+    return pd.DataFrame(cells, columns=["method", "family", "tables", "domain", "metric", "value"])
 
 
 @dataclass(frozen=True)
 class Split:
-    """Sizes of a test split: `pairs` ground-truth items with repeats, `distinct` without; `best_*`
-    what somebody who always names the best of `candidates_st` would score; `truths`: number of
-    times each id stands, by conversation."""
+    """Sizes of a test split: `pairs` ground-truth items with repeats, `distinct` without; `best_*`:
+    hits of somebody who always names the best candidate; `truths`: by conversation, how many times
+    each ground-truth id stands."""
 
     conversations: int
     pairs: int
@@ -90,7 +78,6 @@ def read_splits(root: Path | str) -> dict[str, Split]:
     return found
 
 
-# ---------------------------------------------------------------- which counts print a value
 def _whole_numbers(value: float, scale: int) -> range:
     """The whole numbers k with k / scale within half a unit of the value's fourth digit."""
     printed = Fraction(str(value))
@@ -106,11 +93,8 @@ def counts(value: float, n: int) -> list[int]:
 @cache
 def row_sums(truths: tuple[tuple[int, ...], ...]) -> tuple[int, int]:
     """(unit, bits): which sums over conversations of hits / items any answers can give. Bit s set:
-    s / unit is possible.
-
-    Each conversation adds 0 or m / |G|, m the times the named id stands among its |G| items. All
-    sums are enumerated: the bits are shifted by each possible addition and joined.
-    """
+    s / unit is possible. A conversation adds 0 or m / |G|, m the times the named id stands among
+    its |G| items: the bits are shifted by each possible addition and joined."""
     unit, bits = math.lcm(*(sum(times) for times in truths)), 1
     for times in truths:
         joined = bits
@@ -131,8 +115,7 @@ def fits(value: float, split: Split, reading: str) -> bool:
 
 @cache
 def chance(split: Split, reading: str, highest: int) -> float:
-    """Share of the four-digit values 1..highest (in units of .0001) that fit: how often a reading
-    fits for no reason."""
+    """How often a reading fits for no reason: share of the values .0001 to highest x .0001."""
     return sum(fits(i / 10_000, split, reading) for i in range(1, highest + 1)) / highest
 
 
@@ -142,13 +125,9 @@ def fitting(value: float, split: Split, among: Sequence[str] = READINGS) -> str:
 
 
 def readings(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
-    """The cells with a value, with one column a reading (does it fit?), the counts, and the
-    rounding interval.
-
-    `reading` names all that fit, "none" where no count over this test split does: then the figure
-    is a mean of another kind (over batches of several rows, say), or was computed on other rows, or
-    is misprinted; which, its digits do not say.
-    """
+    """The cells with a value, with one column a reading (does it fit?), its counts ("pairs k"), all
+    that fit (`reading`; "none": a mean of another kind, other rows or a misprint, which the digits
+    do not say), and the rounding interval (`from`, `to`)."""
     kept = cells.dropna(subset="value").copy()
     each = [(value, splits[d]) for value, d in zip(kept["value"], kept["domain"], strict=True)]
     for reading in READINGS:
@@ -163,8 +142,8 @@ def readings(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
 
 
 def reading_evidence(found: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
-    """For each domain, kind of method and reading of HR@1, from `readings`: cells above zero, how
-    many fit, how many would by chance, one-sided p."""
+    """For each domain, kind of method and reading of HR@1 (`found`: of `readings`): cells above
+    zero, how many fit, how many would by chance, one-sided p."""
     rows, part = [], found[(found["metric"] == "hr@1") & (found["value"] > 0)]
     highest = part.groupby("domain")["value"].max()
     kinds = part["family"].eq("retrieval").map({True: "retrieval", False: "choosing"})
@@ -178,10 +157,8 @@ def reading_evidence(found: pd.DataFrame, splits: Mapping[str, Split]) -> pd.Dat
     return pd.DataFrame(rows, columns=names)
 
 
-# ---------------------------------------------------------------- improvements, ceilings, leads
 def improvements(cells: pd.DataFrame) -> pd.DataFrame:
-    """LaViC over the best other open-source row: recomputed (%), the range that rounding allows,
-    and what is printed."""
+    """LaViC over the best other open-source row in %: recomputed, as rounding allows, printed."""
     rows, half = [], float(HALF)
     for domain, printed in paper()["improvement_over_best_open_source"].items():
         table = cells[(cells["metric"] == "hr@1") & (cells["domain"] == domain)].set_index("method")
@@ -197,13 +174,12 @@ def improvements(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def sampling(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
-    """The cells with `n`, 95 % Wilson `low` and `high`, `ceiling` and `of ceiling` (methods that
-    choose; HR@1 only).
+    """The cells with `n` (conversations), 95 % Wilson `low` and `high` of round(value x n) hits,
+    `ceiling` over items and `of ceiling` (HR@1 of methods that choose).
 
-    n is the number of conversations, also for HR@1 over items: the items of one conversation share
-    one answer, so they are no independent trials. The count is value x n, rounded. The ceiling is
-    over items, as most figures are, and of answers that name a candidate: an id copied from the
-    dialogue can hit outside of the list too (rare; `hits_outside`).
+    n is the same for HR@1 over items: the items of a conversation share one answer, so they are no
+    independent trials. An id copied from the dialogue can hit outside of the list, above the
+    ceiling (rare; `hits_outside`).
     """
     kept = cells.dropna(subset="value").copy()
     kept["n"] = [splits[d].conversations for d in kept["domain"]]
@@ -216,12 +192,8 @@ def sampling(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
 
 
 def paired_bounds(a: int, b: int, n: int) -> tuple[float, float]:
-    """Smallest and largest p of McNemar's exact test for two methods with a and b hits, both among
-    the same n rows.
-
-    The difference fixes only_a - only_b = a - b; how many rows both hit is not known, so every
-    overlap is tried.
-    """
+    """Smallest and largest p of McNemar's exact test for two methods with a and b hits among the
+    same n rows: how many rows both hit is not known, so every overlap is tried."""
     every = [mcnemar(a - both, b - both) for both in range(max(0, a + b - n), min(a, b) + 1)]
     return min(every), max(every)
 
@@ -234,13 +206,11 @@ def _independent(a: float, b: float, n: int) -> tuple[float, float]:
 
 def comparisons(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
     """LaViC against every other published row, by domain: difference of HR@1, its 95 % interval and
-    p if the two had been tested on independent samples, the least and greatest p of the paired
-    test, and a verdict at the 5 % level.
-
-    Hits are value x conversations and, since the denominator is not always known, also value x
-    items; the bounds span both. The verdict holds for all pairings, none, or depends on answers
-    that are not published. It speaks of new test dialogues only, never of another training run, and
-    is not corrected for the number of comparisons.
+    p if the two had been tested on independent samples, least and greatest p of the paired test
+    (hits are value x conversations or value x items, whichever the denominator was), and a verdict
+    at the 5 % level: it holds for all pairings, none, or depends on answers that are not published.
+    It speaks of new test dialogues only, never of another training run, and is not corrected for
+    the number of comparisons.
     """
     table, rows = cells[cells["metric"] == "hr@1"].dropna(subset="value"), []
     for domain, split in splits.items():
@@ -260,26 +230,26 @@ def comparisons(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFram
     return pd.DataFrame(rows, columns=names)
 
 
-# ---------------------------------------------------------------- what others report and answered
 def reported(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
-    """REPORTED with the readings that fit, 95 % Wilson `low` and `high` over conversations, LaViC's
-    published HR@1, and p if the two had been tested on independent samples. Other settings than the
-    paper's: a gap is no refutation."""
-    lavic, rows = cells[(cells["metric"] == "hr@1") & (cells["method"] == "LaViC")], []
+    """What others report of one rerun each, in another setting (reported_by_others.csv, measured
+    by nobody here), with the readings that fit, a 95 % Wilson interval over conversations, LaViC's
+    HR@1, and p if the two had been tested on independent samples."""
+    table, rows = pd.read_csv(Path(__file__).with_name("reported_by_others.csv")), []
+    lavic = cells[(cells["metric"] == "hr@1") & (cells["method"] == "LaViC")]
     published = lavic.set_index("domain")["value"]
-    for who, setting, domain, hr, vr in REPORTED:
+    for domain, hr, vr in table[["domain", "hr@1", "vr"]].itertuples(index=False):
         split, n = splits[domain], splits[domain].conversations
-        low, high = wilson(round(hr * n), n)
+        bounds = wilson(round(hr * n), n)
         read = (fitting(hr, split), vr, fitting(vr, split, READINGS[:3]))
         p = _independent(hr, published[domain], n)[1]
-        rows.append((who, setting, domain, hr, low, high, *read, published[domain], p))
-    names = ["who", "setting", "domain", "hr@1", "low", "high", "hr@1 reading", "vr", "vr reading"]
-    return pd.DataFrame(rows, columns=[*names, "LaViC, published", "p independent"])
+        rows.append((*bounds, *read, published[domain], p))
+    names = ["low", "high", "hr@1 reading", "vr", "vr reading", "LaViC, published"]
+    judged = pd.DataFrame(rows, columns=[*names, "p independent"])
+    return pd.concat([table.drop(columns="vr"), judged], axis=1)
 
 
 def value_of_images(runs: Runs) -> pd.DataFrame:
-    """Titles and images against titles alone, and against images alone: paired, by domain and over
-    all domains."""
+    """Titles and images against titles alone and images alone: paired, by domain and over all."""
     rows = []
     for other, domain in product(("title", "image"), (*DOMAINS, "all")):
         a, b = [], []
@@ -295,8 +265,7 @@ def value_of_images(runs: Runs) -> pd.DataFrame:
 
 def needed(discordant: float, difference: float, power: float = 0.8) -> int:
     """Conversations a paired test at the 5 % level needs to see `difference` with this power, where
-    the two differ on a share `discordant` of them (normal approximation to McNemar's test; Connor
-    1987)."""
+    the two differ on a share `discordant` of them (Connor 1987). ValueError: impossible shares."""
     if not 0 < abs(difference) <= discordant <= 1:
         raise ValueError("0 < |difference| <= discordant <= 1 is expected")
     alpha = norm.isf(0.025) * math.sqrt(discordant)
@@ -305,12 +274,11 @@ def needed(discordant: float, difference: float, power: float = 0.8) -> int:
 
 
 def parsing(runs: Runs) -> pd.DataFrame:
-    """What reading alone changes: as published, by `parse_answer`, and by the most generous
-    reading, for each file."""
+    """What reading alone changes: as published, by `parse_answer`, by the most generous reading."""
     rows = []
     for (domain, saw), published in runs.items():
         row: dict[str, Any] = {"domain": domain, "the model saw": saw, "rows": len(published)}
-        first = answer_files.reparse(published, parse_answer)
+        first = answer_files.reparse(published)
         generous = answer_files.reparse(published, answer_files.any_candidate)
         kinds = {"as published": published, "first id": first, "any candidate": generous}
         for name, kind in kinds.items():
