@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import random
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavic_utils import evaluation as ev
+from lavic_utils.config import PACKAGE
 from lavic_utils.data import Dialogue
 
 ONE_PATTERN = re.compile(r"\bB[A-Z0-9]{9}\b")  # the authors' way to read an answer
@@ -87,6 +89,23 @@ def test_a_catalogue_of_one_s_own_is_not_scored_zero() -> None:
 def test_candidates_change_nothing_for_ids_of_asin_form(text: str, ten: list[str]) -> None:
     for one in (text, f"{text}{POOL[0]}{text}"):
         assert ev.parse_answer(one, ten) == ev.parse_answer(one)
+
+
+def calls_without_candidates(code: str) -> int:
+    """How many calls of `parse_answer` in this source name no candidates."""
+    found = 0
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("parse_answer"):
+            found += len(node.args) + len(node.keywords) < 2
+    return found
+
+
+def test_every_method_reads_its_answers_against_the_candidates() -> None:
+    code = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    callers = [path for path in code if "parse_answer(" in code[path] and "mini" not in path.parts]
+    assert len(callers) >= 3  # with the definition
+    assert not any(calls_without_candidates(code[path]) for path in callers)
+    assert calls_without_candidates("evaluation.parse_answer(text)") == 1  # negative control
 
 
 def test_the_one_pattern_way_loses_what_parse_answer_reads() -> None:

@@ -24,6 +24,7 @@ from lavic_utils.provenance import write_json, write_text
 
 # An image of five tiles: one [CLS] a tile; 577 tokens a tile (paper, section 4.1)
 CLS_TOKENS, FULL_TOKENS = 5, 2885
+CATALOGUE = "item2meta_train.json"
 WINDOWS = (2048, 4096)  # the training length of the paper's settings; the context its text names
 # LLaVA-v1.6's pinpoints, (height, width)
 GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -116,7 +117,7 @@ def table_1(root: Path | str, set_aside: list | None = None) -> pd.DataFrame:
     these items; None without the catalogue), and which splits are here and which are not.
     `set_aside` as in `data.read_dialogues`."""
     published = paper()["dataset"]
-    catalogue = data.read_catalogue(root) if has_catalogue(root) else None
+    catalogue = data.read_catalogue(root) if (Path(root) / CATALOGUE).is_file() else None
     here, facts, rows = present(root), _facts(root, set_aside), []
     for domain in DOMAINS:
         part = facts[facts["domain"] == domain]
@@ -134,14 +135,10 @@ def table_1(root: Path | str, set_aside: list | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"images_here": "Int64"})
 
 
-def has_catalogue(root: Path | str) -> bool:
-    return (Path(root) / "item2meta_train.json").is_file()
-
-
 def titles(root: Path | str) -> tuple[list[str], str]:
     """Titles to measure prompts with, and where they are from: the catalogue's, or those of stage
     1's validation items (other items of the same shop) where the catalogue is not there."""
-    if has_catalogue(root):
+    if (Path(root) / CATALOGUE).is_file():
         found = {item.title for item in data.read_catalogue(root).values()}
         return sorted(found), "the catalogue's titles"
     found = {row.title for row in data.read_stage1_valid(root)}
@@ -195,12 +192,6 @@ def id_tokens(root: Path | str) -> pd.DataFrame:
     for name, form in FORMS.items():
         table.loc[[bool(form.fullmatch(one)) for one in ids], "form"] = name
     return table
-
-
-def id_table(tokens: pd.DataFrame) -> pd.DataFrame:
-    """`id_tokens` by form: how many ids, and the tokens that one needs (least, median, most)."""
-    groups = tokens.groupby("form")["tokens"]
-    return groups.agg(ids="size", least="min", median="median", most="max")
 
 
 def tile_table(sizes: Sequence[tuple[int, int]]) -> pd.DataFrame:

@@ -60,9 +60,6 @@ class Split:
     best_conversations: int
     truths: tuple[tuple[int, ...], ...]
 
-    def size(self, reading: str) -> int:
-        return self.conversations if reading == "row mean" else getattr(self, reading)
-
 
 def read_splits(root: Path | str) -> dict[str, Split]:
     """The three published test splits. UserError where a file is missing or bad."""
@@ -78,16 +75,11 @@ def read_splits(root: Path | str) -> dict[str, Split]:
     return found
 
 
-def _whole_numbers(value: float, scale: int) -> range:
-    """The whole numbers k with k / scale within half a unit of the value's fourth digit."""
-    printed = Fraction(str(value))
-    low, high = math.ceil((printed - HALF) * scale), math.floor((printed + HALF) * scale)
-    return range(max(low, 0), min(high, scale) + 1)
-
-
-def counts(value: float, n: int) -> list[int]:
+def counts(value: float, n: int) -> range:
     """All k of 0..n whose share k/n prints as `value` (both ends of the rounding allowed)."""
-    return list(_whole_numbers(value, n))
+    printed = Fraction(str(value))
+    low, high = math.ceil((printed - HALF) * n), math.floor((printed + HALF) * n)
+    return range(max(low, 0), min(high, n) + 1)
 
 
 @cache
@@ -107,9 +99,9 @@ def row_sums(truths: tuple[tuple[int, ...], ...]) -> tuple[int, int]:
 def fits(value: float, split: Split, reading: str) -> bool:
     """Can answers to this split, counted so, print this value? Exact, by enumeration."""
     if reading != "row mean":
-        return bool(counts(value, split.size(reading)))
+        return bool(counts(value, getattr(split, reading)))
     unit, bits = row_sums(split.truths)
-    sums = _whole_numbers(value, split.conversations * unit)
+    sums = counts(value, split.conversations * unit)
     return bool(bits >> sums.start & ((1 << len(sums)) - 1))
 
 
@@ -133,7 +125,7 @@ def readings(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
     for reading in READINGS:
         kept[reading] = [fits(value, split, reading) for value, split in each]
         if reading != "row mean":
-            found = [counts(value, split.size(reading)) for value, split in each]
+            found = [counts(value, getattr(split, reading)) for value, split in each]
             kept[f"{reading} k"] = [" ".join(map(str, ks)) for ks in found]
     kept["reading"] = [fitting(value, split) for value, split in each]
     kept["from"] = (kept["value"] - float(HALF)).clip(lower=0)
