@@ -195,7 +195,6 @@ def readme(check: Check = False) -> None:
 def evaluate(
     answers: Annotated[Path, Argument(help="JSONL of answered rows, as the authors' script's.")],
     against: Annotated[Path | None, Option(help="Answers to compare with, on shared rows.")] = None,
-    candidates: Annotated[str | None, Option(help="Field: candidates_<key>.")] = None,
     answer: Annotated[str | None, Option(help="Field: recommended_<key>.")] = None,
     reparse: Annotated[bool, Option("--reparse", help="Read the raw answers again.")] = False,
     as_json: Json = False,
@@ -203,7 +202,7 @@ def evaluate(
     """Score answers: HR@1 over items and conversations, VR, ceilings, intervals, a paired test."""
     from lavic_utils.audit.answer_files import report, show
 
-    found = report(answers, against, candidates, answer, reparse)
+    found = report(answers, against, answer, reparse)
     print(json.dumps(found, indent=1)) if as_json else show(found)
 
 

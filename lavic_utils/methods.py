@@ -235,7 +235,7 @@ class Proprietary(Method):
         answers = []
         for dialogue, reply in zip(dialogues, replies, strict=True):
             text, ten = reply.text or "", getattr(dialogue, which)
-            answer = Answer(text, parse_answer(text), ten, new_tokens=reply.output_tokens)
+            answer = Answer(text, parse_answer(text, ten), ten, new_tokens=reply.output_tokens)
             answer.usd = 0.0 if reply.cached else reply.usd
             if reply.refused:  # the service's words: longer than its context
                 answer.refused = reply.input_tokens

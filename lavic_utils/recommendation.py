@@ -251,7 +251,8 @@ def _answer_batch(
     texts = tokenizer.batch_decode(out, skip_special_tokens=True)
     written = (out != tokenizer.eos_token_id).sum(1).tolist()
     for answer, text, prompt, new in zip(answers, texts, prompts, written, strict=True):
-        answer.response, answer.recommended = text.strip(), parse_answer(text)
+        answer.response = text.strip()
+        answer.recommended = parse_answer(text, answer.candidates)
         answer.prompt_tokens, answer.new_tokens = len(prompt.ids), new
         answer.dropped_dialogue_tokens = prompt.dropped_dialogue_tokens
         answer.dropped_images = prompt.dropped_images

@@ -1,11 +1,12 @@
-"""Scoring: every check has a case in which the wrong thing fails. Real files only where the variables are set."""
+"""Scoring: every check has a case in which the wrong thing fails."""
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavic_utils import evaluation as ev
-from lavic_utils.config import UserError, real_data_dir, replications_dir
+from lavic_utils.config import PACKAGE
 from lavic_utils.data import Dialogue
 
-real = pytest.mark.skipif(
-    real_data_dir() is None,
-    reason="set LAVIC_DATA to a folder with the published Reddit-Amazon files (repository jeon185/LaViC)",
-)
-replicated = pytest.mark.skipif(
-    replications_dir() is None,
-    reason="set LAVIC_REPLICATIONS to the folder LaViC/data of the repository Lottotpk/graphRAG_multimodal",
-)
 ONE_PATTERN = re.compile(r"\bB[A-Z0-9]{9}\b")  # the authors' way to read an answer
 POOL = [f"B0{i:08d}" for i in range(400)]
 
@@ -53,6 +46,66 @@ def world(count: int = 3000, seed: int = 0) -> tuple[list[list[str]], list[list[
 )
 def test_parse_answer(text: str, expected: str | None) -> None:
     assert ev.parse_answer(text) == expected
+
+
+SHOP = ["item1", "item17", "item1a", "0042", "red"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("item17", "item17"),
+        ("I would take item1.", "item1"),
+        ("item17, not item1", "item17"),
+        ("item1, not item17", "item1"),
+        ("item1a", "item1a"),  # the longer of two candidates, one beginning the other
+        ("item17W0HO", "item17"),  # wrote on past the id
+        ("_item17_", "item17"),
+        ("item170", None),  # another id, of no candidate
+        ("redder, 00421, xitem17, Item17", None),
+        ("ID: 0042", "0042"),
+        ("B00HO5EE9W, or item17", "B00HO5EE9W"),  # an invented id that comes first stays the answer
+        ("item17, or B00HO5EE9W", "item17"),
+    ],
+)
+def test_candidates_of_any_form_are_read(text: str, expected: str | None) -> None:
+    assert ev.parse_answer(text, SHOP) == expected
+    assert ev.parse_answer(text) in (None, "B00HO5EE9W")  # negative control: without the candidates
+
+
+def test_a_catalogue_of_one_s_own_is_not_scored_zero() -> None:
+    lists = [[f"item{10 * row + k}" for k in range(10)] for row in range(30)]
+    truths = [[ten[row % 10]] for row, ten in enumerate(lists)]
+    texts = [f"Answer: {truth[0]}" for truth in truths]
+    read = [ev.parse_answer(text, ten) for text, ten in zip(texts, lists, strict=True)]
+    found = ev.score(read, truths, lists)
+    assert (found.hits, found.valid) == (30, 30)
+    torn = [ev.parse_answer(text, ten) for text, ten in zip(texts[1:], lists, strict=False)]
+    assert ev.score(torn, truths[1:], lists[:-1]).valid == 0  # negative control: other lists
+
+
+@settings(database=None, derandomize=True, deadline=None)
+@given(st.text(alphabet="B0X9 a-", max_size=40), st.lists(st.sampled_from(POOL), max_size=10))
+def test_candidates_change_nothing_for_ids_of_asin_form(text: str, ten: list[str]) -> None:
+    for one in (text, f"{text}{POOL[0]}{text}"):
+        assert ev.parse_answer(one, ten) == ev.parse_answer(one)
+
+
+def calls_without_candidates(code: str) -> int:
+    """How many calls of `parse_answer` in this source name no candidates."""
+    found = 0
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("parse_answer"):
+            found += len(node.args) + len(node.keywords) < 2
+    return found
+
+
+def test_every_method_reads_its_answers_against_the_candidates() -> None:
+    code = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    callers = [path for path in code if "parse_answer(" in code[path] and "mini" not in path.parts]
+    assert len(callers) >= 3  # with the definition
+    assert not any(calls_without_candidates(code[path]) for path in callers)
+    assert calls_without_candidates("evaluation.parse_answer(text)") == 1  # negative control
 
 
 def test_the_one_pattern_way_loses_what_parse_answer_reads() -> None:
@@ -132,7 +185,7 @@ def test_right_wrong_random_and_shuffled_answers() -> None:
 
 
 def test_wilson_covers() -> None:
-    """The interval holds the true ratio in about 95 of 100 draws; half its width does not (negative control)."""
+    """The interval holds the true ratio in about 95 of 100 draws; half its width does not."""
     hits = np.random.default_rng(0).binomial(200, 0.1, size=400)
     bounds = [ev.wilson(h, 200) for h in hits]
     assert 0.92 <= np.mean([low <= 0.1 <= high for low, high in bounds]) <= 0.98
@@ -164,6 +217,11 @@ def test_paired_difference() -> None:
             ev.paired_difference(*wrong)
 
 
+def test_mcnemar() -> None:
+    assert ev.mcnemar(8, 2) == pytest.approx(2 * sum(math.comb(10, k) for k in (0, 1, 2)) / 2**10)
+    assert ev.mcnemar(2, 8) == ev.mcnemar(8, 2) and ev.mcnemar(0, 0) == ev.mcnemar(5, 5) == 1
+
+
 def test_summary_by_seed() -> None:
     truths, lists = world(300)
     rows = []
@@ -186,7 +244,7 @@ def test_summary_by_seed() -> None:
 
 
 def test_pooled_interval_is_too_narrow_where_seeds_agree() -> None:
-    """What the docstring says, measured: runs that all answer a dialogue alike leave the pooled interval too often."""
+    """Measured: runs that all answer a dialogue alike leave the pooled interval too often."""
     rng, covered = np.random.default_rng(0), {"pooled": 0, "plain": 0}
     for hits in rng.binomial(200, 0.2, size=300):  # three seeds, the same outcomes
         for name, (low, high) in {
@@ -222,77 +280,3 @@ def test_candidate_recall_is_the_ceiling() -> None:
     for wrong in ((dialogues, "candidates_qwen"), ([], "candidates_st")):
         with pytest.raises(ValueError):
             ev.candidate_recall(*wrong)
-
-
-def test_replications_of_made_up_rows(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Lottotpk"):
-        ev.read_replications(tmp_path)
-    row = {
-        "context": "<submission>x</submission>",
-        "context_items": [],
-        "gt": "g",
-        "gt_items": POOL[:1],
-        "candidates_st": POOL[:10],
-        "candidates_gpt_large": POOL[:10],
-        "recommended_st": None,
-        "response_st": POOL[0] + "00",
-    }
-    path = tmp_path / "amazon_home" / "test_results_candidates_st_noimg.jsonl"
-    path.parent.mkdir()
-    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    found = ev.read_replications(tmp_path)
-    assert list(found) == [("home", "title")] and found["home", "title"][0].recommended is None
-    assert ev.score_answered(found["home", "title"]).hits == 1
-    path.write_text(json.dumps({**row, "response_st": None}) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match="line 1: field response_st"):
-        ev.read_replications(tmp_path)
-
-
-@real
-def test_real_data_summary() -> None:
-    rows = {(r["domain"], r["split"]): r for r in ev.real_data_summary(real_data_dir())}
-    expected = {
-        "beauty": (772, 859, 0.2319, 0.4249),
-        "fashion": (826, 961, 0.2288, 0.4201),
-        "home": (372, 397, 0.5403, 0.7366),
-    }
-    for domain, figures in expected.items():
-        row = rows[domain, "test"]
-        assert (row["conversations"], row["pairs"]) == figures[:2]
-        assert (row["recall_st"], row["recall_gpt_large"]) == pytest.approx(figures[2:], abs=5e-5)
-    assert (
-        rows["beauty", "test"]["repeated_gt_rows"] == 27
-        and rows["home", "test"]["odd_id_share"] == 0
-    )
-
-
-@replicated
-def test_real_answers() -> None:
-    runs = ev.read_replications(replications_dir())
-    scores = {key: ev.score_answered(rows) for key, rows in runs.items()}
-    assert len(runs) == 9
-    assert {key: (s.conversations, s.pairs, s.hits, s.valid) for key, s in scores.items()} == {
-        ("beauty", "title+image"): (767, 854, 73, 746),
-        ("beauty", "title"): (767, 854, 69, 749),
-        ("beauty", "image"): (767, 854, 23, 753),
-        ("fashion", "title+image"): (802, 934, 94, 757),
-        ("fashion", "title"): (802, 934, 93, 774),
-        ("fashion", "image"): (802, 934, 33, 787),
-        ("home", "title+image"): (370, 392, 98, 367),
-        ("home", "title"): (370, 392, 104, 369),
-        ("home", "image"): (370, 392, 23, 367),
-    }
-    for key, rows in runs.items():
-        old = [m.group() if (m := ONE_PATTERN.search(r.response)) else None for r in rows]
-        assert old == [
-            r.recommended for r in rows
-        ]  # so the published field is the one-pattern reading
-        assert all(
-            o is None for o, r in zip(old, rows, strict=True) if o != ev.parse_answer(r.response)
-        )
-        truths, lists = [r.gt_items for r in rows], [r.candidates_st for r in rows]
-        assert ev.score(old, truths, lists).valid <= scores[key].valid
-        assert scores[key].hit_ratio_conversations <= ev.candidate_recall(rows)
-        answers = [ev.parse_answer(r.response) for r in rows]
-        random.Random(0).shuffle(answers)  # negative control
-        assert ev.score(answers, truths, lists).validity_ratio < 0.15

@@ -1,4 +1,4 @@
-"""Counts of the published files, on hand-made rows with known answers and, where they are, on the files themselves."""
+"""Counts of the published files, on hand-made rows and, where they are, on the files themselves."""
 
 import json
 import os
@@ -14,7 +14,7 @@ TEN = [f"B00000000{i}" for i in range(10)]
 REAL = os.environ.get("LAVIC_DATA")
 needs_data = pytest.mark.skipif(
     not REAL,
-    reason="set LAVIC_DATA to a folder with the published Reddit-Amazon files (python -m lavic_utils data fetch)",
+    reason="set LAVIC_DATA to a folder with the published Reddit-Amazon files",
 )
 
 
@@ -104,11 +104,8 @@ def test_prompt_length_is_that_of_the_written_prompt(tmp_path):
 
 def test_ids_by_form(tmp_path):
     write(tmp_path, [row(gt_items=["0123456789"], context_items=["b000000001"])])
-    assert inspection.id_table(tmp_path)["ids"].to_dict() == {
-        "B and nine": 10,
-        "ISBN-10": 1,
-        "other": 1,
-    }
+    forms = inspection.id_tokens(tmp_path)["form"].value_counts().to_dict()
+    assert forms == {"B and nine": 10, "ISBN-10": 1, "other": 1}
 
 
 def test_tiles_are_not_always_five():
@@ -133,5 +130,23 @@ def test_the_published_files_hold_what_is_said_of_them():
         "home": 372,
     }
     assert (
-        inspection.id_table(REAL)["most"].max() == 11
+        inspection.id_tokens(REAL)["tokens"].max() == 11
     )  # more than the ten new tokens that the scripts allow
+
+
+@needs_data
+def test_real_data_summary():
+    rows = {(r["domain"], r["split"]): r for r in inspection.real_data_summary(REAL)}
+    expected = {
+        "beauty": (772, 859, 0.2319, 0.4249),
+        "fashion": (826, 961, 0.2288, 0.4201),
+        "home": (372, 397, 0.5403, 0.7366),
+    }
+    for domain, figures in expected.items():
+        row = rows[domain, "test"]
+        assert (row["conversations"], row["pairs"]) == figures[:2]
+        assert (row["recall_st"], row["recall_gpt_large"]) == pytest.approx(figures[2:], abs=5e-5)
+    assert (
+        rows["beauty", "test"]["repeated_gt_rows"] == 27
+        and rows["home", "test"]["odd_id_share"] == 0
+    )

@@ -1,4 +1,4 @@
-"""Ranking scores, calibration, position bias and Holm's correction, by hand-computed cases that can fail."""
+"""Ranking scores, calibration, position bias and Holm's correction, by hand-computed cases."""
 
 from __future__ import annotations
 

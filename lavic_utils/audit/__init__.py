@@ -1,1 +1,1 @@
-"""What follows from the published figures, files and answers: reading, scoring and comparing them."""
+"""What follows from the published figures, data and answers: read, scored and compared."""

@@ -1,358 +1,259 @@
-"""Scoring anybody's answers: files as the authors' script writes them, alone, against another file, or read again.
+"""Anybody's answer files, as the authors' script writes them: scored, compared, read again.
 
-A line is a test row with `recommended_<key>` (the id read from the answer, or null), `response_<key>` (the raw answer) and
-`candidates_<key>`. An invalid or missing answer is a miss and stays in every denominator. Where a row repeats a
-ground-truth id, `hits` and `pairs` count every occurrence, as the authors' script does; `evaluation.score` counts it once.
+A line is a test row with `recommended_<key>` (the id read from the answer, or null),
+`response_<key>` (the raw answer) and `candidates_<key>`. Where a row repeats a ground-truth id,
+`hits` and `pairs` count every occurrence here, as that script does; `evaluation.score` counts it
+once.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import ConfigDict, Field, create_model
-from scipy.stats import binomtest
+import pandas as pd
+from pydantic import BeforeValidator, ConfigDict, Field
 
-from lavic_utils.config import UserError
+from lavic_utils import evaluation
+from lavic_utils.config import DOMAINS, UserError
 from lavic_utils.data import Filled, Id, Row, check_row, read_rows
-from lavic_utils.evaluation import ASIN, USUAL_ID, paired_difference, wilson
 
-DRAWS = 10_000
-PREFIX = "recommended_"
-COUNTS = ("hits", "pairs", "hit", "mean", "valid", "one", "ceiling_hits", "ceiling")
-# ratio -> (numerator, denominator), both sums over rows of the COUNTS
-RATIOS = {"hit_ratio_pairs": ("hits", "pairs"), "hit_ratio_conversations": ("hit", "one"), "hit_ratio_mean": ("mean", "one"),
-          "validity_ratio": ("valid", "one"), "ceiling_pairs": ("ceiling_hits", "pairs"),
-          "ceiling_conversations": ("ceiling", "one"), "of_ceiling": ("hit", "ceiling")}  # fmt: skip
+# What the model of a replication saw -> end of its files' names
+VARIANTS = {"title+image": "_st2", "title": "_st_noimg", "image": "_st_notitle"}
 
 
-class Raw(Row):
+class AnyLine(Row):
     """A line before its answer fields are known."""
 
     model_config = ConfigDict(extra="allow")
-    line: int
 
 
-class Fields(Row):
-    """What every line must hold, whatever its answer fields are called."""
+class Answer(Row):
+    """One answered test row. `recommended` None: no id was read. `response` None: no raw answer."""
 
-    line: int
     context: Filled
     gt_items: Annotated[tuple[Id, ...], Field(min_length=1)]
+    recommended: Annotated[Id | None, BeforeValidator(lambda value: None if value == "" else value)]
+    candidates: Annotated[tuple[Id, ...], Field(min_length=1)]
+    response: str | None = None
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answered test row. `recommended` None: no id was read. `response` None: the file holds no raw answers."""
+def read_answers(path: Path | str, answer: str | None = None) -> list[Answer]:
+    """All rows of an answer file; `answer` names the field recommended_<key> where there are
+    several.
 
-    context: str
-    gt_items: tuple[str, ...]
-    candidates: tuple[str, ...]
-    recommended: str | None
-    response: str | None
-
-    @property
-    def hit(self) -> bool:
-        return self.recommended in self.gt_items
-
-
-def only_field(names: Sequence[str], prefix: str, option: str, where: str) -> str:
-    """The one field whose name begins with `prefix`; UserError where there is none or several."""
-    found = [name for name in names if name.startswith(prefix)]
-    if len(found) == 1:
-        return found[0]
-    what = (
-        f"several fields {prefix}<key>: {', '.join(found)}; choose one"
-        if found
-        else f"no field {prefix}<key>; name one"
-    )
-    raise UserError(f"{where}: {what} with {option}")
-
-
-def read_answers(
-    path: Path | str, answer: str | None = None, candidates: str | None = None
-) -> list[Answer]:
-    """All rows of an answer file; `answer` and `candidates` name the fields where they cannot be found.
-
-    Line 1 decides which fields there are. UserError names file, line and field: not JSON, a field missing or of the wrong
-    type, no row.
+    Line 1 decides which fields there are. UserError names file, line and field: not JSON, a field
+    missing or of the wrong type (a `recommended` that is no id: "B00HO5EE9W "), no row.
     """
     path = Path(path)
     if not path.is_file() or not path.stat().st_size:
         reason = "the file is empty" if path.is_file() else "no such file"
         raise UserError(f"{path}: {reason}; give a JSONL file of answered test rows")
-    raws = read_rows(path, Raw)
-    names, first = list(raws[0].model_extra or ()), f"{path}, line 1"
-    if unknown := {answer, candidates} - {None, *names}:
-        raise UserError(
-            f"{first}: no field {', '.join(sorted(unknown))}; there are {', '.join(names)}"
-        )
-    chosen = answer or only_field(names, PREFIX, "--answer", first)
-    said, same = (chosen.replace(PREFIX, kind, 1) for kind in ("response_", "candidates_"))
-    ten = candidates or (
-        same
-        if same in names and same != chosen
-        else only_field(names, "candidates_", "--candidates", first)
-    )
-    kind = create_model(
-        "Line",
-        __base__=Fields,
-        recommended=(str | None, Field(alias=chosen)),
-        candidates=(tuple[Id, ...], Field(alias=ten, min_length=1)),
-        response=(str | None, Field(alias=said) if said in names and said != chosen else None),
-    )
-    rows = [
-        check_row(kind, raw.model_extra, f"{path}, line {raw.line}", line=raw.line) for raw in raws
-    ]
-    return [
-        Answer(row.context, row.gt_items, row.candidates, row.recommended or None, row.response)
-        for row in rows
-    ]
+    rows = [row.model_extra or {} for row in read_rows(path, AnyLine)]
+    found = [answer] if answer else [name for name in rows[0] if name.startswith("recommended_")]
+    if len(found) != 1:
+        there = f"{path}, line 1: fields recommended_<key>: {', '.join(found) or 'none'}"
+        raise UserError(f"{there}; one is expected, or name one with --answer")
+    key = found[0].removeprefix("recommended_")
+    fields = {"recommended": found[0], "candidates": f"candidates_{key}"}
+    fields["response"] = f"response_{key}"
+
+    class Line(Answer):  # the same under the names of this file
+        model_config = ConfigDict(alias_generator=lambda name: fields.get(name, name))
+
+    lines = [check_row(Line, row, f"{path}, line {i}") for i, row in enumerate(rows, 1)]
+    return [Answer(**dict(line)) for line in lines]
 
 
-def parse_known(text: str, candidates: Sequence[str]) -> str | None:
-    """The first id in a raw answer, read with the candidates known, or None.
+def read_replications(folder: Path | str) -> dict[tuple[str, str], list[Answer]]:
+    """(domain, what the model saw) -> a third party's answers to the test split, as it read them.
 
-    Knowing them serves to recognise an id, never to choose one: a candidate is found in any case ("b00..."), after a label
-    ("ASIN:B00..."), with text run on behind it, and whatever its form; anything else that looks like an id counts as one.
-    The first of all these decides. Skipping an invalid id for a candidate named later would credit a model for listing
-    ids, and would blunt VR, which exists to catch invented ones (`parse_any_candidate` does it, to measure how much).
+    Source: Lottotpk/graphRAG_multimodal, folder LaViC/data. UserError: a file missing or bad.
     """
-    return _first(text, candidates, "|" + ASIN.pattern)
-
-
-def parse_any_candidate(text: str, candidates: Sequence[str]) -> str | None:
-    """The first candidate id anywhere in the answer, or None: the reading with the highest VR, for comparison."""
-    return _first(text, candidates, "")
-
-
-def _search(text: str, candidates: Sequence[str], otherwise: str) -> re.Match[str] | None:
-    ordered = sorted(
-        map(str.upper, candidates), key=len, reverse=True
-    )  # of two, one beginning the other, the longer
-    return re.search(
-        rf"(?<![A-Z0-9])(?:{'|'.join(map(re.escape, ordered))}){otherwise}",
-        text,
-        re.IGNORECASE | re.ASCII,
-    )
-
-
-def _first(text: str, candidates: Sequence[str], otherwise: str) -> str | None:
-    match = _search(text, candidates, otherwise)
-    return (
-        {one.upper(): one for one in candidates}.get(match.group().upper(), match.group().upper())
-        if match
-        else None
-    )
-
-
-def _why(text: str, candidates: Sequence[str]) -> str:
-    """Why the usual pattern can have missed what `parse_known` reads: text ran on behind the id, or the id's own form."""
-    match = _search(text, candidates, "|" + ASIN.pattern)
-    if match and text[match.end() : match.end() + 1].isalnum():
-        return "ran_on"
-    return "unexpected_form" if match and not USUAL_ID.fullmatch(match.group()) else "other"
-
-
-def reparse(
-    rows: Sequence[Answer],
-    parser: Callable[[str, Sequence[str]], str | None] = parse_known,
-    where: Path | str = "answers",
-) -> list[Answer]:
-    """The same rows with `recommended` read again from the raw answers. UserError where one has none."""
-    if missing := next((i for i, row in enumerate(rows, 1) if row.response is None), None):
-        raise UserError(
-            f"{where}, line {missing}: no raw answer (field response_<key>); leave --reparse out, or add it"
-        )
-    return [replace(row, recommended=parser(row.response or "", row.candidates)) for row in rows]
-
-
-def _counts(row: Answer) -> tuple[float, ...]:
-    times = row.gt_items.count(row.recommended) if row.recommended else 0
-    best = max(row.gt_items.count(one) for one in row.candidates)
-    total = len(row.gt_items)
-    return (
-        times,
-        total,
-        times > 0,
-        times / total,
-        row.recommended in row.candidates,
-        1,
-        best,
-        best > 0,
-    )
-
-
-def _intervals(table: np.ndarray, seed: int) -> dict[str, list[float] | None]:
-    """95 % percentiles of each ratio over DRAWS bootstrap samples of conversations. Rows with equal counts are drawn
-    together (multinomial), which is exact. All or none counted: the bootstrap sees no spread there, so Wilson's interval."""
-    kinds, times = np.unique(table, axis=0, return_counts=True)
-    draws = (
-        np.random.default_rng(seed).multinomial(len(table), times / len(table), size=DRAWS) @ kinds
-    )
-    found: dict[str, list[float] | None] = {}
-    for name, (top, bottom) in RATIOS.items():
-        above, below = (draws[:, COUNTS.index(column)] for column in (top, bottom))
-        whole, part = (table[:, COUNTS.index(column)].sum() for column in (bottom, top))
-        if not whole:
-            found[name] = None
-        elif part in (0, whole):
-            trials = int(whole if bottom == "ceiling" else len(table))
-            found[name] = list(wilson(trials if part else 0, trials))
-        else:
-            ratio = above[below > 0] / below[below > 0]
-            found[name] = [float(bound) for bound in np.percentile(ratio, (2.5, 97.5))]
+    found = {}
+    for domain, name in DOMAINS.items():
+        for saw, end in VARIANTS.items():
+            path = Path(folder) / name / f"test_results_candidates{end}.jsonl"
+            if not path.is_file():
+                todo = "set LAVIC_REPLICATIONS to LaViC/data of Lottotpk/graphRAG_multimodal"
+                raise UserError(f"{path}: no such file; {todo}")
+            found[domain, saw] = read_answers(path)
     return found
+
+
+def _hits(rows: Sequence[Answer]) -> list[bool]:
+    return evaluation.hits([row.recommended for row in rows], [row.gt_items for row in rows])
+
+
+def score(rows: Sequence[Answer]) -> evaluation.Score:
+    """HR@1 and VR of answered rows, a repeated ground-truth id counted once."""
+    truths, candidates = [row.gt_items for row in rows], [row.candidates for row in rows]
+    return evaluation.score([row.recommended for row in rows], truths, candidates)
+
+
+def _ratios(sums: pd.DataFrame) -> pd.DataFrame:
+    """The ratios of `evaluate`; one row of sums over conversations a sample."""
+    found = {
+        "hit_ratio_pairs": sums["hits"] / sums["pairs"],
+        "hit_ratio_conversations": sums["hit"] / sums["rows"],
+        "hit_ratio_mean": sums["mean"] / sums["rows"],
+        "validity_ratio": sums["valid"] / sums["rows"],
+        "ceiling_pairs": sums["ceiling_hits"] / sums["pairs"],
+        "ceiling_conversations": sums["ceiling"] / sums["rows"],
+        "of_ceiling": sums["hit"] / sums["ceiling"],
+    }
+    return pd.DataFrame(found)
 
 
 def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
     """Counts, ratios and `ci95` of answered rows (JSON-able); ValueError without rows.
 
-    `rows`, `valid` (answer is a candidate), `unparsed` (no id), `hits_outside` (right, though no candidate): conversations.
-    `repeated`: rows that say what an earlier one says in all that is read; they count, as in the authors' script.
-    `pairs`: ground-truth items, `hits`: those equal to the answer, with repeats.
-    `hit_ratio_pairs` = hits / pairs; `hit_ratio_conversations`: share of rows whose answer is a ground-truth item;
-    `hit_ratio_mean`: mean over rows of hits / items (a mean over batches of one).
-    `ceiling_*`: the same ratios of somebody who always names the best candidate; `of_ceiling` =
-    hit_ratio_conversations / ceiling_conversations (None where no row's candidates hold a ground-truth item).
+    Of `rows` are `valid` (the answer is a candidate), `unparsed` (no id), `hits_outside` (right,
+    though no candidate), `repeated` (says all that an earlier one says; counts all the same).
+    `pairs`: ground-truth items, `hits`: those equal to the answer, both with repeats.
+    `hit_ratio_pairs` = hits / pairs; `hit_ratio_conversations`: share of rows with a right answer;
+    `hit_ratio_mean`: mean over rows of hits / items (over batches of one); `ceiling_*`: the same of
+    somebody who always names the best candidate; `of_ceiling` = hit_ratio_conversations /
+    ceiling_conversations (None where no list holds a right item). `ci95`: percentiles of 10,000
+    bootstrap samples of conversations; where all or none count, which shows no spread, Wilson's.
     """
-    if not rows:
-        raise ValueError("no answer to score")
-    table = np.array([_counts(row) for row in rows], dtype=float)
-    total = dict(zip(COUNTS, table.sum(axis=0), strict=True))
-    ratios = {
-        name: float(total[a] / total[b]) if total[b] else None for name, (a, b) in RATIOS.items()
-    }
-    return {
-        "rows": len(rows),
-        "pairs": int(total["pairs"]),
-        "hits": int(total["hits"]),
-        **ratios,
-        "valid": int(total["valid"]),
-        "unparsed": sum(row.recommended is None for row in rows),
-        "hits_outside": sum(row.hit and row.recommended not in row.candidates for row in rows),
-        "repeated": len(rows) - len(set(rows)),
-        "ci95": _intervals(table, seed),
-    }
+    plain = score(rows)
+    best = [max(row.gt_items.count(one) for one in row.candidates) for row in rows]
+    table = pd.DataFrame({"hits": [row.gt_items.count(row.recommended) for row in rows]})
+    table["pairs"] = [len(row.gt_items) for row in rows]
+    table["hit"] = _hits(rows)
+    table["mean"] = table["hits"] / table["pairs"]
+    table["valid"] = [row.recommended in row.candidates for row in rows]
+    table["rows"], table["ceiling_hits"] = 1, best
+    table["ceiling"] = table["ceiling_hits"] > 0
+    table = table.astype(float)  # one row a conversation
+    total = table.sum()
+    # rows with equal counts are drawn together (multinomial), which is exact
+    kinds, often = np.unique(table.to_numpy(), axis=0, return_counts=True)
+    samples = np.random.default_rng(seed).multinomial(len(rows), often / len(rows), size=10_000)
+    draws = _ratios(pd.DataFrame(samples @ kinds, columns=table.columns))
+    ratios, ci95 = {}, {}
+    for name, value in _ratios(total.to_frame().T).iloc[0].items():
+        trials = int(total["ceiling"]) if name == "of_ceiling" else len(rows)
+        ratios[name] = float(value) if trials else None
+        if not trials:
+            ci95[name] = None
+        elif value in (0, 1):
+            ci95[name] = list(evaluation.wilson(int(value * trials), trials))
+        else:
+            drawn = draws[name][np.isfinite(draws[name])]
+            ci95[name] = np.percentile(drawn, (2.5, 97.5)).tolist()
+    ratios["hit_ratio_conversations"] = plain.hit_ratio_conversations
+    ratios["validity_ratio"] = plain.validity_ratio
+    found = {"rows": len(rows), "pairs": int(total["pairs"]), "hits": int(total["hits"]), **ratios}
+    found |= {"valid": plain.valid, "unparsed": sum(row.recommended is None for row in rows)}
+    found["hits_outside"] = int((table["hit"] > table["valid"]).sum())
+    return found | {"repeated": len(rows) - len(set(rows)), "ci95": ci95}
 
 
 def match(a: Sequence[Answer], b: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
-    """Rows of both with the same context and ground truth, in the order of `a`; of equal rows the k-th with the k-th."""
-
-    def keyed(rows: Sequence[Answer]) -> dict[tuple, Answer]:
-        seen: Counter[tuple] = Counter()
-        found = {}
-        for row in rows:
-            key = (row.context, row.gt_items)
-            seen[key] += 1
-            found[*key, seen[key]] = row
-        return found
-
-    left, right = keyed(a), keyed(b)
-    return [(row, right[key]) for key, row in left.items() if key in right]
+    """Rows of both with the same context and the same ground-truth items (in any order), in the
+    order of `a`; of equal rows the k-th with the k-th."""
+    waiting: dict[tuple, list[Answer]] = {}
+    for row in b:
+        waiting.setdefault((row.context, frozenset(row.gt_items)), []).append(row)
+    pairs = []
+    for row in a:
+        same = waiting.get((row.context, frozenset(row.gt_items)))
+        if same:
+            pairs.append((row, same.pop(0)))
+    return pairs
 
 
 def compare(a: Sequence[Answer], b: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
     """Paired comparison over conversations (JSON-able); UserError where no row matches.
 
-    `only_a`, `only_b`: conversations that one alone answers right; `difference` = a - b of hit_ratio_conversations on the
-    `matched` rows, `ci95` by bootstrap, `p_value` of McNemar's exact test. `other_candidates`: matched rows in which the
-    two were not given the same candidates, so that the difference is not the models' alone.
+    `only_a`, `only_b`: conversations that one alone answers right; `difference` = a - b of
+    hit_ratio_conversations on the `matched` rows, `ci95` by bootstrap, `p_value` of McNemar's exact
+    test. `other_candidates`: matched rows in which the two were not given the same candidates, so
+    that the difference is not the models' alone.
     """
     pairs = match(a, b)
     if not pairs:
-        raise UserError(
-            "the two files have no row in common (same context and gt_items); compare answers to one test split"
-        )
-    hits_a, hits_b = [x.hit for x, _ in pairs], [y.hit for _, y in pairs]
-    only_a, only_b = (
-        sum(x and not y for x, y in zip(p, q, strict=True))
-        for p, q in ((hits_a, hits_b), (hits_b, hits_a))
-    )
-    mean, low, high = paired_difference(hits_a, hits_b, seed)
-    return {
-        "matched": len(pairs),
-        "unmatched_a": len(a) - len(pairs),
-        "unmatched_b": len(b) - len(pairs),
-        "other_candidates": sum(set(x.candidates) != set(y.candidates) for x, y in pairs),
-        "only_a": only_a,
-        "only_b": only_b,
-        "difference": mean,
-        "ci95": [low, high],
-        "p_value": mcnemar(only_a, only_b),
-    }
+        why = "the two files have no row in common (same context and gt_items)"
+        raise UserError(f"{why}; compare answers to one test split")
+    a_hits, b_hits = (np.array(_hits(rows)) for rows in zip(*pairs, strict=True))
+    only_a, only_b = int((a_hits & ~b_hits).sum()), int((b_hits & ~a_hits).sum())
+    mean, low, high = evaluation.paired_difference(a_hits, b_hits, seed)
+    found = {"matched": len(pairs), "unmatched_a": len(a) - len(pairs)}
+    found["unmatched_b"] = len(b) - len(pairs)
+    found["other_candidates"] = sum(set(x.candidates) != set(y.candidates) for x, y in pairs)
+    found |= {"only_a": only_a, "only_b": only_b, "difference": mean, "ci95": [low, high]}
+    return found | {"p_value": evaluation.mcnemar(only_a, only_b)}
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided p of McNemar's exact test; 1 where the two never differ."""
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+def any_candidate(text: str, candidates: Sequence[str]) -> str | None:
+    """The first candidate anywhere in the answer, or None: the reading with the highest VR, to
+    measure how much it matters that `evaluation.parse_answer` takes an invented id before it."""
+    places = {text.find(one): one for one in candidates if one in text}
+    return places[min(places)] if places else None
 
 
-def parsing(rows: Sequence[Answer], again: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
-    """What reading alone changes: `changed` answers, counts before and after, and the paired comparison (after - before).
-
-    Of the changed: `ran_on` (the model wrote on behind the id: "B00HO5EE9W0HO"), `unexpected_form` (an id in small letters,
-    an ISBN, ...) and `other`.
-    """
-    before, after = evaluate(rows, seed), evaluate(again, seed)
-    names = ("hits", "valid", "unparsed", "hit_ratio_conversations", "validity_ratio")
-    changed = [x for x, y in zip(rows, again, strict=True) if x.recommended != y.recommended]
-    why = Counter(_why(row.response or "", row.candidates) for row in changed)
-    return {
-        "changed": len(changed),
-        **{name: why[name] for name in ("ran_on", "unexpected_form", "other")},
-        "before": {name: before[name] for name in names},
-        "after": {name: after[name] for name in names},
-        "paired": compare(again, rows, seed),
-    }
+def reparse(
+    rows: Sequence[Answer],
+    parser: Callable[[str, Sequence[str]], str | None] = evaluation.parse_answer,
+    where: Path | str = "answers",
+) -> list[Answer]:
+    """The same rows with `recommended` read again from the raw answers. UserError without one."""
+    found = []
+    for i, row in enumerate(rows, 1):
+        if row.response is None:
+            missing = f"{where}, line {i}: no raw answer (field response_<key>)"
+            raise UserError(f"{missing}; leave --reparse out, or add it")
+        read = parser(row.response, row.candidates)
+        found.append(row.model_copy(update={"recommended": read}))
+    return found
 
 
-def report(
-    path: Path, against: Path | None, candidates: str | None, answer: str | None, again: bool
-) -> dict[str, Any]:
-    """What `python -m lavic_utils evaluate` prints: `evaluate`, and with the options `against` and `parsing` beside it."""
-    rows = read_answers(path, answer, candidates)
+def changes(rows: Sequence[Answer], again: Sequence[Answer]) -> dict[str, int]:
+    """What `reparse` changes: `changed` answers, and of these `ran_on` (the model wrote on behind
+    the id: "B00HO5EE9W0HO"), `unexpected_form` (not B and nine) and `other`."""
+    why = {"changed": 0, "ran_on": 0, "unexpected_form": 0, "other": 0}
+    for row, other in zip(rows, again, strict=True):
+        read = other.recommended
+        if read == row.recommended:
+            continue
+        if read and (row.response or "").partition(read)[2][:1].isalnum():
+            kind = "ran_on"
+        elif read and not (len(read) == 10 and read.startswith("B")):
+            kind = "unexpected_form"
+        else:
+            kind = "other"
+        why["changed"] += 1
+        why[kind] += 1
+    return why
+
+
+def report(path: Path, against: Path | None, answer: str | None, again: bool) -> dict[str, Any]:
+    """What `python -m lavic_utils evaluate` prints: `evaluate`; with `again` of the answers read
+    again, and as `parsing` what that changes; with `against` a comparison."""
+    rows = read_answers(path, answer)
     found = reparse(rows, where=path) if again else rows
     out = evaluate(found)
     if again:
-        out["parsing"] = parsing(rows, found)
+        before = evaluate(rows)
+        out["parsing"] = changes(rows, found)
+        out["parsing"] |= {f"{name}_before": before[name] for name in ("hits", "valid", "unparsed")}
     if against:
-        other = read_answers(against, answer, candidates)
+        other = read_answers(against, answer)
         out["against"] = compare(found, reparse(other, where=against) if again else other)
     return out
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print a report as small tables."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("figure", "value", "95 % interval")
-    for name in ("rows", "pairs", "hits", "valid", "unparsed", "hits_outside", "repeated"):
-        table.add_row(name, str(found[name]), "")
-    for name, bounds in found["ci95"].items():
-        table.add_row(
-            name,
-            *(
-                ("-", "-")
-                if bounds is None
-                else (f"{found[name]:.4f}", "[{:.4f}, {:.4f}]".format(*bounds))
-            ),
-        )
-    console = Console()
-    console.print(table)
-    for name in ("parsing", "against"):
-        if name in found:
-            flat = {k: v for k, v in found[name].items() if k != "paired"} | found[name].get(
-                "paired", {}
-            )
-            console.print(
-                f"{name}: " + ", ".join(f"{k} {v}" for k, v in flat.items()),
-                markup=False,
-                highlight=False,
-            )
+    """Print a report, a line a figure, ratios with their 95 % intervals."""
+    for name, value in found.items():
+        if isinstance(value, float):
+            low, high = found["ci95"][name]
+            print(f"{name:24} {value:.4f}  [{low:.4f}, {high:.4f}]")
+        elif name in ("parsing", "against"):
+            print(f"{name}:", ", ".join(f"{key} {value}" for key, value in value.items()))
+        elif name != "ci95":
+            print(f"{name:24} {value}")

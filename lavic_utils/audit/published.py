@@ -1,7 +1,6 @@
-"""The audit: what the published figures can mean, how sure they are, and what other answers say. Notebook 07 shows it.
+"""What the published figures can mean, how sure they are, and what others' answers add.
 
-Sources: `published.json`, the published test splits (LAVIC_DATA), a third party's answers of 7B models
-(LAVIC_REPLICATIONS) and the mini run's `metrics.json`. HR@1 and VR are shares (0 to 1). Nothing here trains or answers.
+HR@1 and VR are shares (0 to 1); `cells` is `published_cells()`, `splits` `read_splits(data)`.
 """
 
 from __future__ import annotations
@@ -12,56 +11,47 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from scipy.stats import binomtest, norm
 
-from lavic_utils.audit import answer_files as an
+from lavic_utils.audit import answer_files
 from lavic_utils.config import DOMAINS, PACKAGE
 from lavic_utils.data import read_dialogues
-from lavic_utils.evaluation import VARIANTS, wilson
+from lavic_utils.evaluation import mcnemar, wilson
 
 HALF = Fraction(1, 20_000)  # half a unit of the fourth digit: what rounding may hide
 READINGS = ("pairs", "distinct", "conversations", "row mean")
 BEYOND, WITHIN = "beyond chance in every pairing", "within chance in every pairing"
 DEPENDS = "depends on unpublished answers"
-LISTS_ONLY = (
-    "generative",
-    "ablation",
-    "proprietary",
-    "proposed",
-)  # these choose among the ten candidates; retrieval does not
+CHOOSERS = ("generative", "ablation", "proprietary", "proposed")  # name one of ten; retrieval ranks
+BATCH_MEAN = 0.2510  # what the run with all images (reported_by_others.csv) logs as a batch mean
+Runs = Mapping[tuple[str, str], Sequence[answer_files.Answer]]
 
 
-GROUP8, CAVIL = "yousef-moustafa/ds8008-group8-lavic", "Kyro-Ma/CaViL"
-# Who, setting in their words, domain, HR@1, VR: what others report of their own reruns, one run each, measured by nobody here.
-REPORTED = (
-    (GROUP8, "1 image an item", "home", 0.1662, 0.9651),
-    (GROUP8, "2 images", "home", 0.2469, 0.9973),
-    (GROUP8, "all images", "home", 0.2443, 0.9919),
-    (CAVIL, "their routed adapters", "beauty", 0.1000, 0.9909),
-    (CAVIL, "their routed adapters", "fashion", 0.1072, 0.9915),
-    (CAVIL, "their routed adapters", "home", 0.1990, 1.0),
-)
-
-BATCH_MEAN = 0.2510  # what GROUP8's run with all images logs as its mean over batches
+def paper() -> dict[str, Any]:
+    """The paper's figures, as facts."""
+    return json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))
 
 
-# ---------------------------------------------------------------- the published cells and the test splits
 def published_cells() -> pd.DataFrame:
-    """method, family, inputs, tables, domain, metric (hr@1, vr), value (NaN: not in the paper)."""
-    rows = json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))["rows"]
-    return pd.DataFrame([{"method": r["method"], "family": r["family"], "tables": tuple(r["table"]), "domain": domain,
-                          "metric": metric, "value": r["results"][domain][metric]}
-                         for r in rows for domain in DOMAINS for metric in ("hr@1", "vr")])  # fmt: skip
+    """method, family, tables, domain, metric (hr@1, vr), value (NaN: not in the paper)."""
+    cells = []
+    for row in paper()["rows"]:
+        about = (row["method"], row["family"], tuple(row["table"]))
+        for domain, metric in product(DOMAINS, ("hr@1", "vr")):
+            cells.append((*about, domain, metric, row["results"][domain][metric]))
+    return pd.DataFrame(cells, columns=["method", "family", "tables", "domain", "metric", "value"])
 
 
 @dataclass(frozen=True)
 class Split:
-    """Sizes of a test split: `pairs` ground-truth items with repeats, `distinct` without; `best_*` what somebody who
-    always names the best of `candidates_st` would score; `truths`: number of times each id stands, by conversation."""
+    """Sizes of a test split: `pairs` ground-truth items with repeats, `distinct` without; `best_*`:
+    hits of somebody who always names the best candidate; `truths`: by conversation, how many times
+    each ground-truth id stands."""
 
     conversations: int
     pairs: int
@@ -70,45 +60,33 @@ class Split:
     best_conversations: int
     truths: tuple[tuple[int, ...], ...]
 
-    def size(self, reading: str) -> int:
-        return self.conversations if reading == "row mean" else getattr(self, reading)
-
 
 def read_splits(root: Path | str) -> dict[str, Split]:
     """The three published test splits. UserError where a file is missing or bad."""
     found = {}
     for domain in DOMAINS:
-        rows = read_dialogues(root, domain, "test")
-        best = [max(map(row.gt_items.count, row.candidates_st)) for row in rows]
-        truths = tuple(
-            tuple(row.gt_items.count(one) for one in sorted(set(row.gt_items))) for row in rows
-        )
-        found[domain] = Split(
-            len(rows),
-            sum(map(sum, truths)),
-            sum(map(len, truths)),
-            sum(best),
-            sum(b > 0 for b in best),
-            truths,
-        )
+        truths, best = [], []
+        for row in read_dialogues(root, domain, "test"):
+            truths.append(tuple(row.gt_items.count(one) for one in sorted(set(row.gt_items))))
+            best.append(max(row.gt_items.count(one) for one in row.candidates_st))
+        pairs, distinct = sum(map(sum, truths)), sum(map(len, truths))
+        reachable = sum(times > 0 for times in best)
+        found[domain] = Split(len(truths), pairs, distinct, sum(best), reachable, tuple(truths))
     return found
 
 
-# ---------------------------------------------------------------- which counts give a printed value
-def counts(value: float, n: int) -> list[int]:
-    """All k of 0..n with k/n within half a unit of the fourth digit of the printed value (both ends allowed)."""
+def counts(value: float, n: int) -> range:
+    """All k of 0..n whose share k/n prints as `value` (both ends of the rounding allowed)."""
     printed = Fraction(str(value))
     low, high = math.ceil((printed - HALF) * n), math.floor((printed + HALF) * n)
-    return list(range(max(low, 0), min(high, n) + 1))
+    return range(max(low, 0), min(high, n) + 1)
 
 
 @cache
 def row_sums(truths: tuple[tuple[int, ...], ...]) -> tuple[int, int]:
-    """(unit, bits): which sums over conversations of hits / items any answers can give. Bit s set: s / unit is possible.
-
-    Each conversation adds 0 or m / |G|, m the times the named id stands among its |G| items. All sums are enumerated: the
-    bits are shifted by each possible addition and joined.
-    """
+    """(unit, bits): which sums over conversations of hits / items any answers can give. Bit s set:
+    s / unit is possible. A conversation adds 0 or m / |G|, m the times the named id stands among
+    its |G| items: the bits are shifted by each possible addition and joined."""
     unit, bits = math.lcm(*(sum(times) for times in truths)), 1
     for times in truths:
         joined = bits
@@ -121,252 +99,182 @@ def row_sums(truths: tuple[tuple[int, ...], ...]) -> tuple[int, int]:
 def fits(value: float, split: Split, reading: str) -> bool:
     """Can answers to this split, counted so, print this value? Exact, by enumeration."""
     if reading != "row mean":
-        return bool(counts(value, split.size(reading)))
+        return bool(counts(value, getattr(split, reading)))
     unit, bits = row_sums(split.truths)
-    scale = split.conversations * unit
-    low, high = (
-        math.ceil((Fraction(str(value)) - HALF) * scale),
-        math.floor((Fraction(str(value)) + HALF) * scale),
-    )
-    return bool(bits >> max(low, 0) & ((1 << (high - max(low, 0) + 1)) - 1))
+    sums = counts(value, split.conversations * unit)
+    return bool(bits >> sums.start & ((1 << len(sums)) - 1))
 
 
 @cache
 def chance(split: Split, reading: str, highest: int) -> float:
-    """Share of the four-digit values 1..highest (in units of .0001) that fit: how often a reading fits for no reason."""
+    """How often a reading fits for no reason: share of the values .0001 to highest x .0001."""
     return sum(fits(i / 10_000, split, reading) for i in range(1, highest + 1)) / highest
 
 
-def readings(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
-    """The cells with a value, with one column a reading (does it fit?), the counts, and the rounding interval.
+def fitting(value: float, split: Split, among: Sequence[str] = READINGS) -> str:
+    """The readings that fit, or "none"."""
+    return ", ".join(one for one in among if fits(value, split, one)) or "none"
 
-    `reading` names all that fit, "none" where no count over this test split does: then the figure is a mean of another
-    kind (over batches of several rows, say), or was computed on other rows, or is misprinted; which, its digits do not say.
-    """
+
+def readings(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
+    """The cells with a value, with one column a reading (does it fit?), its counts ("pairs k"), all
+    that fit (`reading`; "none": a mean of another kind, other rows or a misprint, which the digits
+    do not say), and the rounding interval (`from`, `to`)."""
     kept = cells.dropna(subset="value").copy()
+    each = [(value, splits[d]) for value, d in zip(kept["value"], kept["domain"], strict=True)]
     for reading in READINGS:
-        kept[reading] = [
-            fits(v, splits[d], reading) for v, d in zip(kept["value"], kept["domain"], strict=True)
-        ]
+        kept[reading] = [fits(value, split, reading) for value, split in each]
         if reading != "row mean":
-            kept[f"{reading} k"] = [
-                " ".join(map(str, counts(v, splits[d].size(reading))))
-                for v, d in zip(kept["value"], kept["domain"], strict=True)
-            ]
-    kept["reading"] = [
-        ", ".join(r for r in READINGS if row[r]) or "none" for _, row in kept.iterrows()
-    ]
-    kept["from"], kept["to"] = (
-        (kept["value"] - float(HALF)).clip(lower=0),
-        (kept["value"] + float(HALF)).clip(upper=1),
-    )
+            found = [counts(value, getattr(split, reading)) for value, split in each]
+            kept[f"{reading} k"] = [" ".join(map(str, ks)) for ks in found]
+    kept["reading"] = [fitting(value, split) for value, split in each]
+    kept["from"] = (kept["value"] - float(HALF)).clip(lower=0)
+    kept["to"] = (kept["value"] + float(HALF)).clip(upper=1)
     return kept
 
 
-def reading_evidence(
-    found: pd.DataFrame, splits: Mapping[str, Split], metric: str = "hr@1"
-) -> pd.DataFrame:
-    """For each domain, kind of method and reading: cells above zero, how many fit, how many would by chance, one-sided p."""
-    rows, part = [], found[(found["metric"] == metric) & (found["value"] > 0)]
-    for (domain, retrieval), cells in part.groupby(
-        ["domain", part["family"] == "retrieval"], sort=False
-    ):
+def reading_evidence(found: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
+    """For each domain, kind of method and reading of HR@1 (`found`: of `readings`): cells above
+    zero, how many fit, how many would by chance, one-sided p."""
+    rows, part = [], found[(found["metric"] == "hr@1") & (found["value"] > 0)]
+    highest = part.groupby("domain")["value"].max()
+    kinds = part["family"].eq("retrieval").map({True: "retrieval", False: "choosing"})
+    for (domain, kind), cells in part.groupby(["domain", kinds], sort=False):
         for reading in READINGS:
-            share = chance(
-                splits[domain],
-                reading,
-                round(float(part[part["domain"] == domain]["value"].max()) * 10_000),
-            )
+            share = chance(splits[domain], reading, round(float(highest[domain]) * 10_000))
             fit, n = int(cells[reading].sum()), len(cells)
-            rows.append({"domain": domain, "methods": "retrieval" if retrieval else "choosing", "reading": reading, "cells": n,
-                         "fit": fit, "expected by chance": share * n,
-                         "p": float(binomtest(fit, n, share, alternative="greater").pvalue)})  # fmt: skip
-    return pd.DataFrame(rows)
+            p = float(binomtest(fit, n, share, alternative="greater").pvalue)
+            rows.append((domain, kind, reading, n, fit, share * n, p))
+    names = ["domain", "methods", "reading", "cells", "fit", "expected by chance", "p"]
+    return pd.DataFrame(rows, columns=names)
 
 
-# ---------------------------------------------------------------- improvements, ceilings, intervals
 def improvements(cells: pd.DataFrame) -> pd.DataFrame:
-    """LaViC over the best other open-source row: recomputed (%), the range that rounding allows, and what is printed."""
-    printed = json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))[
-        "improvement_over_best_open_source"
-    ]
+    """LaViC over the best other open-source row in %: recomputed, as rounding allows, printed."""
     rows, half = [], float(HALF)
-    for domain in DOMAINS:
+    for domain, printed in paper()["improvement_over_best_open_source"].items():
         table = cells[(cells["metric"] == "hr@1") & (cells["domain"] == domain)].set_index("method")
         values = table[["open_source" in t for t in table["tables"]]]["value"]
-        best, mine = values.drop("LaViC").idxmax(), values["LaViC"]
-        low, high = (mine - half) / (values[best] + half), (mine + half) / (values[best] - half)
-        said = float(printed[domain].strip("+%"))
-        rows.append(
-            {
-                "domain": domain,
-                "against": best,
-                "recomputed %": 100 * (mine / values[best] - 1),
-                "from %": 100 * (low - 1),
-                "to %": 100 * (high - 1),
-                "printed %": said,
-                "agrees": low - 0.0005 <= 1 + said / 100 <= high + 0.0005,
-            }
-        )
-    return pd.DataFrame(rows)
+        mine, said = values.pop("LaViC"), float(printed.strip("+%"))
+        best, other = values.idxmax(), values.max()
+        low, high = (mine - half) / (other + half), (mine + half) / (other - half)
+        agrees = low - 0.0005 <= 1 + said / 100 <= high + 0.0005
+        percent = [100 * (ratio - 1) for ratio in (mine / other, low, high)]
+        rows.append((domain, best, *percent, said, agrees))
+    names = ["domain", "against", "recomputed %", "from %", "to %", "printed %", "agrees"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def sampling(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
-    """The cells with `n`, 95 % Wilson `low` and `high`, `ceiling` and `of ceiling` (methods that choose; HR@1 only).
+    """The cells with `n` (conversations), 95 % Wilson `low` and `high` of round(value x n) hits,
+    `ceiling` over items and `of ceiling` (HR@1 of methods that choose).
 
-    n is the number of conversations, also for HR@1 over items: the items of one conversation share one answer, so they
-    are no independent trials. The count is value x n, rounded. The ceiling is over items, as most figures are, and of
-    answers that name a candidate: an id copied from the dialogue can hit outside of the list too (rare; `hits_outside`).
+    n is the same for HR@1 over items: the items of a conversation share one answer, so they are no
+    independent trials. An id copied from the dialogue can hit outside of the list, above the
+    ceiling (rare; `hits_outside`).
     """
     kept = cells.dropna(subset="value").copy()
     kept["n"] = [splits[d].conversations for d in kept["domain"]]
     bounds = [wilson(round(v * n), n) for v, n in zip(kept["value"], kept["n"], strict=True)]
-    kept["low"], kept["high"] = ([b[i] for b in bounds] for i in (0, 1))
-    chooses = kept["family"].isin(LISTS_ONLY) & (kept["metric"] == "hr@1")
-    kept["ceiling"] = pd.Series(
-        [splits[d].best_pairs / splits[d].pairs for d in kept["domain"]], kept.index
-    ).where(chooses)
+    kept["low"], kept["high"] = zip(*bounds, strict=True)
+    ceilings = kept["domain"].map({d: s.best_pairs / s.pairs for d, s in splits.items()})
+    kept["ceiling"] = ceilings.where(kept["family"].isin(CHOOSERS) & (kept["metric"] == "hr@1"))
     kept["of ceiling"] = kept["value"] / kept["ceiling"]
     return kept
 
 
-# ---------------------------------------------------------------- which published differences the test size supports
 def paired_bounds(a: int, b: int, n: int) -> tuple[float, float]:
-    """Smallest and largest p of McNemar's exact test for two methods with a and b hits, both among the same n rows.
-
-    The difference fixes only_a - only_b = a - b; how many rows both hit is not known, so every overlap is tried.
-    """
-    overlaps = range(max(0, a + b - n), min(a, b) + 1)
-    every = [an.mcnemar(a - both, b - both) for both in overlaps]
+    """Smallest and largest p of McNemar's exact test for two methods with a and b hits among the
+    same n rows: how many rows both hit is not known, so every overlap is tried."""
+    every = [mcnemar(a - both, b - both) for both in range(max(0, a + b - n), min(a, b) + 1)]
     return min(every), max(every)
 
 
-def comparisons(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
-    """LaViC against every other published row, by domain: difference of HR@1, its 95 % interval and p if the two had been
-    tested on independent samples, the least and greatest p of the paired test, and a verdict at the 5 % level.
+def _independent(a: float, b: float, n: int) -> tuple[float, float]:
+    """(standard error of a - b, two-sided p) of two ratios, as if of independent samples of n."""
+    error = math.sqrt((a * (1 - a) + b * (1 - b)) / n)
+    return error, float(2 * norm.sf(abs(a - b) / error))
 
-    Hits are value x conversations and, since the denominator is not always known, also value x items; the bounds span
-    both. The verdict holds for all pairings, none, or depends on answers that are not published. It speaks of new test
-    dialogues only, never of another training run, and is not corrected for the number of comparisons.
+
+def comparisons(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
+    """LaViC against every other published row, by domain: difference of HR@1, its 95 % interval and
+    p if the two had been tested on independent samples, least and greatest p of the paired test
+    (hits are value x conversations or value x items, whichever the denominator was), and a verdict
+    at the 5 % level: it holds for all pairings, none, or depends on answers that are not published.
+    It speaks of new test dialogues only, never of another training run, and is not corrected for
+    the number of comparisons.
     """
     table, rows = cells[cells["metric"] == "hr@1"].dropna(subset="value"), []
     for domain, split in splits.items():
-        part = table[table["domain"] == domain].set_index("method")
-        mine = part.loc["LaViC", "value"]
-        for method, row in part.drop("LaViC").iterrows():
-            n, other = split.conversations, row["value"]
-            error = math.sqrt((mine * (1 - mine) + other * (1 - other)) / n)
-            bounds = [
-                paired_bounds(round(mine * size), round(other * size), n)
-                for size in (n, split.pairs)
-            ]
-            least, most = min(b[0] for b in bounds), max(b[1] for b in bounds)
+        values = table[table["domain"] == domain].set_index("method")["value"]
+        mine, n = values.pop("LaViC"), split.conversations
+        for method, other in values.items():
+            error, p = _independent(mine, other, n)
+            sizes = (n, split.pairs)
+            bounds = [paired_bounds(round(mine * s), round(other * s), n) for s in sizes]
+            least, most = min(low for low, _ in bounds), max(high for _, high in bounds)
             verdict = BEYOND if most < 0.05 else WITHIN if least >= 0.05 else DEPENDS
-            rows.append(
-                {
-                    "domain": domain,
-                    "against": method,
-                    "difference": mine - other,
-                    "low": mine - other - 1.96 * error,
-                    "high": mine - other + 1.96 * error,
-                    "p independent": float(2 * norm.sf(abs(mine - other) / error)),
-                    "p paired, least": least,
-                    "p paired, greatest": most,
-                    "verdict": verdict,
-                }
-            )
-    return pd.DataFrame(rows)
+            gap, margin = mine - other, 1.96 * error
+            interval = (gap, gap - margin, gap + margin)
+            rows.append((domain, method, *interval, p, least, most, verdict))
+    names = ["domain", "against", "difference", "low", "high", "p independent"]
+    names += ["p paired, least", "p paired, greatest", "verdict"]
+    return pd.DataFrame(rows, columns=names)
 
 
-# ---------------------------------------------------------------- replication answers, and what others report
 def reported(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
-    """REPORTED with the readings that fit, 95 % Wilson `low` and `high` over conversations, LaViC's published HR@1, and p if
-    the two had been tested on independent samples. Other settings than the paper's: a gap is no refutation."""
-    paper = cells[(cells["metric"] == "hr@1") & (cells["method"] == "LaViC")].set_index("domain")[
-        "value"
-    ]
+    """What others report of one rerun each, in another setting (reported_by_others.csv, measured
+    by nobody here), with the readings that fit, a 95 % Wilson interval over conversations, LaViC's
+    HR@1, and p if the two had been tested on independent samples."""
+    table, rows = pd.read_csv(Path(__file__).with_name("reported_by_others.csv")), []
+    lavic = cells[(cells["metric"] == "hr@1") & (cells["method"] == "LaViC")]
+    published = lavic.set_index("domain")["value"]
+    for domain, hr, vr in table[["domain", "hr@1", "vr"]].itertuples(index=False):
+        split, n = splits[domain], splits[domain].conversations
+        bounds = wilson(round(hr * n), n)
+        read = (fitting(hr, split), vr, fitting(vr, split, READINGS[:3]))
+        p = _independent(hr, published[domain], n)[1]
+        rows.append((*bounds, *read, published[domain], p))
+    names = ["low", "high", "hr@1 reading", "vr", "vr reading", "LaViC, published"]
+    judged = pd.DataFrame(rows, columns=[*names, "p independent"])
+    return pd.concat([table.drop(columns="vr"), judged], axis=1)
+
+
+def value_of_images(runs: Runs) -> pd.DataFrame:
+    """Titles and images against titles alone and images alone: paired, by domain and over all."""
     rows = []
-    for who, setting, domain, hits, valid in REPORTED:
-        split, published = splits[domain], paper[domain]
-        low, high = wilson(round(hits * split.conversations), split.conversations)
-        error = math.sqrt((hits * (1 - hits) + published * (1 - published)) / split.conversations)
-        rows.append(
-            {
-                "who": who,
-                "setting": setting,
-                "domain": domain,
-                "hr@1": hits,
-                "low": low,
-                "high": high,
-                "hr@1 reading": ", ".join(r for r in READINGS if fits(hits, split, r)) or "none",
-                "vr": valid,
-                "vr reading": ", ".join(r for r in READINGS[:3] if fits(valid, split, r)) or "none",
-                "LaViC, published": published,
-                "p independent": float(2 * norm.sf(abs(hits - published) / error)),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def read_variants(folder: Path | str) -> dict[tuple[str, str], list[an.Answer]]:
-    """(domain, what the model saw) -> answers as the third party read them. UserError for a missing or bad file."""
-    return {
-        (domain, saw): an.read_answers(Path(folder) / name / f"test_results_candidates{end}.jsonl")
-        for domain, name in DOMAINS.items()
-        for saw, end in VARIANTS.items()
-    }
-
-
-def pooled(runs: Mapping[tuple[str, str], Sequence[an.Answer]], saw: str) -> list[an.Answer]:
-    """The answers of one variant in all domains."""
-    return [row for domain in DOMAINS for row in runs[domain, saw]]
-
-
-def value_of_images(runs: Mapping[tuple[str, str], Sequence[an.Answer]]) -> pd.DataFrame:
-    """Titles and images against titles alone, and against images alone: paired, by domain and over all domains."""
-    rows = []
-    for other in ("title", "image"):
-        for domain in (*DOMAINS, "all"):
-            a, b = (
-                pooled(runs, s) if domain == "all" else runs[domain, s]
-                for s in ("title+image", other)
-            )
-            found = an.compare(a, b)
-            low, high = found.pop("ci95")
-            rows.append(
-                {"domain": domain, "title+image against": other, **found, "low": low, "high": high}
-            )
+    for other, domain in product(("title", "image"), (*DOMAINS, "all")):
+        a, b = [], []
+        for one in DOMAINS if domain == "all" else (domain,):
+            a += runs[one, "title+image"]
+            b += runs[one, other]
+        found = answer_files.compare(a, b)
+        low, high = found.pop("ci95")
+        about = {"domain": domain, "title+image against": other}
+        rows.append({**about, **found, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
 def needed(discordant: float, difference: float, power: float = 0.8) -> int:
-    """Conversations a paired test at the 5 % level needs to see `difference` with this power, where the two differ on a
-    share `discordant` of them (normal approximation to McNemar's test; Connor 1987)."""
+    """Conversations a paired test at the 5 % level needs to see `difference` with this power, where
+    the two differ on a share `discordant` of them (Connor 1987). ValueError: impossible shares."""
     if not 0 < abs(difference) <= discordant <= 1:
         raise ValueError("0 < |difference| <= discordant <= 1 is expected")
-    spread = norm.isf(0.025) * math.sqrt(discordant) + norm.isf(1 - power) * math.sqrt(
-        discordant - difference**2
-    )
-    return math.ceil((spread / difference) ** 2)
+    alpha = norm.isf(0.025) * math.sqrt(discordant)
+    beta = norm.isf(1 - power) * math.sqrt(discordant - difference**2)
+    return math.ceil(((alpha + beta) / difference) ** 2)
 
 
-def parsing(runs: Mapping[tuple[str, str], Sequence[an.Answer]]) -> pd.DataFrame:
-    """What reading alone changes: as published, by `parse_known`, and by the most generous reading, for each file."""
+def parsing(runs: Runs) -> pd.DataFrame:
+    """What reading alone changes: as published, by `parse_answer`, by the most generous reading."""
     rows = []
     for (domain, saw), published in runs.items():
-        known, any_one = (
-            an.reparse(published, how) for how in (an.parse_known, an.parse_any_candidate)
-        )
         row: dict[str, Any] = {"domain": domain, "the model saw": saw, "rows": len(published)}
-        for name, kind in (
-            ("as published", published),
-            ("first id", known),
-            ("any candidate", any_one),
-        ):
-            found = an.evaluate(kind)
+        first = answer_files.reparse(published)
+        generous = answer_files.reparse(published, answer_files.any_candidate)
+        kinds = {"as published": published, "first id": first, "any candidate": generous}
+        for name, kind in kinds.items():
+            found = answer_files.evaluate(kind)
             row |= {f"{name}: {key}": found[key] for key in ("hits", "valid")}
-        found = an.parsing(published, known)
-        rows.append(
-            row | {key: found[key] for key in ("changed", "ran_on", "unexpected_form", "other")}
-        )
+        rows.append(row | answer_files.changes(published, first))
     return pd.DataFrame(rows)
