@@ -308,14 +308,12 @@ def data_stats(
 def bench_all(
     context: Context,
     quick: Annotated[bool, Option("--quick", help="Few and small: does it work?")] = False,
-    only: Annotated[str | None, Option(help="This part alone, printed.")] = None,
 ) -> None:
-    """Measure every speed; writes results/bench/MACHINE.json and a figure."""
+    """Both stages and evaluation beside the direct way; writes results/bench/MACHINE.json."""
     from lavic_utils.bench.speed import bench as measure
 
     if context.invoked_subcommand is None:
-        found = measure(quick, only)
-        print(found if isinstance(found, Path) else json.dumps(found, indent=1))
+        print(measure(quick))
 
 
 @bench.command("gpu")
