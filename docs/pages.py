@@ -93,7 +93,7 @@ def _entry(name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
         "Made": str(known.get("time", ""))[:10],
     }
     facts = "".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in rows.items())
-    title = re.sub(r"^(figures|results/bench)/|\.png$", "", name).replace("_", " ")
+    title = re.sub(r"^figures/|\.png$", "", name).replace("_", " ")
     return (
         f'### {title}\n\n<figure class="kept"><a href="../{name}"><img src="../{name}" '
         f'alt="{escape(alt, quote=True)}" loading="lazy"></a>'
@@ -110,24 +110,21 @@ def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str
     }
     titles = {
         n: "".join(b["cells"][0]["source"]).splitlines()[0].lstrip("# ") for n, b in books.items()
-    } | {"": "Speed"}
+    }
     groups: dict[str, list[str]] = {n: [] for n in titles}
     for name, path in figures.items():
-        known, notebook = about(path), ""
-        alt, origin = known.get("alt", ""), "<code>make bench</code>"
-        if not name.startswith("results/bench/"):
-            found = maker(name.removeprefix("figures/").removesuffix(".png"), books)
-            if found is None:
-                problems.append(f"{name}: no notebook cell names it")
-                continue
-            notebook, number, section = found
-            below = f", below “{escape(section.replace('`', ''))}”" if section else ""
-            place = f"../notebooks/{notebook}.html#{cell_target(number)}"
-            origin = f'<a href="{place}">notebook {notebook[:2]}{below}</a>'
+        known = about(path)
+        alt = known.get("alt", "")
+        found = maker(name.removeprefix("figures/").removesuffix(".png"), books)
+        if found is None:
+            problems.append(f"{name}: no notebook cell names it")
+            continue
+        notebook, number, section = found
         if not alt:
-            problems.append(
-                f"{name}: no alternative text stored ({notebook or 'make bench'}: alt=...)"
-            )
+            problems.append(f"{name}: no alternative text stored ({notebook}: alt=...)")
+        below = f", below “{escape(section.replace('`', ''))}”" if section else ""
+        place = f"../notebooks/{notebook}.html#{cell_target(number)}"
+        origin = f'<a href="{place}">notebook {notebook[:2]}{below}</a>'
         groups[notebook].append(_entry(name, known, alt, origin))
     parts = [
         "# Figure gallery",

@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # the one place where nothing can be said with a Us
     print("python -m pip install -r requirements.lock", file=sys.stderr)
     sys.exit(2)
 
-from lavic_utils.config import ROOT, UserError, load_profile, use_data
+from lavic_utils.config import UserError, load_profile, use_data
 
 plain = {"add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
 app = Typer(help="LaViC companion: the paper's stages, tables and figures.", **plain)
@@ -30,8 +30,7 @@ app.add_typer(bench, name="bench")
 
 Profile = Annotated[str, Option("--profile", help="A profile's name, or a path to a YAML file.")]
 Seed = Annotated[int | None, Option("--seed", help="Default: the profile's.")]
-Data = Annotated[Path | None, Option("--data", help="Its folder. Default: LAVIC_DATA.")]
-Books = Annotated[Path, Option("--notebooks", help="Their folder.", hidden=True)]
+Data = Annotated[Path | None, Option("--data", help="Folder of the data. Default: LAVIC_DATA.")]
 Json = Annotated[bool, Option("--json", help="JSON on stdout instead of a table.")]
 Check = Annotated[bool, Option("--check", help="Write nothing; exit 1 where one is stale.")]
 
@@ -62,14 +61,13 @@ def reproduce(
     only: Annotated[list[str] | None, Option(help="This notebook alone, e.g. 03.")] = None,
     force: Annotated[bool, Option("--force", help="Also what is up to date.")] = False,
     real: Data = None,
-    extended: Annotated[bool, Option("--extended", help="Also what goes beyond it.")] = False,
-    folder: Books = ROOT / "notebooks",
+    extended: Annotated[bool, Option("--extended", help="Also beyond the paper.")] = False,
 ) -> None:
     """Execute the notebooks in order; what has not changed is not run again."""
     from lavic_utils.repro.driver import reproduce as run
 
     use_data(real)
-    raise Exit(run(profile, seeds, only or [], force, folder, extended))
+    raise Exit(run(profile, seeds, only or [], force, extended))
 
 
 @app.command()
@@ -146,21 +144,20 @@ def table(
 def notebooks_execute(
     numbers: Annotated[list[str] | None, Argument(help="e.g. 02 03; all by default.")] = None,
     real: Data = None,
-    folder: Books = ROOT / "notebooks",
 ) -> None:
     """Execute notebooks in place and stamp them."""
     from lavic_utils.repro.notebooks import execute
 
     use_data(real)
-    raise Exit(execute(numbers or [], folder))
+    raise Exit(execute(numbers or []))
 
 
 @notebooks.command("check")
-def notebooks_check(folder: Books = ROOT / "notebooks") -> None:
+def notebooks_check() -> None:
     """Check that every committed notebook is executed, in order and up to date."""
     from lavic_utils.repro.notebooks import check
 
-    _report(check(folder))
+    _report(check())
 
 
 @app.command()
@@ -249,9 +246,11 @@ def data_fetch(to: Annotated[Path | None, Option(help="Default: LAVIC_DATA.")] =
 @data.command("crawl")
 def data_crawl(
     folder: Data = None,
-    first_only: Annotated[bool, Option("--first-only", help="One image an item.")] = False,
+    first_only: Annotated[bool, Option("--first-only", help="The first image of each.")] = False,
     concurrency: Annotated[int, Option(min=1, max=256, help="Images at once.")] = 32,
-    retry_failed: Annotated[bool, Option("--retry-failed", help="Ask again for those.")] = False,
+    retry_failed: Annotated[
+        bool, Option("--retry-failed", help="Also what failed for good.")
+    ] = False,
 ) -> None:
     """Download the product images; goes on where it was broken off. Exit 1: some not reached."""
     from lavic_utils.remote.crawl import Settings, crawl, summary
@@ -309,14 +308,12 @@ def data_stats(
 def bench_all(
     context: Context,
     quick: Annotated[bool, Option("--quick", help="Few and small: does it work?")] = False,
-    only: Annotated[str | None, Option(help="This part alone, printed.")] = None,
 ) -> None:
-    """Measure every speed; writes results/bench/MACHINE.json and a figure."""
+    """Both stages and evaluation beside the direct way; writes results/bench/MACHINE.json."""
     from lavic_utils.bench.speed import bench as measure
 
     if context.invoked_subcommand is None:
-        found = measure(quick, only)
-        print(found if isinstance(found, Path) else json.dumps(found, indent=1))
+        print(measure(quick))
 
 
 @bench.command("gpu")

@@ -96,7 +96,7 @@ def test_kept_results_and_too_little_memory_are_said(results):
         (folder / "result.json").touch()
     found = doctor.state(load_profile("mini"), {"memory": {"usable": 1.5}, "gpus": []})
     assert (found["kept"], found["model"]) == (3, None)
-    assert found["obstacle"] == "needs 2 GiB of memory, 1.5 can be had"
+    assert found["obstacle"] == "needs 2 GiB, 1.5 can be had"
 
 
 def test_packages_missing_and_different_are_named(tmp_path):

@@ -21,6 +21,8 @@ from lavic_utils.config import Profile, UserError, load_profile
 from lavic_utils.repro import driver
 from lavic_utils.repro import notebooks as nbs
 
+NOTEBOOKS = nbs.NOTEBOOKS
+
 
 @pytest.fixture(autouse=True)
 def steady_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,21 +46,23 @@ def record(results: Path, seed: int = 5) -> dict:
     return json.loads((results / f"seed{seed}" / "run.json").read_text())["notebooks"]
 
 
-def reproduce(profile: Path, folder: Path, seeds=1, only=(), force=False) -> int:
-    return driver.reproduce(str(profile), seeds, only, force, folder, extended=False)
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the notebooks are."""
+    monkeypatch.setattr(nbs, "NOTEBOOKS", tmp_path / "nb")
+    return tmp_path / "nb"
 
 
-def keys(profile: Profile, folder: Path, seed: int = 5) -> list[str]:
+def reproduce(profile: Path, seeds=1, only=(), force=False) -> int:
+    return driver.reproduce(str(profile), seeds, only, force, extended=False)
+
+
+def keys(profile: Profile, seed: int = 5) -> list[str]:
     given = [{"profile": "tiny", "seed": seed}]
-    return [job.key for job in driver.plan(profile, given, folder)]
+    return [job.key for job in driver.plan(profile, given)]
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "lavic_utils", *map(str, arguments)]
-
-
-def test_order_seeds_skipping_and_what_is_written(tmp_path, tiny_profile, results, capfd):
-    folder = tmp_path / "nb"
+def test_order_seeds_skipping_and_what_is_written(folder, tmp_path, tiny_profile, results, capfd):
     made = f"open({str(results / 'made.json')!r}, 'a').write(f'{{seed}};')"
     save(
         folder / "00_a.ipynb",
@@ -67,7 +71,7 @@ def test_order_seeds_skipping_and_what_is_written(tmp_path, tiny_profile, result
         "print('hello')",
     )
     save(folder / "02_b.ipynb", made, per_seed=True, minutes=0.1)
-    run = partial(reproduce, tiny_profile, folder)
+    run = partial(reproduce, tiny_profile)
     assert run() == 0
     out = capfd.readouterr().out
     assert "\x1b" not in out and "00_a (seed 5): done" in out and "peak" in out
@@ -98,40 +102,39 @@ def test_order_seeds_skipping_and_what_is_written(tmp_path, tiny_profile, result
 
 
 def test_key_changes_with_source_inputs_parameters_code_and_data(
-    tmp_path, tiny_profile, results, monkeypatch
+    folder, tmp_path, tiny_profile, results, monkeypatch
 ):
-    folder = tmp_path / "nb"
     save(folder / "00_a.ipynb", "1"), save(folder / "01_b.ipynb", "2")
     profile = load_profile(str(tiny_profile))
-    first = keys(profile, folder)
-    assert keys(profile, folder) == first
+    first = keys(profile)
+    assert keys(profile) == first
     save(folder / "01_b.ipynb", "3")
-    assert keys(profile, folder)[0] == first[0] and keys(profile, folder)[1] != first[1]
+    assert keys(profile)[0] == first[0] and keys(profile)[1] != first[1]
     save(folder / "01_b.ipynb", "2"), save(folder / "00_a.ipynb", "0")
-    assert keys(profile, folder)[0] != first[0] and keys(profile, folder)[1] != first[1]
+    assert keys(profile)[0] != first[0] and keys(profile)[1] != first[1]
     save(folder / "00_a.ipynb", "1")
-    assert keys(profile, folder) == first
-    assert keys(profile, folder, seed=6)[0] != first[0]
-    assert keys(profile.model_copy(update={"dtype": "auto"}), folder)[0] != first[0]
+    assert keys(profile) == first
+    assert keys(profile, seed=6)[0] != first[0]
+    assert keys(profile.model_copy(update={"dtype": "auto"}))[0] != first[0]
     monkeypatch.setenv("LAVIC_DATA", str(folder))
-    assert keys(profile, folder)[0] != first[0]
+    assert keys(profile)[0] != first[0]
     monkeypatch.delenv("LAVIC_DATA")
     monkeypatch.setattr(nbs, "code_stamp", lambda: {"core": "other"})
-    assert keys(profile, folder)[0] != first[0]
-    monkeypatch.undo()
+    assert keys(profile)[0] != first[0]
+    monkeypatch.setattr(nbs, "code_stamp", lambda: {"core": "steady"})
+    assert keys(profile) == first
     monkeypatch.setattr(provenance, "versions", lambda: {"pillow": "0.1"})
-    assert keys(profile, folder)[0] != first[0]
+    assert keys(profile)[0] != first[0]
 
 
 def test_failing_cell_is_shown_in_few_lines_and_the_next_run_continues(
-    tmp_path, tiny_profile, results, capfd
+    folder, tmp_path, tiny_profile, results, capfd
 ):
     from lavic_utils.__main__ import main
 
-    folder = tmp_path / "nb"
     save(folder / "00_a.ipynb", "1")
     save(folder / "01_b.ipynb", "2", "raise ValueError('wrong\\nshape')", "3")
-    arguments = ["reproduce", "--profile", str(tiny_profile), "--notebooks", str(folder)]
+    arguments = ["reproduce", "--profile", str(tiny_profile)]
     assert main(arguments) == 1
     out, err = capfd.readouterr()
     shown = out[out.index("01_b: cell") :].strip().splitlines()
@@ -150,28 +153,34 @@ def test_failing_cell_is_shown_in_few_lines_and_the_next_run_continues(
     assert not (results / "seed5" / "01_b.failed.ipynb").exists()
 
 
-def test_killed_run_leaves_no_half_copy_and_lets_go_of_the_lock(tmp_path, tiny_profile, results):
-    folder, flag = tmp_path / "nb", tmp_path / "started"
+def test_killed_run_leaves_no_half_copy_and_lets_go_of_the_lock(
+    folder, tmp_path, tiny_profile, results
+):
+    flag = tmp_path / "started"
     save(folder / "00_a.ipynb", f"open({str(flag)!r}, 'w').close()", "import time; time.sleep(60)")
-    process = subprocess.Popen(
-        command("reproduce", "--profile", tiny_profile, "--notebooks", folder)
-    )
+    code = f"""
+from pathlib import Path
+from lavic_utils.repro import driver, notebooks
+notebooks.NOTEBOOKS = Path({str(folder)!r})
+driver.reproduce({str(tiny_profile)!r}, 1, (), False, False)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while not flag.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     with pytest.raises(UserError, match="another run"):
-        reproduce(tiny_profile, folder)
+        reproduce(tiny_profile)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (results / "seed5" / "00_a.ipynb").exists()
     save(folder / "00_a.ipynb", "1")
-    assert reproduce(tiny_profile, folder) == 0
+    assert reproduce(tiny_profile) == 0
     assert not list(results.rglob("*.failed.ipynb")) and not list(results.rglob(".*.tmp"))
 
 
-def test_dead_kernel_is_a_failure_not_a_crash(tmp_path, tiny_profile, results, capfd):
-    save(tmp_path / "nb" / "00_a.ipynb", "import os; os._exit(1)")
-    assert reproduce(tiny_profile, tmp_path / "nb") == 1
+def test_dead_kernel_is_a_failure_not_a_crash(folder, tmp_path, tiny_profile, results, capfd):
+    save(folder / "00_a.ipynb", "import os; os._exit(1)")
+    assert reproduce(tiny_profile) == 1
     assert "00_a: cell 3 of 3 (seed 5) failed\nDeadKernelError" in capfd.readouterr().out
 
 
@@ -186,15 +195,13 @@ def test_dead_kernel_is_a_failure_not_a_crash(tmp_path, tiny_profile, results, c
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    tmp_path, tiny_profile, results, arguments, message, capsys
+    folder, tmp_path, tiny_profile, results, arguments, message, capsys
 ):
     from lavic_utils.__main__ import main
 
-    save(tmp_path / "nb" / "00_a.ipynb", "1")
+    save(folder / "00_a.ipynb", "1")
     given = [
         "reproduce",
-        "--notebooks",
-        str(tmp_path / "nb"),
         "--profile",
         str(tiny_profile),
         *arguments,
@@ -204,14 +211,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in error and error.startswith("error: ") and len(error.strip().splitlines()) == 1
 
 
-def test_execute_in_place_then_check_and_each_fault_is_found(tmp_path, results, monkeypatch):
-    folder, now = tmp_path / "nb", {"core": "steady"}
+def test_execute_in_place_then_check_and_each_fault_is_found(
+    folder, tmp_path, results, monkeypatch
+):
+    now = {"core": "steady"}
     path = save(folder / "00_a.ipynb", "seed + 1", "print('x')", per_seed=True, minutes=2)
     assert "never executed" in nbs.check_notebook(path, now)[0]
-    assert nbs.execute(folder=folder) == 0
+    assert nbs.execute() == 0
     first = path.read_bytes()
-    assert nbs.check(folder) == [] and b"papermill" not in first and b"iopub" not in first
-    assert nbs.execute(["0"], folder) == 0
+    assert nbs.check() == [] and b"papermill" not in first and b"iopub" not in first
+    assert nbs.execute(["0"]) == 0
     assert path.read_bytes() == first  # nothing volatile is kept
     lavic = nbs.read_notebook(path).metadata.lavic
     assert lavic.per_seed is True and lavic.minutes == 2
@@ -258,7 +267,8 @@ def test_the_stamp_names_what_changed_and_leaves_out_what_no_notebook_reads(tmp_
     weights.write_bytes(b"\n")
     changed = nbs.code_stamp(tmp_path)
     assert {part for part in first if changed[part] != first[part]} == {"mini", "mini_model"}
-    read = [path.read_text(encoding="utf-8") for path in nbs.find_notebooks()]
+    read = [path.read_text(encoding="utf-8") for path in NOTEBOOKS.glob("*.ipynb")]
+    assert len(read) == 8
     unread = r"lavic_utils(\.| import )(repro|bench|__main__)"
     assert not [text for text in read if re.search(unread, text)]
 
@@ -322,15 +332,15 @@ def test_figure_carries_its_tier_once(tmp_path, tiny_profile):
 
 
 def test_data_names_the_folder_of_the_published_files(
-    tmp_path, tiny_profile, results, monkeypatch, capfd
+    folder, tmp_path, tiny_profile, results, monkeypatch, capfd
 ):
     from lavic_utils.__main__ import main
 
-    folder, real = tmp_path / "nb", tmp_path / "real"
+    real = tmp_path / "real"
     real.mkdir()
     (real / "item2meta_valid.jsonl").write_text("{}\n", encoding="utf-8")
     save(folder / "00_a.ipynb", f"import os; assert os.environ.get('LAVIC_DATA') == {str(real)!r}")
-    arguments = ["reproduce", "--profile", str(tiny_profile), "--notebooks", str(folder)]
+    arguments = ["reproduce", "--profile", str(tiny_profile)]
     assert (
         main([*arguments, "--data", str(tmp_path / "none")]) == 2
         and "no such folder" in capfd.readouterr().err
@@ -342,14 +352,14 @@ def test_data_names_the_folder_of_the_published_files(
 
 @pytest.mark.parametrize(("name", "code"), [("mini", 1), ("tiny", 0)])
 def test_solutions_run_on_the_mini_world_and_are_only_read_elsewhere(
-    name, code, tmp_path, tiny_profile, monkeypatch
+    folder, name, code, tmp_path, tiny_profile, monkeypatch
 ):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
-    path = save(tmp_path / "nb" / "00_a.ipynb", "kept = 1", "cost = 'hours'\nassert False")
+    path = save(folder / "00_a.ipynb", "kept = 1", "cost = 'hours'\nassert False")
     nb = nbformat.read(path, 4)
     nb.cells[-1].metadata["tags"] = [nbs.SOLUTION, "hide-cell"]
     path.write_text(nbformat.writes(nb), encoding="utf-8")
-    assert reproduce(tiny_profile if name == "tiny" else name, path.parent) == code
+    assert reproduce(tiny_profile if name == "tiny" else name) == code
     if name == "tiny":
         cells = nbformat.read(tmp_path / "tiny" / "seed5" / path.name, 4).cells
         assert cells[-1].source == "# cost = 'hours'\n# assert False"
@@ -371,7 +381,7 @@ def test_an_empty_text_alone_is_no_picture_without_alternative_text():
 
 
 def test_training_that_does_not_fit_the_card_is_refused_before_anything_runs(
-    tmp_path, tiny_profile, results, monkeypatch
+    folder, tmp_path, tiny_profile, results, monkeypatch
 ):
     from lavic_utils.__main__ import _refuse
     from lavic_utils.bench import plan
@@ -384,13 +394,12 @@ def test_training_that_does_not_fit_the_card_is_refused_before_anything_runs(
             raise UserError("does not fit")
 
     monkeypatch.setattr(plan, "refuse_here", refuse)
-    folder = tmp_path / "nb"
     save(folder / "00_a.ipynb", "1")
     save(folder / "02_b.ipynb", "1", per_seed=True)
     with pytest.raises(UserError, match="does not fit"):
-        reproduce(tiny_profile, folder)
+        reproduce(tiny_profile)
     assert not list(results.rglob("*.ipynb"))
-    assert reproduce(tiny_profile, folder, only=["0"]) == 0  # control: this one trains nothing
+    assert reproduce(tiny_profile, only=["0"]) == 0  # control: this one trains nothing
     for family, stages in (
         ("retrieval", []),
         ("proprietary", []),

@@ -1,7 +1,6 @@
 """`doctor`: what this machine can run, what is there, and the one command to run next.
 
-torch is imported only where there is a GPU. Nothing printed names the machine, its user or
-a folder.
+torch is imported only where there is a GPU. Nothing names the machine, its user or a folder.
 """
 
 from __future__ import annotations
@@ -87,10 +86,8 @@ def published() -> Facts:
 def obstacle(profile: Profile, found: Facts) -> str | None:
     """Why a profile cannot run on a machine of these facts; None where it can."""
     free, cards = found["memory"]["usable"], found["gpus"]
-    if profile.world and free >= MINI_GIB:
-        return None
     if profile.world:
-        return f"needs {MINI_GIB:g} GiB of memory, {free:g} can be had"
+        return f"needs {MINI_GIB:g} GiB, {free:g} can be had" if free < MINI_GIB else None
     if not cards:
         return "needs an NVIDIA GPU"
     import torch
@@ -108,8 +105,7 @@ def obstacle(profile: Profile, found: Facts) -> str | None:
 
 
 def state(profile: Profile, found: Facts) -> Facts:
-    """Of a profile: its `obstacle`, how many results of stages are `kept`, and the command that
-    downloads its `model` (None: it is here)."""
+    """Its `obstacle`, how many results are `kept`, what downloads its `model` (None: here)."""
     hub = HubModel(profile.model, profile.revision, profile.download_gb)
     here = Path(profile.model_path).is_dir() or hub.cached()
     return {
@@ -121,11 +117,10 @@ def state(profile: Profile, found: Facts) -> Facts:
 
 def facts() -> Facts:
     """Everything `show` prints, JSON-able. Where packages are missing, profiles are left out."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: Facts = {
         "python": platform.python_version(),
         "packages": packages(),
-        "cores": cores,
+        "cores": os.cpu_count(),
         "memory": memory(),
         "gpus": gpus(),
         "disk_free_gb": round(shutil.disk_usage(ROOT).free / 1e9, 1),
@@ -155,16 +150,15 @@ def next_command(found: Facts) -> tuple[str, str]:
         return "make demo", "the mini run is done, and no profile of the 7B model can run here"
     name, big = able[0], profiles[able[0]]
     run = f"python -m lavic_utils run LaViC --domain beauty --profile {name}"
-    set_data = 'export LAVIC_DATA="$PWD/data/reddit-amazon"'
     steps = [  # (whether it is due, command, why)
         (data["files"] < data["of"], "python -m lavic_utils data fetch", "files are missing"),
-        (not data["set"], set_data, "LAVIC_DATA does not name the published data yet"),
+        (not data["set"], 'export LAVIC_DATA="$PWD/data/reddit-amazon"', "LAVIC_DATA is not set"),
         (not data["images"], "python -m lavic_utils data crawl", "product images are missing"),
         (big["model"], big["model"], "its model is missing"),
         (not big["kept"], run, "data and model are there"),
         (True, f"{TABLE} --profile {name}", "it is trained"),
     ]
-    command, why = next(step[1:] for step in steps if step[0])
+    _, command, why = next(step for step in steps if step[0])
     return command, f"profile {name} can run; {why}"
 
 
@@ -177,7 +171,7 @@ def show(found: Facts, as_json: bool = False) -> None:
     print(f"Python {found['python']}, {found['cores']} cores")
     print(f"packages: {', '.join(pack['missing']) or 'none'} missing,", end=" ")
     print(f"{len(pack['different'])} of {pack['locked']} differ from requirements.lock")
-    for name, (here, pin) in list(pack["different"].items())[:5]:
+    for name, (here, pin) in pack["different"].items():
         print(f"  {name} {here} (lock: {pin})")
     print(f"memory: {gib['usable']:g} of {gib['total']:g} GiB can be used")
     print(

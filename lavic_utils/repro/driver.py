@@ -57,15 +57,13 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def plan(
-    profile: config.Profile, given: Sequence[dict], folder: Path, only: Sequence[str] = ()
-) -> list[Job]:
+def plan(profile: config.Profile, given: list[dict], only: Sequence[str] = ()) -> list[Job]:
     """The jobs in order, for the parameters `given` for each seed.
 
     The first seed comes last: its tables then show every seed.
     """
-    chosen, jobs = nbs.find_notebooks(folder, only), []
-    books = {path: nbs.read_notebook(path) for path in nbs.find_notebooks(folder)}
+    chosen, jobs = nbs.find_notebooks(only), []
+    books = {path: nbs.read_notebook(path) for path in nbs.find_notebooks()}
     data = [origin.tree_hash(config.real_data_dir()), origin.tree_hash(config.replications_dir())]
     common = [nbs.code_stamp(), profile.model_dump(mode="json"), origin.versions(), data]
     for wanted in [*given[1:], given[0]]:
@@ -95,14 +93,10 @@ def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
     import papermill
 
     nb, start, begun = nbs.read_notebook(job.path), time.time(), [-1]
-    extra = 0  # index of the cell that papermill puts in, after the parameters
-    for index, cell in enumerate(nb.cells):
-        if "parameters" in nbs.tags(cell):
-            extra = index + 1
+    for cell in nb.cells:
         if profile.world is None and nbs.SOLUTION in nbs.tags(cell):
             cell.source = "".join(f"# {line}" for line in cell.source.splitlines(True))
-    failed, results = job.out.with_suffix(".failed.ipynb"), config.results_dir(profile)
-    record: dict[str, Any] = {"key": job.key, "status": "ok"}
+    failed, record = job.out.with_suffix(".failed.ipynb"), {"key": job.key, "status": "ok"}
     job.out.parent.mkdir(parents=True, exist_ok=True)
     with open(job.out.with_suffix(".log"), "w", encoding="utf-8") as log:
         logging.getLogger("papermill").handlers = [logging.StreamHandler(log)]
@@ -114,16 +108,13 @@ def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
             "stderr_file": log,
             "cwd": job.path.parent,
         }
-        total = len(nb.cells)
         try:
             nb = papermill.execute_notebook(nb, failed, parameters=job.parameters, **how)
         except Exception as error:  # whatever a cell, the kernel or papermill raised
             index = getattr(error, "cell_index", begun[-1])  # a dead kernel: the last one begun
-            number = index if index > extra else index + 1  # as the notebook's source counts
-            place = f"cell {number} of {total} (seed {job.parameters['seed']})"
-            record = {"status": "failed", "error": nbs.failure_lines(job.path.stem, place, error)}
+            record = {"status": "failed", "error": _failure(job, nb, index, error)}
             print(*record["error"], sep="\n", file=log)
-    seed = job.parameters["seed"]
+    seed, results = job.parameters["seed"], config.results_dir(profile)
     about = origin.provenance(profile, seed, origin.profile_data_hash(profile))
     if record["status"] == "ok":
         given = {**job.parameters, "profile": profile.name}  # a path would be this machine's
@@ -143,9 +134,15 @@ def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
     return record
 
 
-def reproduce(
-    name: str, seeds: int, only: Sequence[str], force: bool, folder: Path, extended: bool
-) -> int:
+def _failure(job: Job, source: Any, index: int, error: Exception) -> list[str]:
+    """Which cell failed, as the source counts: papermill puts one in after the parameters."""
+    after = [i + 1 for i, cell in enumerate(source.cells) if "parameters" in nbs.tags(cell)]
+    number = index if index > (after or [0])[0] else index + 1
+    place = f"cell {number} of {len(source.cells)} (seed {job.parameters['seed']})"
+    return nbs.failure_lines(job.path.stem, place, error)
+
+
+def reproduce(name: str, seeds: int, only: Sequence[str], force: bool, extended: bool) -> int:
     """Run all that is not up to date; exit code 0, or 1 after the first failing cell.
 
     UserError for bad input, for a second run in the same folder, and where training does not fit.
@@ -162,7 +159,7 @@ def reproduce(
         given = [{**one, "extended": True} for one in given]
     try:
         with FileLock(results / ".lock", timeout=0):  # goes with the process, however it ends
-            return _run_all(plan(profile, given, folder, only), profile, force)
+            return _run_all(plan(profile, given, only), profile, force)
     except Timeout:
         where = relpath(results)
         raise config.UserError(f"another run is working in {where}; wait, or stop it") from None

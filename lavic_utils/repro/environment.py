@@ -32,15 +32,12 @@ def installed() -> dict[str, str]:
 
 def read_lock(path: Path) -> dict[str, str]:
     """Name -> version. UserError for a line that is not an exact public pin."""
-    pins = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.startswith("#") or not line:
-            continue
-        match = re.fullmatch(r"([\w.-]+)==([\w.!]+)", line)
-        if not match:
-            raise UserError(f"{path.name} line {number}: {line!r} is not name==version")
-        pins[canonicalize_name(match[1])] = match[2]
-    return pins
+    lines = path.read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    for line in pins:
+        if not re.fullmatch(r"[\w.-]+==[\w.!]+", line):
+            raise UserError(f"{path.name} line {lines.index(line) + 1}: {line!r}: no name==version")
+    return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in pins}
 
 
 def write_lock(root: Path = ROOT) -> None:

@@ -22,6 +22,7 @@ ABSOLUTE = re.compile(
     r"(?<![\w.:/+=~-])(/(home|root|tmp|usr|work|Users|opt|mnt|var|private|srv)/\w|[A-Z]:\\\w)"
 )
 BAR = re.compile(r"\r[^\n]|\d+it/s|s/it\]|\d+%\|")
+READ = {".py", ".yaml", ".json", ".csv", ".safetensors"}
 UNREAD = {"repro", "bench", "__main__.py"}  # parts of the package that no notebook reads
 KERNEL_ENV = {
     "HF_HUB_OFFLINE": "1",
@@ -51,11 +52,11 @@ def set_kernel_environment() -> None:
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
 
-def find_notebooks(folder: Path = NOTEBOOKS, numbers: Sequence[str] = ()) -> list[Path]:
+def find_notebooks(numbers: Sequence[str] = ()) -> list[Path]:
     """NN_*.ipynb in order, or those of some numbers ('03', '3', '03_name'). UserError if absent."""
-    found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    found = {path.stem: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
     if not found:
-        raise UserError(f"no notebooks NN_*.ipynb in {folder}; run from a checkout")
+        raise UserError(f"no notebooks NN_*.ipynb in {NOTEBOOKS}; run from a checkout")
     chosen = set()
     for number in numbers:
         wanted = number.removesuffix(".ipynb")
@@ -101,9 +102,9 @@ def code_stamp(package: Path = PACKAGE) -> dict[str, str]:
     A part is a file of the core or a room; profiles and the mini model's weights are parts too.
     """
     digests: dict[str, Any] = {}
-    for path in sorted(package.rglob("*")):
+    for path in sorted(package.rglob("*.*")):
         name = path.relative_to(package)
-        if path.suffix not in {".py", ".yaml", ".json", ".safetensors"} or name.parts[0] in UNREAD:
+        if name.parts[0] in UNREAD or path.suffix not in READ:
             continue
         content = path.read_bytes()
         if path.suffix != ".safetensors":
@@ -188,10 +189,10 @@ def check_notebook(path: Path, now: dict[str, str]) -> list[str]:
     return [f"{path.name}: {problem}" for problem in problems]
 
 
-def check(folder: Path = NOTEBOOKS) -> list[str]:
+def check() -> list[str]:
     """Problems of all committed notebooks."""
     now = code_stamp()
-    return [problem for path in find_notebooks(folder) for problem in check_notebook(path, now)]
+    return [problem for path in find_notebooks() for problem in check_notebook(path, now)]
 
 
 def failure_lines(name: str, position: str, error: BaseException) -> list[str]:
@@ -202,7 +203,7 @@ def failure_lines(name: str, position: str, error: BaseException) -> list[str]:
     return [f"{name}: {position} failed", f"{kind}: {first}", *rest]
 
 
-def execute(numbers: Sequence[str] = (), folder: Path = NOTEBOOKS) -> int:
+def execute(numbers: Sequence[str] = ()) -> int:
     """Execute notebooks in place through papermill, and stamp them; prints a line each.
 
     Exit code 1 at the first failing cell, which leaves the file as it was.
@@ -212,7 +213,7 @@ def execute(numbers: Sequence[str] = (), folder: Path = NOTEBOOKS) -> int:
 
     set_kernel_environment()
     os.environ["LAVIC_COMMIT"] = "1"
-    for path in find_notebooks(folder, numbers):
+    for path in find_notebooks(numbers):
         code, start = code_stamp(), time.monotonic()
         nb = _strip(read_notebook(path), clear_outputs=True)
         try:
