@@ -194,11 +194,10 @@ def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
     looks = [] if task == "title" else rng.sample(LOOKS, rng.choice((1, 2, 2, 3, 3)))
     part = words.PARTS[target["kind"]]
     said = [f"{target[name]} {part}" if name == "accent" else target[name] for name in looks]
-    request = request_text(rng, [target[name] for name in facts], said)
-    asked = {token for name in facts + looks for token in encode(target[name])}
-    if "accent" in looks:
-        asked.update(encode(part))
-    ids, short = encode(request + "Candidates:\n"), rng.random() < 0.5
+    named = [target[name] for name in facts]
+    asked = set(encode(" ".join(named + said)))  # tokens
+    ids = encode(request_text(rng, named, said) + "Candidates:\n")
+    short = rng.random() < 0.5
     row = Row([], [], asked=[IGNORE] * len(ids))
     for item in items:
         row.fits.append(all(item[name] == target[name] for name in facts + looks))
@@ -340,6 +339,7 @@ TO_SEE = ((0.1, DESCRIBE), (0.85, SEE), (1, DESCRIBE))
 LANGUAGE, JOINED = "language_model.", "language_model. multi_modal_projector. image_newline"
 LAST = "vision_tower.encoder.layers.3."
 READ = "name_ embeddings. pre_layrnorm. encoder.layers.0. encoder.layers.1. encoder.layers.2."
+LATE = f"{JOINED} help_ {READ}"
 PHASES = (
     # Words for pictures, from [CLS] and, apart, from the mean patch of the layer before.
     Phase("tower", 2200, 1e-3, f"{READ} {LAST}", pictures=192, naming=(1, 1)),
@@ -349,15 +349,7 @@ PHASES = (
     Phase("joint", 3750, 1.5e-3, f"{JOINED} help_", TO_SEE, "tile"),
     # The same with the tower, on fresh pictures: makes shapes hold on unseen items.
     Phase(
-        name="late",
-        steps=750,
-        rate=4e-4,
-        trains=f"{JOINED} help_ {READ}",
-        mixes=((1, DESCRIBE),),
-        tokens=2000,
-        pictures=48,
-        naming=(0, 0.2),
-        pool=1,
+        "late", 750, 4e-4, LATE, ((1, DESCRIBE),), "", 2000, pictures=48, naming=(0, 0.2), pool=1
     ),
     # The last layer's [CLS] meets word embeddings.
     Phase("last", 600, 2e-3, LAST, pictures=256, pool=1),
