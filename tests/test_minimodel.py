@@ -1,4 +1,4 @@
-"""The mini model: an ordinary checkpoint that does what its card says, and a recipe that resumes."""
+"""The mini model: an ordinary checkpoint that does what it should, and a recipe that resumes."""
 
 from __future__ import annotations
 

@@ -84,8 +84,11 @@ def card(found: dict[str, dict[str, float]]) -> str:
     lines += [f"Made by `make mini-model` (phases and steps: {phases}).", ""]
     for name, shares in found.items():
         lines.append(f"- {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
-    lines += ["", f"It knows {len(words.PARTS)} kinds of drawn products: a teaching device."]
-    return "\n".join([*lines, "Nothing it scores is a figure of the paper.", ""])
+    lines += [
+        "",
+        f"It knows {len(words.PARTS)} kinds of drawn products: a teaching device. Nothing",
+    ]
+    return "\n".join([*lines, "it scores is a figure of the paper. Licence: Apache-2.0.", ""])
 
 
 def main(folder: Path = ROOT / ".cache" / "mini_model", target: Path = PACKAGE / "mini_model"):
