@@ -175,7 +175,7 @@ def world(profile: Profile = "mini") -> None:
 @app.command("mini-model")
 def mini_model() -> None:
     """Train the mini vision-language model (hours on 2 cores; resumable)."""
-    from lavic_utils.mini.recipe_phases import main as train
+    from lavic_utils.mini.abilities import main as train
 
     train()
 

@@ -1,4 +1,4 @@
-"""The mini model: an ordinary checkpoint that does what its card says, and a recipe that resumes to the same weights."""
+"""The mini model: an ordinary checkpoint that does what it should, and a recipe that resumes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoTokenizer, LlavaNextForConditionalGeneration
 
 from lavic_utils import vision
 from lavic_utils.config import PACKAGE, load_profile
 from lavic_utils.evaluation import parse_answer
+from lavic_utils.mini import abilities, recipe
 from lavic_utils.mini import model as minimodel
-from lavic_utils.mini import recipe as pretraining
 from lavic_utils.mini import words as w
 
 FOLDER = PACKAGE / "mini_model"
@@ -59,85 +58,152 @@ def test_checkpoint_is_an_ordinary_small_llava_next():
     assert not list(FOLDER.glob("*.bin")) and not list(FOLDER.glob("*.py"))
 
 
-def test_copies_a_written_choice_and_follows_the_request():
-    """Zero-shot by text: with looks written, the answer fits the request; with another problem's request it does not."""
-    profile = load_profile("mini")
-    model, tokenizer = vision.load_model(profile), vision.load_processor(profile).tokenizer
-    encode, rng = pretraining.Encoder(tokenizer).encode, random.Random(1)
-    problems = [pretraining.sample_problem(rng, 5, "text") for _ in range(20)]
+# ---------------------------------------------------------------- the recipe
+SMALL = tuple(
+    replace(phase, steps=3, tokens=150, pictures=min(phase.pictures, 8)) for phase in recipe.PHASES
+)
+POOLS = (120, 120)
+LEARNT = {
+    "tower": {"read by LLaVA", "last layer"},
+    "language": {"language model"},
+    "joint": {"language model", "projector"},
+    "late": {"language model", "projector", "read by LLaVA"},
+    "last": {"last layer"},
+    "sharpen": {"language model", "projector"},
+}
 
-    def fits(problem, request) -> bool:
-        row = pretraining.problem_row(
-            replace(problem, request=request), encode, [], random.Random(2), tokenizer
+
+def parts(learner: recipe.Learner) -> dict[str, dict[str, torch.Tensor]]:
+    found = {"read by LLaVA": {}, "last layer": {}, "language model": {}, "projector": {}}
+    for name, value in learner.model.named_parameters():
+        part = "language model" if "language_model" in name else "projector"
+        if "vision_tower" in name:
+            part = "last layer" if "encoder.layers.3." in name else "read by LLaVA"
+        found[part][name] = value.detach().clone()
+    return found
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.fixture(scope="module")
+def learner() -> recipe.Learner:
+    """With the shipped weights, and pictures it never saw."""
+    made = recipe.Learner()
+    made.model = vision.load_model(load_profile("mini"))
+    made.pool = recipe.Pool(made.processor, 120, 999)
+    return made
+
+
+def test_every_phase_runs_trains_its_parts_alone_and_goes_on_where_it_stopped(tmp_path):
+    """One phase more at a time in one folder: each call goes on where the last one stopped."""
+    before = parts(recipe.Learner())
+    for number, phase in enumerate(SMALL, 1):
+        now = parts(recipe.train(tmp_path / "pieces", SMALL[:number], POOLS))
+        changed = {part for part in now if not same(before[part], now[part])}
+        assert changed == LEARNT[phase.name], phase.name
+        before = now
+    whole = parts(recipe.train(tmp_path / "whole", SMALL, POOLS))
+    assert all(same(whole[part], before[part]) for part in whole)
+
+
+def test_a_killed_phase_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    phases = (replace(SMALL[1], steps=6),)
+    whole = parts(recipe.train(tmp_path / "a", phases, POOLS, keep=2))
+    losses = recipe.phase_losses
+
+    def killed(learner, rng, phase, done):
+        if done >= 0.8:  # the sixth step; four are kept
+            raise KeyboardInterrupt
+        return losses(learner, rng, phase, done)
+
+    monkeypatch.setattr(recipe, "phase_losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train(tmp_path / "b", phases, POOLS, keep=2)
+    monkeypatch.setattr(recipe, "phase_losses", losses)
+    kept = torch.load(tmp_path / "b" / "state.pt", weights_only=True)
+    assert kept["step"] == 4
+    resumed = parts(recipe.train(tmp_path / "b", phases, POOLS, keep=2))
+    assert same(whole["language model"], resumed["language model"])
+
+
+def test_shares_of_tasks_make_a_whole():
+    for phase in recipe.PHASES:
+        for _, mix in phase.mixes:
+            assert sum(mix.values()) == pytest.approx(1)
+
+
+def test_a_choice_is_consistent(learner):
+    rng, encode = random.Random(3), learner.encode
+    for task in ("text", "title", "picture", "tile", "few"):
+        row = recipe.choice_row(learner, rng, task, 5)
+        said = learner.tokenizer.decode(
+            [label for label in row.labels if label != recipe.IGNORE], skip_special_tokens=True
         )
-        prompt = torch.tensor(
-            [
-                [
-                    i
-                    for i, label in zip(row.ids, row.labels, strict=True)
-                    if label == pretraining.IGNORE
-                ]
-            ]
+        assert row.fits[row.names.index(said.strip())]
+        for name, place in zip(row.names, row.chunks, strict=True):
+            assert row.ids[place - 1 : place + 2] == encode(" " + name)
+        assert len(row.ids) == len(row.labels) == len(row.asked)
+        shown = row.ids.count(learner.image)
+        assert shown == {"tile": 80, "few": 25}.get(
+            task, sum(learner.pool.lengths[i] for i in row.pictures)
         )
-        out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False
-        )
-        said, names = (
-            parse_answer(tokenizer.decode(out[0, prompt.shape[1] :])),
-            [t.asin for t in problem.candidates],
-        )
-        return said in names and problem.matches[names.index(said)]
-
-    assert sum(fits(problem, problem.request) for problem in problems) >= 14
-    others = problems[1:] + problems[:1]
-    assert (
-        sum(fits(problem, other.request) for problem, other in zip(problems, others, strict=True))
-        <= 10
-    )
 
 
-def test_a_killed_phase_resumes_to_the_same_weights(tmp_path):
-    def phase(folder, steps_now):
-        torch.manual_seed(0)
-        layer = nn.Linear(3, 1)
-
-        def loss(rng, done):
-            if rng.random() >= 0 and steps_now and next(counter) >= steps_now:
-                raise KeyboardInterrupt
-            x = torch.tensor([[rng.random() for _ in range(3)]])
-            return {"total": (layer(x) - x.sum()).square().mean()}
-
-        counter = iter(range(10_000))
-        try:
-            pretraining.train_phase("p", folder, layer, 500, 0.01, loss)
-        except KeyboardInterrupt:
-            pass
-        return layer.weight.detach().clone()
-
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    whole = phase(tmp_path / "a", 0)
-    phase(tmp_path / "b", 300)  # killed at step 300: stored at 250
-    resumed = phase(tmp_path / "b", 0)
-    assert torch.equal(whole, resumed)
+def test_lengths_of_full_tokens_are_what_the_model_makes(learner):
+    rows = list(range(12))
+    visual = recipe.picture_tokens(learner, rows, 0, random.Random(0))
+    assert [len(tokens) for tokens in visual] == learner.pool.lengths[:12]
+    assert len(set(learner.pool.lengths[:12])) > 1
 
 
-def test_mass_outside_the_candidates_is_a_loss(tokenizer):
-    model = minimodel.build_model(minimodel.build_processor(), seed=2)
+@torch.inference_mode()
+def test_shipped_weights_do_the_recipes_tasks_and_not_others(learner):
+    """It describes from full tokens and not from raw [CLS]; it follows a request, not another's."""
+    rng = random.Random(1)
+    assert abilities.described(learner, rng, vision.full_tokens)["colour"] > 0.9
+    assert abilities.described(learner, rng, vision.cls_tokens)["colour"] < 0.4
+    rows = [recipe.choice_row(learner, rng, "text", 5) for _ in range(20)]
+    start = learner.encode("Candidates:\n")
+
+    def fits(rows) -> int:
+        texts = abilities.write(learner, rows, [])
+        pairs = zip(rows, texts, strict=True)
+        return sum(t in row.names and row.fits[row.names.index(t)] for row, t in pairs)
+
+    def cut(row) -> int:
+        return next(i for i in range(len(row.ids)) if row.ids[i : i + len(start)] == start)
+
+    swapped = []
+    for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
+        request, rest = other.ids[: cut(other)], row.ids[cut(row) :]
+        labels = [recipe.IGNORE] * len(request) + row.labels[cut(row) :]
+        swapped.append(replace(row, ids=request + rest, labels=labels))
+    assert fits(rows) >= 14 and fits(swapped) <= 10
+
+
+def test_mass_outside_the_candidates_is_a_loss(learner):
+    """Where all tokens are equally likely, the loss is known."""
     rng = random.Random(0)
-    rows = [
-        pretraining.problem_row(
-            pretraining.sample_problem(rng, 5, "title"),
-            pretraining.Encoder(tokenizer).encode,
-            [],
-            rng,
-            tokenizer,
+    rows = [recipe.choice_row(learner, rng, "title", 5) for _ in range(3)]
+    longest = max(len(row.ids) for row in rows)
+    ids, labels = (
+        torch.tensor([values + [fill] * (longest - len(values)) for values in some])
+        for some, fill in (
+            ([row.ids for row in rows], 0),
+            ([row.labels for row in rows], recipe.IGNORE),
         )
-        for _ in range(3)
-    ]
-    batch = pretraining.collate(rows, 0)
-    hidden = torch.zeros(*batch["ids"].shape, 128)
-    uniform = pretraining.outside_loss(model, batch, hidden)
-    mine = [len({r.ids[p] for p in r.id_positions}) for r in rows]
-    expected = -torch.tensor([m / len(tokenizer) for m in mine]).log().mean()
+    )
+    chunks = torch.tensor([(b, place) for b, row in enumerate(rows) for place in row.chunks])
+    hidden = torch.zeros(*ids.shape, 128)
+    uniform = recipe.outside_loss(learner.model, ids, labels, chunks, hidden)
+    mine = [len({row.ids[place] for place in row.chunks}) for row in rows]
+    expected = -torch.tensor([m / len(learner.tokenizer) for m in mine]).log().mean()
     assert torch.allclose(uniform, expected, atol=1e-4)
+
+
+def test_the_card_says_what_was_measured():
+    text = abilities.card({"describe from full tokens": {"colour": 0.5, "all": 0.25}})
+    assert "- describe from full tokens: colour 0.500, all 0.250" in text
+    assert "sharpen 3500" in text and "{" not in text

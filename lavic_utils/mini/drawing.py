@@ -71,17 +71,12 @@ def ring(
     return ellipse(x0, y0, x1, y1, start, end) + inner
 
 
-def cone(x0: float, y0: float, x1: float, y1: float, top: float) -> Polygon:
-    """As wide as the box at its foot, and `top` of that at its top."""
-    inset = (x1 - x0) * (1 - top) / 2
-    return path(x0 + inset, y0, x1 - inset, y0, x1, y1, x0, y1)
-
-
 def form(shape: str, x0: float, y0: float, x1: float, y1: float, top: float = 0.28) -> Polygon:
-    """A round, boxy or tapered body inside a box."""
+    """A body inside a box: round, boxy, or tapered to `top` of its width."""
     if shape == "round":
         return ellipse(x0, y0, x1, y1)
-    return box(x0, y0, x1, y1) if shape == "boxy" else cone(x0, y0, x1, y1, top)
+    inset = (x1 - x0) * (1 - top) / 2 if shape == "tapered" else 0
+    return path(x0 + inset, y0, x1 - inset, y0, x1, y1, x0, y1)
 
 
 def sketch(kind: str, shape: str) -> tuple[list[Polygon], list[Polygon], list[Polygon]]:
@@ -133,7 +128,7 @@ def sketch(kind: str, shape: str) -> tuple[list[Polygon], list[Polygon], list[Po
             one_of = {
                 "round": ellipse(2, 12, 76, 98),
                 "boxy": box(4, 14, 70, 96),
-                "tapered": cone(2, 14, 78, 96, 0.5),
+                "tapered": form("tapered", 2, 14, 78, 96, 0.5),
             }
             left = {"round": 44, "boxy": 40, "tapered": 38}[shape]
             return [ring(left, 26, 99, 84, 15, -110, 110)], [one_of[shape]], []
@@ -141,16 +136,18 @@ def sketch(kind: str, shape: str) -> tuple[list[Polygon], list[Polygon], list[Po
             stand = path(43, 50, 57, 50, 57, 82, 82, 86, 82, 98, 18, 98, 18, 86, 43, 82)
             return [stand], [form(shape, 8, 2, 92, 60)], []
         case "cushion":
-            trim, inside, corners = {
-                "round": (ellipse(3, 3, 97, 97), ellipse(14, 14, 86, 86), []),
-                "boxy": (box(5, 5, 95, 95), box(16, 16, 84, 84), path(5, 5, 95, 5, 5, 95, 95, 95)),
-                "tapered": (
-                    cone(2, 5, 98, 95, 0.4),
-                    cone(15, 16, 85, 85, 0.4),
-                    path(30, 5, 70, 5, 3, 94, 97, 94),
-                ),
-            }[shape]
-            tassels = [ellipse(x - 6, y - 6, x + 6, y + 6, steps=10) for x, y in corners]
+            one_of = {
+                "round": (ellipse(3, 3, 97, 97), ellipse(14, 14, 86, 86)),
+                "boxy": (box(5, 5, 95, 95), box(16, 16, 84, 84)),
+                "tapered": (form(shape, 2, 5, 98, 95, 0.4), form(shape, 15, 16, 85, 85, 0.4)),
+            }
+            corners = {
+                "round": [],
+                "boxy": box(5, 5, 95, 95),
+                "tapered": path(30, 5, 70, 5, 3, 94, 97, 94),
+            }
+            trim, inside = one_of[shape]
+            tassels = [ellipse(x - 6, y - 6, x + 6, y + 6, steps=10) for x, y in corners[shape]]
             return [*tassels, trim], [inside], []
         case "chair":
             legs = [box(14, 66, 28, 98), box(72, 66, 86, 98), box(28, 78, 72, 88)]

@@ -24,8 +24,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from lavic_utils.mini import words
 
 WIDTH = 128  # hidden size of tower and language model
-TILE = 48  # pixels of a side
-PATCH = 12
+TILE, PATCH = 48, 12  # pixels of a side
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
 # Ten candidates' full tokens (up to 880) overflow it, as 28,850 overflow 4,096 in the paper.
 CONTEXT_WINDOW = 512

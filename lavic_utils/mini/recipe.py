@@ -28,12 +28,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lavic_utils import vision
-from lavic_utils.config import PACKAGE, ROOT
 from lavic_utils.mini import words
-from lavic_utils.mini.accuracy import attribute_accuracy
 from lavic_utils.mini.drawing import draw_product
 from lavic_utils.mini.model import PATCH, TILE, WIDTH, build_model, build_processor, known_words
-from lavic_utils.provenance import write_json, write_text
 
 IGNORE = -100
 LOOKS = tuple(words.ATTRIBUTES)
@@ -70,7 +67,7 @@ class Learner(nn.Module):
 
 # ---------------------------------------------------------------- what it sees: pictures
 class Pool:
-    """Pictures of made-up products, as the processor's tiles, and what is true of each."""
+    """So many pictures of made-up products, as the processor's tiles, and what is true of each."""
 
     def __init__(self, processor, count: int, seed: int) -> None:
         rng, pixels, sizes = Random(f"pool-{seed}"), [], []
@@ -197,11 +194,10 @@ def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
     looks = [] if task == "title" else rng.sample(LOOKS, rng.choice((1, 2, 2, 3, 3)))
     part = words.PARTS[target["kind"]]
     said = [f"{target[name]} {part}" if name == "accent" else target[name] for name in looks]
-    request = request_text(rng, [target[name] for name in facts], said)
-    asked = {token for name in facts + looks for token in encode(target[name])}
-    if "accent" in looks:
-        asked.update(encode(part))
-    ids, short = encode(request + "Candidates:\n"), rng.random() < 0.5
+    named = [target[name] for name in facts]
+    asked = set(encode(" ".join(named + said)))  # tokens
+    ids = encode(request_text(rng, named, said) + "Candidates:\n")
+    short = rng.random() < 0.5
     row = Row([], [], asked=[IGNORE] * len(ids))
     for item in items:
         row.fits.append(all(item[name] == target[name] for name in facts + looks))
@@ -235,14 +231,14 @@ def naming_losses(learner: Learner, rng: Random, count: int) -> tuple[Tensor, Te
     tiles = (pool.pixels[rows, 1:] if crops else pool.pixels[rows, :1]).float()
     real = (tiles.flatten(2).abs().amax(-1) > 0).float()  # (rows, tiles)
     tower = learner.model.model.vision_tower(tiles.flatten(0, 1), output_hidden_states=True)
-
-    def loss(hidden: Tensor, heads: nn.ModuleList) -> Tensor:  # hidden (rows * tiles, WIDTH)
-        mean = (hidden.unflatten(0, real.shape) * real[..., None]).sum(1) / real.sum(1)[:, None]
+    patches, losses = tower.hidden_states[-2][:, 1:].mean(1), []
+    views = ((tower.last_hidden_state[:, 0], learner.name_cls), (patches, learner.name_patches))
+    for hidden, heads in views:
+        shares = real / real.sum(1, keepdim=True)
+        mean = (hidden.unflatten(0, real.shape) * shares[..., None]).sum(1)  # (rows, WIDTH)
         named = zip(heads, pool.labels[rows].T, strict=True)
-        return sum(F.cross_entropy(head(mean), true) for head, true in named)
-
-    cls, patches = tower.last_hidden_state[:, 0], tower.hidden_states[-2][:, 1:].mean(1)
-    return loss(cls, learner.name_cls), loss(patches, learner.name_patches)
+        losses.append(sum(F.cross_entropy(head(mean), true) for head, true in named))
+    return losses[0], losses[1]
 
 
 def anchor_loss(learner: Learner, rng: Random, count: int) -> Tensor:
@@ -331,36 +327,34 @@ class Phase:
     pool: int = 0
 
 
-# Tasks, and their shares of the batches.
-WORDS = {"copy": 0.3, "text": 0.5, "title": 0.2}
+# The tasks' shares of the batches of texts.
+COPY = {"copy": 0.3, "text": 0.5, "title": 0.2}
 CHOOSE = {"copy": 0.05, "text": 0.75, "title": 0.2}
-REPLAY = {"copy": 0.0175, "text": 0.2625, "title": 0.07}
-DESCRIBE = {"caption": 0.45, "tile": 0.12, "picture": 0.08} | REPLAY
+DESCRIBE = {"caption": 0.45, "tile": 0.12, "picture": 0.08}
+DESCRIBE |= {"copy": 0.0175, "text": 0.2625, "title": 0.07}
 SEE = DESCRIBE | {"caption": 0.2, "tile": 0.37}
 DOUBT = SEE | {"tile": 0.148, "few": 0.222, "text": 0.1575, "title": 0.175}
-# Parts, by their parameters' names. LLaVA reads all layers of the tower but the LAST.
-LANGUAGE, JOIN = "language_model.", "multi_modal_projector. image_newline"
+TO_SEE = ((0.1, DESCRIBE), (0.85, SEE), (1, DESCRIBE))
+# Parameters by their names. LLaVA reads all layers of the tower but the LAST.
+LANGUAGE, JOINED = "language_model.", "language_model. multi_modal_projector. image_newline"
 LAST = "vision_tower.encoder.layers.3."
-READ = "embeddings. pre_layrnorm. encoder.layers.0. encoder.layers.1. encoder.layers.2."
+READ = "name_ embeddings. pre_layrnorm. encoder.layers.0. encoder.layers.1. encoder.layers.2."
+LATE = f"{JOINED} help_ {READ}"
 PHASES = (
     # Words for pictures, from [CLS] and, apart, from the mean patch of the layer before.
-    Phase("tower", 2200, 1e-3, f"{READ} {LAST} name_", pictures=192, naming=(1, 1)),
+    Phase("tower", 2200, 1e-3, f"{READ} {LAST}", pictures=192, naming=(1, 1)),
     # Choose an id by words; copy.
-    Phase("language", 1600, 2e-3, f"{LANGUAGE} help_", ((0.3, WORDS), (1, CHOOSE)), "text title"),
+    Phase("language", 1600, 2e-3, f"{LANGUAGE} help_", ((0.3, COPY), (1, CHOOSE)), "text title"),
     # Describe and choose by patch tokens; the tower stays as it is.
-    Phase(
-        *("joint", 3750, 1.5e-3, f"{LANGUAGE} {JOIN} help_"),
-        *(((0.1, DESCRIBE), (0.85, SEE), (1, DESCRIBE)), "tile"),
-    ),
+    Phase("joint", 3750, 1.5e-3, f"{JOINED} help_", TO_SEE, "tile"),
     # The same with the tower, on fresh pictures: makes shapes hold on unseen items.
     Phase(
-        *("late", 750, 4e-4, f"{LANGUAGE} {JOIN} help_ {READ} name_", ((1, DESCRIBE),)),
-        **{"tokens": 2000, "pictures": 48, "naming": (0, 0.2), "pool": 1},
+        "late", 750, 4e-4, LATE, ((1, DESCRIBE),), "", 2000, pictures=48, naming=(0, 0.2), pool=1
     ),
     # The last layer's [CLS] meets word embeddings.
     Phase("last", 600, 2e-3, LAST, pictures=256, pool=1),
     # Valid ids: requests that several candidates fit, and losses on ids in place of the heads'.
-    Phase("sharpen", 3500, 8e-4, f"{LANGUAGE} {JOIN}", ((1, DOUBT),), sharpen=True),
+    Phase("sharpen", 3500, 8e-4, JOINED, ((1, DOUBT),), sharpen=True),
 )
 
 
@@ -435,68 +429,3 @@ def train(folder: Path, phases: Sequence[Phase] = PHASES, pools=(6000, 9000), ke
                 torch.save({"phase": number, "step": step + 1, **kept}, folder / "state.part")
                 os.replace(folder / "state.part", file)
     return learner.requires_grad_(False)
-
-
-# ---------------------------------------------------------------- what it can do
-def write(learner: Learner, rows: list[Row], visual: list[Tensor]) -> list[str]:
-    """Greedy answers to the rows' prompts, whose placeholders stand for `visual` tokens."""
-    pad = learner.tokenizer.pad_token_id
-    prompts = [torch.tensor(row.ids)[torch.tensor(row.labels) == IGNORE] for row in rows]
-    ids = pad_sequence(prompts, True, pad, padding_side="left")
-    out = learner.model.generate(
-        inputs_embeds=vision.place(learner.model, ids, visual, pad),
-        attention_mask=(ids != pad).long(),
-        max_new_tokens=16,
-        do_sample=False,
-        pad_token_id=pad,
-    )
-    return [text.strip() for text in learner.tokenizer.batch_decode(out, skip_special_tokens=True)]
-
-
-@torch.inference_mode()
-def abilities(learner: Learner, count: int = 510) -> dict[str, dict[str, float]]:
-    """Shares of `count` unseen pictures that it describes rightly, and of `count` requests a task
-    that it answers with a candidate that fits ("right") or with any candidate ("valid")."""
-    learner.pool, rng, found = Pool(learner.processor, count, 999), Random("abilities"), {}
-    for name, how in (("full tokens", vision.full_tokens), ("raw [CLS]", vision.cls_tokens)):
-        texts = []
-        for numbers in vision.batched(range(count), 50):
-            pixels, sizes = learner.pool.pixels[numbers].float(), learner.pool.sizes[numbers]
-            visual = how(learner.model, pixels, sizes)
-            lengths = [len(tokens) for tokens in visual]
-            items = [random_item(rng, learner.pool, number) for number in numbers]
-            rows = list(map(caption_row, [learner] * len(items), items, lengths))
-            texts += write(learner, rows, visual)
-        found[f"describe from {name}"] = attribute_accuracy(texts, learner.pool.facts)
-    for task, size in (("text", 10), ("title", 10), ("picture", 3), ("picture", 5)):
-        right = valid = chance = 0
-        for some in vision.batched(range(count), 50):
-            rows = [choice_row(learner, rng, task, size) for _ in some]
-            pictures = [picture for row in rows for picture in row.pictures]
-            texts = write(learner, rows, picture_tokens(learner, pictures, 0, rng))
-            for row, text in zip(rows, texts, strict=True):
-                valid += text in row.names
-                right += text in row.names and row.fits[row.names.index(text)]
-                chance += sum(row.fits) / size
-        shares = {"right": right / count, "valid": valid / count, "chance": chance / count}
-        found[f"choose by {task} among {size}"] = shares
-    return found
-
-
-def main(folder: Path = ROOT / ".cache" / "mini_model", target: Path = PACKAGE / "mini_model"):
-    """Train, or go on training, and save an ordinary checkpoint with its measured abilities."""
-    learner = train(folder)
-    learner.model.save_pretrained(target)
-    learner.processor.save_pretrained(target)
-    found = abilities(learner)
-    write_json(target / "abilities.json", found)
-    lines = [
-        "# mini LLaVA-NeXT of the LaViC companion",
-        "",
-        "Made by `make mini-model` in these steps:",
-    ]
-    lines += [", ".join(f"{phase.name} {phase.steps}" for phase in PHASES) + ".", ""]
-    for name, shares in found.items():
-        lines.append(f"- {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
-    lines += ["", "A teaching device: nothing it scores is a figure of the paper.", ""]
-    write_text(target / "README.md", "\n".join(lines))

@@ -158,14 +158,10 @@ def _id_chunks(count: int = 512) -> list[str]:
 
 # An id of the mini world is "B0" and two of these: the form of an ASIN, three tokens.
 ID_CHUNKS = _id_chunks()
-# Words that prompts or readers may use beyond the templates above.
+# Words that prompts and readers may use, and that stand in nothing above.
 EXTRA_WORDS = (
-    "i like love prefer want need would nice good great one item items the a an and or but with "
-    "without in on for of to from by brand is it that this these those not no yes please recommend "
-    "best fits answer id only title looks describe image look color colour pattern shape part shop "
-    "buy get me my you your we they he she her his very really also too maybe something anything "
-    "new old small large big cheap soon today what which who where when why how can could should "
-    "will does do did have has had been be am are was were if then than more most less least just "
-    "like some any all each other another same different favourite made product products store "
-    "thanks hello hi"
+    "prefer nice item items an or without on from by brand yes best answer id title describe image "
+    "color colour pattern shape part your they he she her his very really also maybe anything "
+    "small large big cheap today who why will did been were then than most less least some each "
+    "other another different favourite made product products store"
 )

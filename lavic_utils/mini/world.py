@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from lavic_utils.config import DOMAINS, UserError, World
-from lavic_utils.data import read_dialogues
+from lavic_utils.data import SPLITS, read_dialogues
 from lavic_utils.mini import words
 from lavic_utils.mini.drawing import draw_product
+from lavic_utils.provenance import write_json, write_text
 from lavic_utils.retrieval import bm25_rank, cosine_rank, sbert_embed
 
 FACTS = "mini_facts.json"  # what is true of every item and dialogue
@@ -34,7 +35,6 @@ KEY = (
     "mini_key.txt"  # no .json: an edit that changes the key but no file leaves `data_hash` as it is
 )
 SOURCES = ("words.py", "drawing.py", "world.py")
-SPLITS = ("train", "valid", "test")
 ASPECTS = (
     (1.0, 1.0),
     (1.0, 0.5),
@@ -70,12 +70,6 @@ def polish(text: str) -> str:
 
 
 # ---- items and images
-def _ids(rng: random.Random, count: int) -> list[str]:
-    chunks, size = words.ID_CHUNKS, len(words.ID_CHUNKS)
-    codes = rng.sample(range(size * size), count)
-    return [f"B0{chunks[code // size]}{chunks[code % size]}" for code in codes]
-
-
 def _pool(rng: random.Random, domain: str, count: int) -> list[Facts]:
     """Items with every (kind, feature) equally often, in random order; all else is uniform."""
     pairs = [(kind, feature) for kind in words.KINDS[domain] for feature in words.FEATURES[domain]]
@@ -95,15 +89,20 @@ def make_items(world: World) -> Pools:
     """The pools "beauty/train0", ..., "beauty/valid", "beauty/test", "beauty/stage1" and so on."""
     pools: dict[str, list[Facts]] = {}
     for domain in DOMAINS:
-        for name in [*(f"train{shard}" for shard in range(world.train_shards)), "valid", "test"]:
-            key = f"{domain}/{name}"
-            rng = random.Random(f"{world.seed}/items/{key}")
-            pools[key] = _pool(rng, domain, world.shard_items)
-        key = f"{domain}/stage1"  # items of no dialogue: stage 1 is validated on them
-        rng = random.Random(f"{world.seed}/items/{key}")
-        pools[key] = _pool(rng, domain, world.stage1_valid_items)
-    ids = iter(_ids(random.Random(f"{world.seed}/ids"), sum(map(len, pools.values()))))
-    return {key: {next(ids): facts for facts in pool} for key, pool in pools.items()}
+        shards = [f"train{shard}" for shard in range(world.train_shards)]
+        for name in [*shards, "valid", "test", "stage1"]:  # stage1: items of no dialogue
+            count = world.stage1_valid_items if name == "stage1" else world.shard_items
+            rng = random.Random(f"{world.seed}/items/{domain}/{name}")
+            pools[f"{domain}/{name}"] = _pool(rng, domain, count)
+    chunks, size = words.ID_CHUNKS, len(words.ID_CHUNKS)
+    total = sum(len(pool) for pool in pools.values())
+    codes = iter(random.Random(f"{world.seed}/ids").sample(range(size * size), total))
+    found: Pools = {key: {} for key in pools}
+    for key, pool in pools.items():
+        for facts in pool:
+            code = next(codes)
+            found[key][f"B0{chunks[code // size]}{chunks[code % size]}"] = facts
+    return found
 
 
 def image_names(world: World, asins: Iterable[str]) -> dict[str, list[str]]:
@@ -255,8 +254,7 @@ def add_candidates(rng: random.Random, talks: list[Talk]) -> None:
 
 
 # ---- files
-def _link(name: str) -> str:
-    return f"https://example.com/{name}"
+LINK = "https://example.com/"
 
 
 def _catalogue_entry(facts: Facts, images: list[str]) -> dict[str, Any]:
@@ -265,23 +263,18 @@ def _catalogue_entry(facts: Facts, images: list[str]) -> dict[str, Any]:
         "categories": [DOMAINS[facts["domain"]], facts["kind"]],
         "features": [facts["feature"]],
         "description": [],
-        "images": [{"large": _link(name)} for name in images],
+        "images": [{"large": LINK + name} for name in images],
         "image_descriptions_llava_cleaned": {},
     }
 
 
 def _stage1_row(facts: Facts, image: str) -> dict[str, str]:
-    row = {"title": words.title(facts), "image_name": image, "image": _link(image)}
+    row = {"title": words.title(facts), "image_name": image, "image": LINK + image}
     return row | {"image_description_llava_cleaned": ""}
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
 def _write_lines(path: Path, rows: Iterable[Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _fill(root: Path, world: World) -> None:
@@ -302,7 +295,7 @@ def _fill(root: Path, world: World) -> None:
                 stage1 += [_stage1_row(facts, name) for name in images[asin]]
             else:
                 catalogue[asin] = _catalogue_entry(facts, images[asin])
-    _write_json(root / "item2meta_train.json", catalogue)
+    write_json(root / "item2meta_train.json", catalogue)
     _write_lines(root / "item2meta_valid.jsonl", stage1)
     talks = {(d, s): make_dialogues(world, pools, d, s) for d in DOMAINS for s in SPLITS}
     every = [talk for some in talks.values() for talk in some]
@@ -312,7 +305,7 @@ def _fill(root: Path, world: World) -> None:
         _write_lines(root / DOMAINS[domain] / f"{split}.jsonl", [talk.row for talk in some])
         truths[f"{domain}/{split}"] = [talk.truth for talk in some]
     facts = {"items": items, "dialogues": truths, "missing": missing, "corrupt": corrupt}
-    _write_json(root / FACTS, facts)
+    write_json(root / FACTS, facts)
 
 
 def world_key(world: World) -> str:
@@ -364,27 +357,22 @@ def _expected_hit(row: Any, truth: dict[str, Any], items: dict[str, Facts], look
     return float(np.mean([asin in row.gt_items for asin in best]))
 
 
-def oracles(root: Path | str, split: str = "test") -> list[dict[str, Any]]:
-    """Per domain, shares of conversations: recall of both candidate lists, and the expected HR@1 of
-    chance, of a reader that knows all that was asked in words (`text`), and of one that also sees
-    the looks (`vision`)."""
+def oracles(root: Path | str) -> list[dict[str, Any]]:
+    """Per domain, over test conversations: recall of both candidate lists, and the expected HR@1
+    of chance, of a reader that knows all that was asked in words (`text`), and of one that also
+    sees the looks (`vision`)."""
     facts, rows = read_facts(root), []
     for domain in DOMAINS:
-        dialogues = read_dialogues(root, domain, split)
-        pairs = list(zip(dialogues, facts["dialogues"][f"{domain}/{split}"], strict=True))
-        found = [len(set(d.gt_items) & set(d.candidates_st)) for d in dialogues]
-        second = [len(set(d.gt_items) & set(d.candidates_gpt_large)) for d in dialogues]
-        text = [_expected_hit(d, truth, facts["items"], False) for d, truth in pairs]
-        vision = [_expected_hit(d, truth, facts["items"], True) for d, truth in pairs]
-        rows.append(
-            {
-                "domain": domain,
-                "conversations": len(pairs),
-                "recall": float(np.mean([count > 0 for count in found])),
-                "recall_gpt_large": float(np.mean([count > 0 for count in second])),
-                "chance": float(np.mean(found)) / 10,
-                "text": float(np.mean(text)),
-                "vision": float(np.mean(vision)),
-            }
-        )
+        dialogues = read_dialogues(root, domain, "test")
+        shares = []  # of each dialogue
+        for row, truth in zip(dialogues, facts["dialogues"][f"{domain}/test"], strict=True):
+            found = set(row.gt_items) & set(row.candidates_st)
+            share = {"recall": bool(found)}
+            share["recall_gpt_large"] = bool(set(row.gt_items) & set(row.candidates_gpt_large))
+            share["chance"] = len(found) / 10
+            share["text"] = _expected_hit(row, truth, facts["items"], False)
+            share["vision"] = _expected_hit(row, truth, facts["items"], True)
+            shares.append(share)
+        means = {name: float(np.mean([share[name] for share in shares])) for name in shares[0]}
+        rows.append({"domain": domain, "conversations": len(shares), **means})
     return rows
