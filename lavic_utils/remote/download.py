@@ -105,7 +105,7 @@ def fetch(root: Path, files: Mapping[str, str] = FILES, backoff: float = 1.0) ->
     overwritten: it may be the user's own. LAVIC_DATA_URL names a mirror of the repository's root;
     the blob ids hold for it too.
     """
-    base, wrong = os.environ.get("LAVIC_DATA_URL", ADDRESS).rstrip("/"), []
+    base, wrong = (os.environ.get("LAVIC_DATA_URL") or ADDRESS).rstrip("/"), []
     options = {"headers": crawl.HEADERS, "timeout": 20, "follow_redirects": True}
     download = crawl.retrying(5, backoff)(_download)
     bar = crawl.bar(TextColumn("{task.description}"), DownloadColumn())
@@ -126,7 +126,7 @@ def fetch(root: Path, files: Mapping[str, str] = FILES, backoff: float = 1.0) ->
             states = file_states(root, files)
     except OSError as error:
         why = crawl.one_line(error)
-        raise UserError(f"{root}: cannot be used ({why}); make room, or choose another") from None
+        raise UserError(f"{root}: cannot be used ({why}); make room, or change it") from None
     for name, state in states.items():
         if state == "wrong":
             wrong.append(f"{root / name} is not the published file: move it away")
