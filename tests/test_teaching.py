@@ -13,7 +13,7 @@ from PIL import Image
 from lavic_utils import figures, recommendation
 from lavic_utils.distillation import forward_loss
 from lavic_utils.experiment import Experiment
-from lavic_utils.teaching import comparisons, prompt_anatomy
+from lavic_utils.figures import comparisons, prompt_anatomy
 
 
 @pytest.fixture(scope="module")

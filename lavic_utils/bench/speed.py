@@ -255,7 +255,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from lavic_utils import style
+    from lavic_utils.figures import style
 
     style.use()
     figures, growth = found["figures"], found["figures"]["growth"]

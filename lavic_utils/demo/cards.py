@@ -12,8 +12,8 @@ from html import escape
 
 from PIL import Image
 
-from lavic_utils import style
 from lavic_utils.demo.panel import Case, Panel, tile_name
+from lavic_utils.figures import style
 from lavic_utils.recommendation import Answer
 
 Answers = Mapping[str, Answer]  # by method

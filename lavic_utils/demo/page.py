@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from lavic_utils import style
 from lavic_utils.config import UserError
 from lavic_utils.demo import cards
 from lavic_utils.demo.panel import Case, Panel, prepare, tile_name
 from lavic_utils.demo.uploads import FORMATS, MAX_BYTES, read_upload
+from lavic_utils.figures import style
 
 NEEDS = (
     "the page needs gradio, which is not installed here: make demo, or pip install --no-deps -r "

@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from lavic_utils import style, vision
+from lavic_utils import vision
 from lavic_utils.data import Dialogue
+from lavic_utils.figures import style
 from lavic_utils.prompts import dialogue_text, recommend_message
 from lavic_utils.recommendation import Example, Prompter
 

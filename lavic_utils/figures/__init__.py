@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from lavic_utils import data, style
+from lavic_utils import data
 from lavic_utils.config import DOMAINS, Profile, figures_dir
 from lavic_utils.evaluation import summary_by_seed
+from lavic_utils.figures import style
 from lavic_utils.provenance import save_figure
 from lavic_utils.report import published_rows
 

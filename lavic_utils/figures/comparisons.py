@@ -8,10 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from lavic_utils import style
 from lavic_utils.config import DOMAINS
 from lavic_utils.evaluation import summary_by_seed
-from lavic_utils.figures import spread
+from lavic_utils.figures import spread, style
 
 GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # of words that a line would cross
 

@@ -1,1 +1,0 @@
-"""What notebooks show of prompts, targets and differences: small measurements, and figures."""
