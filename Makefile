@@ -27,7 +27,7 @@ test: quick
 quick: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(PY) -m lavic_utils environment --check
 	$(PY) -m lavic_utils readme --check
 	$(PY) -m lavic_utils notebooks check

@@ -49,7 +49,8 @@ def set_kernel_environment() -> None:
     for name in ("LAVIC_DATA", "LAVIC_REPLICATIONS", "LAVIC_RESULTS", "LAVIC_WORLD"):
         if os.environ.get(name):
             os.environ[name] = str(Path(os.environ[name]).resolve())
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
 
 
 def find_notebooks(numbers: Sequence[str] = ()) -> list[Path]:
