@@ -154,6 +154,7 @@ def test_the_generous_reading_differs_where_it_should() -> None:
     assert an.any_candidate(text, TEN) == TEN[1]
     assert an.any_candidate(f"{TEN[3]}, {TEN[1]}", TEN) == TEN[3]
     assert an.any_candidate("B0WRONG001", TEN) is None
+    assert an.any_candidate("xitem17", ["item17", "item1"]) == "item17"
 
 
 def test_reparse_says_what_it_changes(tmp_path: Path) -> None:

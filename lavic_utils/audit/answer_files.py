@@ -192,7 +192,8 @@ def compare(a: Sequence[Answer], b: Sequence[Answer], seed: int = 0) -> dict[str
 def any_candidate(text: str, candidates: Sequence[str]) -> str | None:
     """The first candidate anywhere in the answer, or None: the reading with the highest VR, to
     measure how much it matters that `evaluation.parse_answer` takes an invented id before it."""
-    places = {text.find(one): one for one in candidates if one in text}
+    longest_last = sorted(candidates, key=len)  # of two at one place the longer
+    places = {text.find(one): one for one in longest_last if one in text}
     return places[min(places)] if places else None
 
 
@@ -254,6 +255,6 @@ def show(found: dict[str, Any]) -> None:
             low, high = found["ci95"][name]
             print(f"{name:24} {value:.4f}  [{low:.4f}, {high:.4f}]")
         elif name in ("parsing", "against"):
-            print(f"{name}:", ", ".join(f"{key} {value}" for key, value in value.items()))
+            print(f"{name}:", ", ".join(f"{key} {one}" for key, one in value.items()))
         elif name != "ci95":
             print(f"{name:24} {value}")

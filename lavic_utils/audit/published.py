@@ -102,7 +102,7 @@ def fits(value: float, split: Split, reading: str) -> bool:
         return bool(counts(value, getattr(split, reading)))
     unit, bits = row_sums(split.truths)
     sums = counts(value, split.conversations * unit)
-    return bool(bits >> sums.start & ((1 << len(sums)) - 1))
+    return bool((bits >> sums.start) & ((1 << len(sums)) - 1))
 
 
 @cache
