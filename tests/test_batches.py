@@ -14,9 +14,9 @@ from PIL import Image
 from lavic_utils import distillation as dist
 from lavic_utils import recommendation as rec
 from lavic_utils import vision
+from lavic_utils.mini import words as w
 from lavic_utils.config import UserError, load_profile
 from lavic_utils.data import Dialogue
-from lavic_utils.mini import words as w
 
 PROFILE = load_profile("mini")
 IDS = tuple(f"B0{a}{b}" for a, b in zip(w.ID_CHUNKS[:12], w.ID_CHUNKS[40:52], strict=True))
@@ -56,7 +56,8 @@ def dialogue(text: str) -> Dialogue:
 def adapted(model, target: str):
     """The model with an adapter whose A and B both have gradients: B is not zero."""
     torch.manual_seed(0)
-    tuned = get_peft_model(model, dist.lora_config(PROFILE.recommendation.lora, target)).eval()
+    stage = (dist.Student if target == dist.VISION_LINEAR else rec.Recommender)(model)
+    tuned = get_peft_model(stage, dist.lora_config(PROFILE.recommendation.lora, target)).eval()
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -78,12 +79,7 @@ def loss_and_gradients(tuned, batches: list[dict]) -> tuple[float, dict[str, tor
     tuned.zero_grad()
     total = 0.0
     for batch in batches:
-        visual = batch.get("visual") or vision.cls_tokens(
-            tuned, batch["pixel_values"], batch["image_sizes"]
-        )
-        loss = dist.forward_loss(
-            tuned, batch["input_ids"], batch["labels"], batch["attention_mask"], visual, 0
-        )[0] / len(batches)
+        loss = tuned(**batch)["loss"] / len(batches)
         loss.backward()
         total += loss.item()
     return total, {

@@ -14,12 +14,10 @@ import yaml
 from PIL import Image
 
 from lavic_utils import data, vision
+from lavic_utils.bench import growth, reference as direct, speed as bench, stages as bench_model
 from lavic_utils.__main__ import main
-from lavic_utils.bench import growth
-from lavic_utils.bench import reference as direct
-from lavic_utils.bench import speed as bench
-from lavic_utils.bench import stages as bench_model
 from lavic_utils.config import PACKAGE, UserError
+from lavic_utils.distillation import Student
 from lavic_utils.runs import Run
 
 
@@ -79,7 +77,7 @@ def test_swapped_images_stop_the_bench(measured, monkeypatch):
 def test_a_swapped_image_changes_stage_1(measured):
     rows = [measured.rows[0], replace(measured.rows[0], path=measured.rows[1].path)]
     with torch.inference_mode():
-        ours = float(measured.stage1_loss(measured.model, measured.stage1_batch(rows[:1])))
+        ours = float(Student(measured.model)(**measured.stage1_batch(rows[:1]))["loss"])
         plain, swapped = (
             float(direct.description_loss(measured.run, measured.model, [row])) for row in rows
         )

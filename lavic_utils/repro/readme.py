@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 
-from lavic_utils.audit.claims import claims_summary
 from lavic_utils.bench.speed import speed_block
+from lavic_utils.audit.claims import claims_summary
 from lavic_utils.config import ROOT, UserError
 from lavic_utils.provenance import footer, write_text
 from lavic_utils.report import NOT_RUN, comparison
@@ -43,7 +43,9 @@ def speed() -> str:
     """What `make bench` measured, for each machine whose file is committed; then what `bench gpu` did, for each card's."""
     found = sorted((ROOT / "results" / "bench").glob("*.json"))
     cards = [path for path in found if path.stem.endswith("-gpu")]
-    blocks = [speed_block(path) for path in found if path not in cards] or ["not measured yet\n"]
+    blocks = [
+        speed_block(path) for path in found if not path.stem.endswith(("-gpu", "-rehearsal"))
+    ] or ["not measured yet\n"]
     if cards:
         from lavic_utils.bench.card import gpu_block
 
