@@ -3,9 +3,10 @@
     python tests/card.py rehearsal OUT.json     # both stages and answers of a stand-in checkpoint, by profile and precision
     python tests/card.py notebooks OUT.json     # the code cells of notebooks 00 to 02, mini profile
 
-The stand-in is a LLaVA-NeXT in the hub's own layout: the true model's tiles and pinpoints, tiny widths, random weights. The
-profiles are `paper` and `t4` as they are, but for the model's path and two epochs of stage 1. In float32, and without dropout, whose masks differ from one
-device to another, the card is held against the processor.
+The stand-in is a LLaVA-NeXT in the hub's own layout: the true model's tiles and pinpoints, tiny widths,
+random weights. The profiles are `paper` and `t4` as they are, but for the model's path and two epochs of
+stage 1. In float32, and without dropout, whose masks differ from one device to another, the card is held
+against the processor.
 """
 
 from __future__ import annotations
@@ -224,12 +225,8 @@ def rehearsal(out: Path) -> dict:
     found, at_work = {"provenance": about(), "kinds": {}}, {}
     for kind in KINDS:
         log = (place / f"{kind}.log").open("w")
-        at_work[kind] = subprocess.Popen(
-            [sys.executable, __file__, "one", str(place), kind],
-            stdout=log,
-            stderr=log,
-            env=environment,
-        )
+        command = [sys.executable, __file__, "one", str(place), kind]
+        at_work[kind] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     while at_work:
         time.sleep(0.5)
         for kind in [k for k, process in at_work.items() if process.poll() is not None]:

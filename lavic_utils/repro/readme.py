@@ -57,7 +57,8 @@ def speed() -> str:
 
     found = sorted((ROOT / "results" / "bench").glob("*.json"))
     cards = [path for path in found if path.stem.endswith("-gpu")]
-    blocks = [speed_block(path) for path in found if path not in cards] or ["not measured yet\n"]
+    ours = [path for path in found if not path.stem.endswith(("-gpu", "-rehearsal"))]
+    blocks = [speed_block(path) for path in ours] or ["not measured yet\n"]
     return "\n".join(blocks + [gpu_block(path) for path in cards])
 
 
