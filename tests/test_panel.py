@@ -365,11 +365,13 @@ def test_the_widget_is_also_a_picture_and_follows_its_controls(shop, monkeypatch
     assert "application/vnd.jupyter.widget-view+json" in bundle
     shown.update()
     assert seen[-1].png == shown.first.png
-    swap = next(child for child in shown.children if child.description == "swap")
-    swap.value = None
-    assert seen[-1].png != shown.first.png
+    control = {child.description: child for child in shown.children[:-1]}
+    control["swap"].value = control["swap_with"].value  # with itself: nothing is changed
     plain = shop.example("home", 0)
+    assert seen[-1].png == shop.figure(plain).png != shown.first.png
     assert seen[-1].alt == shop.sentence(plain, shop.answer(plain))
+    control["hide_of"].value = 3
+    assert seen[-1].png == shop.figure(plain.hide(plain.candidates[2], [0])).png
 
 
 def test_a_committed_notebook_keeps_the_widget_s_picture_alone():

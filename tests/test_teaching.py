@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from lavic_utils import figures, recommendation
-from lavic_utils.distillation import forward_loss
 from lavic_utils.experiment import Experiment
 from lavic_utils.figures import comparisons, prompt_anatomy
 
@@ -74,10 +73,8 @@ def test_token_losses_add_up_to_the_training_loss(run, example):
     model, visual = run.model(), {example.candidates[0]: torch.ones(5, 128)}
     prompter = run.prompter(visual)
     losses = prompt_anatomy.token_losses(model, prompter, [example])[0]
-    row, pad = prompter.row(example), prompter.tokenizer.pad_token_id
-    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-    tokens = list(visual.values())
-    loss, _ = forward_loss(model, ids, labels, torch.ones_like(ids), tokens, pad)
+    batch = recommendation.collator(prompter)([prompter.row(example)])
+    loss = recommendation.Recommender(model)(**batch)["loss"]
     assert sum(losses) / len(losses) == pytest.approx(loss.item(), abs=1e-4)
     assert len(losses) == len(prompter.target_ids(example.target))
     blind = prompt_anatomy.token_losses(model, run.prompter(None), [example])[0]

@@ -4,8 +4,6 @@ What it shows is computed in `panel`. Every visitor's state is a value of their 
 (`Visit`); the model answers one at a time. Nothing is loaded from elsewhere or reported anywhere.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable
@@ -29,6 +27,7 @@ MINI = """mini run: a tiny model on a rendered catalogue; shows how the method w
 7B model scores."""
 PALETTE = f""":root {{--vermillion: {style.VERMILLION}; --blue: {style.BLUE}; --ink: {style.INK};
   --pale: {style.PALE}; --orange: {style.ORANGE}}}"""
+BLIND = "LaViC w/o images"  # what the titles alone suggest
 CLICK = """element.addEventListener('click', event => {
   const card = event.target.closest('button[data-item]');
   if (!card) return;
@@ -76,13 +75,15 @@ def page(panel: Panel):
         """The values of `outputs`."""
         case, item = visit.case, visit.item
         others = [(f"{panel.run.titles[a]} ({a})", a) for a in case.candidates if a != item]
+        likely = dict(zip(case.candidates, visit.before[BLIND].probabilities, strict=True))
+        rival = max((asin for _, asin in others), key=likely.get)  # with it a swap shows most
         tiles = [(tile_name(k), k) for k in range(len(panel.tiles(case, item)))]
         return [
             visit,
             cards.talk(case),
             shop(panel, visit, problem),
             cards.closer(panel, case, item),
-            gr.Dropdown(choices=others, value=others[0][1]),
+            gr.Dropdown(choices=others, value=rival),
             gr.CheckboxGroup(choices=tiles, value=sorted(case.hidden.get(item, ()))),
         ]
 
@@ -140,7 +141,7 @@ def page(panel: Panel):
 
             event(handler, [state, *inputs], **alone)
 
-        def look(visit: Visit, event: gr.EventData) -> list:
+        def look(visit: Visit, event: gr.EventData) -> list:  # gradio reads this annotation
             clicked = event._data.get("item")
             return show(replace(visit, item=clicked) if clicked in visit.case.candidates else visit)
 

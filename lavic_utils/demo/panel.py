@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import Tensor
 
-from lavic_utils import data, distillation, methods, recommendation, retrieval, training, vision
+from lavic_utils import data, figures, methods, retrieval, training, vision
 from lavic_utils.config import DOMAINS, UserError
+from lavic_utils.distillation import describe
 from lavic_utils.prompts import encode
-from lavic_utils.recommendation import Answer
+from lavic_utils.recommendation import Answer, generate_answers
 
 if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment
@@ -115,11 +116,10 @@ class Panel:
         They stand in no particular order, as in the data. UserError for an empty or very long text.
         """
         text = " ".join(re.sub(r"[<>]", " ", text).split())
-        if not text or len(text.split()) > MAX_WORDS or len(text) > 10 * MAX_WORDS:
-            count = len(text.split())
-            raise UserError(
-                f"a request of 1 to {MAX_WORDS} words is expected; this one has {count}"
-            )
+        count = len(text.split())
+        if not 0 < count <= MAX_WORDS or len(text) > 10 * MAX_WORDS:
+            why = f"a request of 1 to {MAX_WORDS} words is expected; this one has {count}"
+            raise UserError(why)
         text, unknown = spelled(self.run.processor.tokenizer, text)
         asins, titles = self.run.domain_catalogue(domain)
         order = retrieval.bm25_rank([text], titles)
@@ -129,10 +129,9 @@ class Panel:
             note = f"arbitrary, since no {domain} title shares a word with the request."
         notes = [f"The ten candidates: {note}"]
         if unknown:
-            notes.append(
-                f"Outside the vocabulary of this {self.run.profile.name} model, which reads each "
-                f'as "unknown" and answers from the rest: {", ".join(unknown)}.'
-            )
+            model = f"this {self.run.profile.name} model"
+            note = f'{model}, which reads each as "unknown" and answers from the rest'
+            notes.append(f"Outside the vocabulary of {note}: {', '.join(unknown)}.")
         asked = {"context": f"<submission>{text}</submission>", "gt": "", "gt_items": ()}
         any_dialogue = self.run.dialogues(domain, "test")[0]
         dialogue = any_dialogue.model_copy(update={**asked, self.run.profile.candidates: ten})
@@ -185,14 +184,12 @@ class Panel:
     # ------------------------------------------------------------ what is said
     def answer(self, case: Case) -> dict[str, Answer]:
         """What each method answers, and how likely it thought each candidate."""
-        found = {}
+        found, which = {}, self.run.profile.candidates
         for method, kind in METHODS.items():
             prompter = self.run.prompter(self.visual(case, kind) if kind else None)
             with self._lock:
                 self.model.set_adapter(_name(method, case.dialogue.domain))
-                found[method] = recommendation.generate_answers(
-                    self.model, prompter, [case.dialogue], self.run.profile.candidates
-                )[0]
+                found[method] = generate_answers(self.model, prompter, [case.dialogue], which)[0]
         return found
 
     def describe(self, case: Case, asin: str) -> str:
@@ -203,16 +200,12 @@ class Panel:
         vectors, run = self.visual(case, "distilled").get(asin), self.run
         if vectors is None:
             return ""
-        pictures = [vision.pixels(run.processor, [self.image(case.picture(asin))])]
+        pixels = vision.pixels(run.processor, [self.image(case.picture(asin))])
         with self._lock:
             self.model.set_adapter(STUDENT)
-            return distillation.describe(
-                self.model,
-                run.processor,
-                run.profile,
-                [run.titles[asin]],
-                pictures,
-                how=lambda *_: [vectors],
+            titles, given = [run.titles[asin]], [vectors]
+            return describe(
+                self.model, run.processor, run.profile, titles, [pixels], lambda *_: given
             )[0]
 
     def sentence(self, case: Case, answers: Mapping[str, Answer]) -> str:
@@ -226,6 +219,22 @@ class Panel:
                 said = f'writes "{found.response[:40]}", which is no candidate\'s id'
             parts.append(f"{method} {said}")
         return "; ".join(parts) + "."
+
+    def figure(self, case: Case) -> figures.Kept:
+        """The case as a picture: `figures.case_figure`, beside the answers before its change."""
+        changed = [asin for asin in case.candidates if case.changed(asin)]
+        now, before = self.answer(case), self.answer(case.reset()) if changed else {}
+        fig = figures.case_figure(
+            self.run,
+            case.dialogue,
+            {method: vars(answer) for method, answer in now.items()},
+            {method: vars(answer) for method, answer in before.items()},
+            {asin: self.image(case.picture(asin)) for asin in case.candidates},
+            changed,
+        )
+        words = f"framed: a right answer; {'dotted: before the change; ' if changed else ''}"
+        fig.text(0.9, 0.01, words + self.run.profile.tier, ha="right", fontsize=7)
+        return figures.shown(fig, self.sentence(case, now))
 
 
 def tile_name(tile: int) -> str:
@@ -261,15 +270,13 @@ def prepare(run: Experiment, say: Callable[[str], None] = print) -> None:
     stages = {run.folder / "stage1": run.distil}
     for method in METHODS:
         for domain in domains(run):
-            make = functools.partial(run.tune, method, domain)
-            stages[tuned_folder(run, method, domain)] = make
+            stages[tuned_folder(run, method, domain)] = functools.partial(run.tune, method, domain)
     missing = [folder for folder in stages if not (folder / "result.json").is_file()]
     if missing:
         run.need_training_data()
         vision.source(run.profile)
-        takes = f"for how long, see python -m lavic_utils plan --profile {run.profile.name}"
-        if run.profile.world:
-            takes = "at most 6 minutes on 2 cores"
+        plan = f"for how long, see python -m lavic_utils plan --profile {run.profile.name}"
+        takes = "at most 6 minutes on 2 cores" if run.profile.world else plan
         say(f"training what is not there yet, {len(missing)} of {len(stages)} parts ({takes}):")
     for folder, make in stages.items():
         start = time.monotonic()
