@@ -179,6 +179,16 @@ def alike_items(rng: Random, pool: Pool, count: int) -> list[dict]:
     return items
 
 
+def wishes(rng: Random, task: str) -> tuple[list[str], list[str]]:
+    """What a request names: (facts of titles, looks)."""
+    facts = ["kind"]
+    if task == "title" or rng.random() < 0.85:
+        facts.append("feature")
+    if rng.random() < 0.15:
+        facts.append("brand")
+    return facts, [] if task == "title" else rng.sample(LOOKS, rng.choice((1, 2, 2, 3, 3)))
+
+
 def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
     """Request and candidates in, an id out. Between a candidate's title and id stand its looks in
     words ("text"), nothing ("title": no looks are asked for, so several candidates fit), or visual
@@ -186,15 +196,10 @@ def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
     encode, items = learner.encode, alike_items(rng, learner.pool, count)
     target = items[0]
     rng.shuffle(items)
-    facts = ["kind"]
-    if task == "title" or rng.random() < 0.85:
-        facts.append("feature")
-    if rng.random() < 0.15:
-        facts.append("brand")
-    looks = [] if task == "title" else rng.sample(LOOKS, rng.choice((1, 2, 2, 3, 3)))
-    part = words.PARTS[target["kind"]]
-    said = [f"{target[name]} {part}" if name == "accent" else target[name] for name in looks]
-    named = [target[name] for name in facts]
+    facts, looks = wishes(rng, task)
+    named, said = [target[name] for name in facts], [target[name] for name in looks]
+    if "accent" in looks:
+        said[looks.index("accent")] += " " + words.PARTS[target["kind"]]
     asked = set(encode(" ".join(named + said)))  # tokens
     ids = encode(request_text(rng, named, said) + "Candidates:\n")
     short = rng.random() < 0.5
