@@ -62,7 +62,6 @@ def test_checkpoint_is_an_ordinary_small_llava_next():
 SMALL = tuple(
     replace(phase, steps=3, tokens=150, pictures=min(phase.pictures, 8)) for phase in recipe.PHASES
 )
-POOLS = (120, 120)
 LEARNT = {
     "tower": {"read by LLaVA", "last layer"},
     "language": {"language model"},
@@ -88,29 +87,42 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def learner() -> recipe.Learner:
+def pools() -> dict[int, recipe.Pool]:
+    """Small ones, by seed, each drawn once."""
+    processor = minimodel.build_processor()
+    return {seed: recipe.Pool(processor, 120, seed) for seed in (0, 1, 999)}
+
+
+@pytest.fixture(scope="module")
+def learner(pools) -> recipe.Learner:
     """With the shipped weights, and pictures it never saw."""
     made = recipe.Learner()
-    made.model = vision.load_model(load_profile("mini"))
-    made.pool = recipe.Pool(made.processor, 120, 999)
+    made.model, made.pool = vision.load_model(load_profile("mini")), pools[999]
     return made
 
 
-def test_every_phase_runs_trains_its_parts_alone_and_goes_on_where_it_stopped(tmp_path):
+@pytest.fixture
+def small_pools(pools, monkeypatch) -> None:
+    monkeypatch.setattr(recipe, "Pool", lambda processor, count, seed: pools[seed])
+
+
+def test_every_phase_runs_trains_its_parts_alone_and_goes_on_where_it_stopped(
+    tmp_path, small_pools
+):
     """One phase more at a time in one folder: each call goes on where the last one stopped."""
     before = parts(recipe.Learner())
     for number, phase in enumerate(SMALL, 1):
-        now = parts(recipe.train(tmp_path / "pieces", SMALL[:number], POOLS))
+        now = parts(recipe.train(tmp_path / "pieces", SMALL[:number]))
         changed = {part for part in now if not same(before[part], now[part])}
         assert changed == LEARNT[phase.name], phase.name
         before = now
-    whole = parts(recipe.train(tmp_path / "whole", SMALL, POOLS))
+    whole = parts(recipe.train(tmp_path / "whole", SMALL))
     assert all(same(whole[part], before[part]) for part in whole)
 
 
-def test_a_killed_phase_resumes_to_the_same_weights(tmp_path, monkeypatch):
+def test_a_killed_phase_resumes_to_the_same_weights(tmp_path, small_pools, monkeypatch):
     phases = (replace(SMALL[1], steps=6),)
-    whole = parts(recipe.train(tmp_path / "a", phases, POOLS, keep=2))
+    whole = parts(recipe.train(tmp_path / "a", phases, keep=2))
     losses = recipe.phase_losses
 
     def killed(learner, rng, phase, done):
@@ -120,11 +132,11 @@ def test_a_killed_phase_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipe, "phase_losses", killed)
     with pytest.raises(KeyboardInterrupt):
-        recipe.train(tmp_path / "b", phases, POOLS, keep=2)
+        recipe.train(tmp_path / "b", phases, keep=2)
     monkeypatch.setattr(recipe, "phase_losses", losses)
     kept = torch.load(tmp_path / "b" / "state.pt", weights_only=True)
     assert kept["step"] == 4
-    resumed = parts(recipe.train(tmp_path / "b", phases, POOLS, keep=2))
+    resumed = parts(recipe.train(tmp_path / "b", phases, keep=2))
     assert same(whole["language model"], resumed["language model"])
 
 

@@ -109,6 +109,13 @@ def test_finished_world_is_reused_and_other_data_is_never_replaced(
         world.read_facts(tmp_path)
 
 
+def test_the_key_reads_settings_and_the_files_that_draw_and_write(monkeypatch) -> None:
+    key, read = world.world_key(TINY), []
+    monkeypatch.setattr(world.Path, "read_text", lambda path, **_: read.append(path.name) or "")
+    assert world.world_key(TINY) != key  # other sources
+    assert read == ["words.py", "drawing.py", "world.py"]
+
+
 def test_a_stale_key_remakes_the_world_and_leaves_the_data_hash(tmp_path: Path) -> None:
     root = world.make_world(tmp_path / "mini", TINY)
     before = data_hash(root)

@@ -179,6 +179,16 @@ def alike_items(rng: Random, pool: Pool, count: int) -> list[dict]:
     return items
 
 
+def wishes(rng: Random, task: str) -> tuple[list[str], list[str]]:
+    """What a request names: (facts of titles, looks)."""
+    facts = ["kind"]
+    if task == "title" or rng.random() < 0.85:
+        facts.append("feature")
+    if rng.random() < 0.15:
+        facts.append("brand")
+    return facts, [] if task == "title" else rng.sample(LOOKS, rng.choice((1, 2, 2, 3, 3)))
+
+
 def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
     """Request and candidates in, an id out. Between a candidate's title and id stand its looks in
     words ("text"), nothing ("title": no looks are asked for, so several candidates fit), or visual
@@ -186,15 +196,10 @@ def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
     encode, items = learner.encode, alike_items(rng, learner.pool, count)
     target = items[0]
     rng.shuffle(items)
-    facts = ["kind"]
-    if task == "title" or rng.random() < 0.85:
-        facts.append("feature")
-    if rng.random() < 0.15:
-        facts.append("brand")
-    looks = [] if task == "title" else rng.sample(LOOKS, rng.choice((1, 2, 2, 3, 3)))
-    part = words.PARTS[target["kind"]]
-    said = [f"{target[name]} {part}" if name == "accent" else target[name] for name in looks]
-    named = [target[name] for name in facts]
+    facts, looks = wishes(rng, task)
+    named, said = [target[name] for name in facts], [target[name] for name in looks]
+    if "accent" in looks:
+        said[looks.index("accent")] += " " + words.PARTS[target["kind"]]
     asked = set(encode(" ".join(named + said)))  # tokens
     ids = encode(request_text(rng, named, said) + "Candidates:\n")
     short = rng.random() < 0.5
@@ -334,6 +339,7 @@ DESCRIBE = {"caption": 0.45, "tile": 0.12, "picture": 0.08}
 DESCRIBE |= {"copy": 0.0175, "text": 0.2625, "title": 0.07}
 SEE = DESCRIBE | {"caption": 0.2, "tile": 0.37}
 DOUBT = SEE | {"tile": 0.148, "few": 0.222, "text": 0.1575, "title": 0.175}
+DESCRIBING = ((1, DESCRIBE),)
 TO_SEE = ((0.1, DESCRIBE), (0.85, SEE), (1, DESCRIBE))
 # Parameters by their names. LLaVA reads all layers of the tower but the LAST.
 LANGUAGE, JOINED = "language_model.", "language_model. multi_modal_projector. image_newline"
@@ -348,9 +354,7 @@ PHASES = (
     # Describe and choose by patch tokens; the tower stays as it is.
     Phase("joint", 3750, 1.5e-3, f"{JOINED} help_", TO_SEE, "tile"),
     # The same with the tower, on fresh pictures: makes shapes hold on unseen items.
-    Phase(
-        "late", 750, 4e-4, LATE, ((1, DESCRIBE),), "", 2000, pictures=48, naming=(0, 0.2), pool=1
-    ),
+    Phase("late", 750, 4e-4, LATE, DESCRIBING, tokens=2000, pictures=48, naming=(0, 0.2), pool=1),
     # The last layer's [CLS] meets word embeddings.
     Phase("last", 600, 2e-3, LAST, pictures=256, pool=1),
     # Valid ids: requests that several candidates fit, and losses on ids in place of the heads'.
