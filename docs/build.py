@@ -189,11 +189,8 @@ def stage(root: Path, out: Path) -> Problems:
     shutil.copytree(SITE, out, ignore=shutil.ignore_patterns("__pycache__"))
     toc, site = table_of_contents(root, problems)
     (out / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
-    figures = {
-        p.relative_to(root).as_posix(): p
-        for f in ("figures", "results/bench")
-        for p in sorted((root / f).rglob("*.png"))
-    }
+    pictures = sorted((root / "figures").rglob("*.png"))
+    figures = {p.relative_to(root).as_posix(): p for p in pictures}
     for name, path in figures.items():
         for base in (
             out,

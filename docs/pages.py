@@ -62,7 +62,7 @@ FLOW = {
         "packaging",
         "commands",
     ),
-    "Measuring speed": ("direct", "bench", "bench_model", "bench_gpu", "growth"),
+    "Measuring speed": ("direct", "bench", "bench_gpu"),
     "Making the mini model": ("pretraining", "pretraining_images", "pretraining_main"),
 }
 
@@ -157,7 +157,7 @@ def _entry(name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
         "Made": str(known.get("time", ""))[:10],
     }
     facts = "".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in rows.items())
-    title = re.sub(r"^(figures|results/bench)/|\.png$", "", name).replace("_", " ")
+    title = re.sub(r"^figures/|\.png$", "", name).replace("_", " ")
     return (
         f'### {title}\n\n<figure class="kept"><a href="../{name}"><img src="../{name}" alt="{escape(alt, quote=True)}" '
         f'loading="lazy"></a><figcaption>{escape(alt)}<dl>{facts}</dl></figcaption></figure>\n'
@@ -172,23 +172,20 @@ def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str
     }
     titles = {
         n: "".join(b["cells"][0]["source"]).splitlines()[0].lstrip("# ") for n, b in books.items()
-    } | {"": "Speed"}
+    }
     groups: dict[str, list[str]] = {n: [] for n in titles}
     for name, path in figures.items():
-        known, notebook = about(path), ""
-        alt, origin = known.get("alt", ""), "<code>make bench</code>"
-        if not name.startswith("results/bench/"):
-            found = maker(name.removeprefix("figures/").removesuffix(".png"), books)
-            if found is None:
-                problems.append(f"{name}: no notebook cell names it")
-                continue
-            notebook, number, section = found
-            below = f", below “{escape(section.replace('`', ''))}”" if section else ""
-            origin = f'<a href="../notebooks/{notebook}.html#{cell_target(number)}">notebook {notebook[:2]}{below}</a>'
+        known = about(path)
+        alt = known.get("alt", "")
+        found = maker(name.removeprefix("figures/").removesuffix(".png"), books)
+        if found is None:
+            problems.append(f"{name}: no notebook cell names it")
+            continue
+        notebook, number, section = found
+        below = f", below “{escape(section.replace('`', ''))}”" if section else ""
+        origin = f'<a href="../notebooks/{notebook}.html#{cell_target(number)}">notebook {notebook[:2]}{below}</a>'
         if not alt:
-            problems.append(
-                f"{name}: no alternative text stored ({notebook or 'make bench'}: alt=...)"
-            )
+            problems.append(f"{name}: no alternative text stored ({notebook}: alt=...)")
         groups[notebook].append(_entry(name, known, alt, origin))
     parts = [
         "# Figure gallery",

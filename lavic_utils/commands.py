@@ -107,18 +107,6 @@ def stats(
         print(f"\nset aside: {report['rows']} rows", *lines, sep="\n")
 
 
-@bench.command("crawl")
-def bench_crawl() -> None:
-    """Images a second, one at a time and many at once, from a local server with 100 ms latency. Exit 1: under ten times."""
-    import json
-
-    from lavic_utils.bench.speed import crawl_speed
-
-    found = crawl_speed()
-    print(json.dumps(found, indent=1))
-    raise typer.Exit(0 if found["ratio"] >= 10 else 1)
-
-
 @bench.command("gpu")
 def bench_card(
     profile: Annotated[
@@ -141,18 +129,12 @@ def bench_all(
     quick: Annotated[
         bool, typer.Option("--quick", help="Few and small: does it work? Written to bench-quick.")
     ] = False,
-    only: Annotated[
-        str | None, typer.Option(help="This part alone, printed and written nowhere.")
-    ] = None,
 ) -> None:
-    """Measure both stages, evaluation, download, store and growth; writes results/bench/MACHINE.json and a figure."""
-    import json
-
+    """Both stages and evaluation beside the direct way; writes results/bench/MACHINE.json."""
     from lavic_utils.bench.speed import bench as measure
 
     if context.invoked_subcommand is None:
-        found = measure(quick, only)
-        print(found if isinstance(found, Path) else json.dumps(found, indent=1))
+        print(measure(quick))
 
 
 def demo(

@@ -26,7 +26,6 @@ import pytest
 from PIL import Image
 
 from lavic_utils.__main__ import main
-from lavic_utils.bench import speed as bench
 from lavic_utils.config import DOMAINS, ROOT, UserError
 from lavic_utils.remote import crawl
 from lavic_utils.remote import download as acquire
@@ -430,24 +429,6 @@ def test_retry_after_is_read_and_capped() -> None:
         and waits(crawl.Transient("", 1e9)) == crawl.LONGEST_WAIT
     )
     assert waits(crawl.Transient("")) < 0.1
-
-
-def test_many_at_once_beat_one_at_a_time() -> None:
-    found = bench.crawl_speed(one=4, many=64, concurrency=16)
-    assert found["ratio"] > 2, (
-        found
-    )  # `bench crawl` measures properly; here the machine may be busy
-    assert (
-        found["one_at_a_time"]["per_second"] <= 1000 / found["latency_ms"]
-    )  # negative control: the delay is real
-
-
-@pytest.mark.parametrize(("ratio", "code"), [(10.0, 0), (9.9, 1)])
-def test_bench_crawl_fails_below_ten_times(
-    ratio: float, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench, "crawl_speed", lambda: {"ratio": ratio})
-    assert main(["bench", "crawl"]) == code
 
 
 CATALOGUE = json.dumps({TEN[0]: {"title": "made up", "images": []}}).encode()

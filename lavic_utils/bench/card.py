@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,9 +28,8 @@ from transformers.utils import is_bitsandbytes_available
 from lavic_utils import training, vision
 from lavic_utils.bench.memory import GIB, SCORED, TITLE, count, full_tokens, memories, skeleton
 from lavic_utils.bench.plan import ASSUMED
-from lavic_utils.bench.speed import machine_name
-from lavic_utils.bench.stages import spread, synchronize, timed
-from lavic_utils.config import ROOT, Profile, UserError, load_profile
+from lavic_utils.bench.speed import result_file, spread, synchronize, timed
+from lavic_utils.config import Profile, UserError, load_profile
 from lavic_utils.distillation import IGNORE, VISION_LINEAR, StudentTrainer
 from lavic_utils.provenance import provenance, write_json
 from lavic_utils.recommendation import LANGUAGE_LINEAR, Read, RecommendationTrainer
@@ -355,10 +353,7 @@ def bench_gpu(name: str = "paper", tiny: bool = False) -> Path:
         "steps": rows,
         "encoding": encoded,
     }
-    results = Path(os.environ.get("LAVIC_RESULTS", ROOT / "results")) / (
-        "bench-quick" if tiny else "bench"
-    )
-    path = results / f"{machine_name(about['machine'])}-{profile.name}-gpu.json"
+    path = result_file(about["machine"], tiny, f"-{profile.name}-gpu")
     write_json(path, found)
     return path
 

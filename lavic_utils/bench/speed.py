@@ -1,373 +1,286 @@
-"""`make bench`: every speed of this project beside the direct way, in one file a machine and one figure.
+"""`make bench`: both stages and evaluation, ours beside the direct way, as ratios of one run.
 
-Here also: the image download against a local server that answers 100 ms late, as a distant one would.
+Both must first give the same losses and answers; then they take turns (A B A B ...) on the same
+model, data and machine. The direct way is `reference`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import io
 import json
+import math
 import os
+import random
 import re
-import subprocess
+import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
+from torch import Tensor
 
-from lavic_utils.config import ROOT, UserError, load_profile, results_dir
-from lavic_utils.provenance import profile_data_hash, provenance, save_figure, write_json
-from lavic_utils.remote.crawl import Settings, crawl
+from lavic_utils import data, distillation, recommendation, vision
+from lavic_utils.bench import reference
+from lavic_utils.config import DOMAINS, ROOT
+from lavic_utils.provenance import profile_data_hash, provenance, write_json
+from lavic_utils.runs import Run
 
-LATENCY = 0.1  # seconds
-RATIOS = {
-    "stage2_training": "stage 2 training",
-    "evaluation": "evaluation",
-    "stage1_training": "stage 1 training",
-    "crawl": "image download",
-}
-PARTS = (*RATIOS, "store", "work", "growth", "reproduce")
-FULL = {
-    "count": 240,
-    "rounds": 5,
-    "crawl": (20, 600),
-    "encoded": 1000,
-    "candidates": (10, 20, 50, 100),
-    "words": (50, 200, 800, 3200),
-    "catalogues": (1_000, 10_000, 100_000),
-}
-QUICK = {
-    "count": 6,
-    "rounds": 2,
-    "crawl": (2, 32),
-    "encoded": 16,
-    "candidates": (10, 20),
-    "words": (50, 200),
-    "catalogues": (100, 1_000),
+DOMAIN, TOLERANCE = "beauty", 1e-5
+FULL = {"count": 240, "rounds": 5, "encoded": 1000}
+QUICK = {"count": 20, "rounds": 2, "encoded": 16}
+PARTS = {  # in the README's order: its name there, what is counted, the ratio aimed at
+    "stage2_training": ("stage 2 training", "dialogues a second", 8),
+    "evaluation": ("evaluation", "dialogues a second", 20),
+    "stage1_training": ("stage 1 training", "images a second", 1.5),
 }
 
 
-def _picture() -> bytes:
-    held = io.BytesIO()
-    Image.effect_noise((500, 500), 8).convert("RGB").save(
-        held, "JPEG"
-    )  # about 40 kB, as product images have
-    return held.getvalue()
+# ---------------------------------------------------------------- measuring
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-@contextmanager
-def late_server(body: bytes, latency: float = LATENCY) -> Iterator[str]:
-    """Address of an HTTP/1.1 server in a thread that answers every request with `body` after `latency` seconds."""
-    answer = (
-        b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(body)
-        + body
-    )
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                await reader.readuntil(b"\r\n\r\n")
-                await asyncio.sleep(latency)
-                writer.write(answer)
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
-
-    async def start() -> asyncio.Server:
-        return await asyncio.start_server(serve, "127.0.0.1", 0, backlog=512)
-
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    server = asyncio.run_coroutine_threadsafe(start(), loop).result()
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        loop.call_soon_threadsafe(server.close)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+def timed(work: Callable[..., object], *arguments) -> float:
+    """Seconds of one call; waits for the accelerator before and after."""
+    synchronize()
+    start = time.perf_counter()
+    work(*arguments)
+    synchronize()
+    return time.perf_counter() - start
 
 
-def _seconds(address: str, images: int, concurrency: int) -> float:
-    """Wall time of one whole crawl (asking, decoding, manifest) into an empty folder; all images must arrive."""
-    with tempfile.TemporaryDirectory() as folder:
-        items = {
-            f"B0BENCH{i:04d}": {"title": "", "images": [{"large": f"{address}/{i}.jpg"}]}
-            for i in range(images)
-        }
-        (Path(folder) / "item2meta_train.json").write_text(json.dumps(items), encoding="utf-8")
-        start = time.perf_counter()
-        counts = crawl(Path(folder), settings=Settings(concurrency=concurrency))
-        seconds = time.perf_counter() - start
-    if counts["ok"] != images:
-        raise RuntimeError(f"only {counts['ok']} of {images} images arrived: nothing was measured")
-    return seconds
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, lowest and highest of some runs, and the runs, in four digits."""
+    short = [float(f"{value:.4g}") for value in values]
+    middle = float(f"{statistics.median(short):.4g}")
+    return {"median": middle, "low": min(short), "high": max(short), "runs": short}
 
 
-def crawl_speed(one: int = 30, many: int = 600, concurrency: int = 32) -> dict[str, Any]:
-    """Images a second with one request at a time and with `concurrency`, by the same code in one run, and their ratio."""
-    body = _picture()
-    with late_server(body) as address:
-        slow, fast = one / _seconds(address, one, 1), many / _seconds(address, many, concurrency)
-    return {
-        "latency_ms": round(1000 * LATENCY),
-        "bytes_per_image": len(body),
-        "concurrency": concurrency,
-        "one_at_a_time": {"images": one, "per_second": round(slow, 2)},
-        "concurrent": {"images": many, "per_second": round(fast, 2)},
-        "ratio": round(fast / slow, 2),
-    }
+class Sample:
+    """What both sides work on: `count` training examples, test dialogues and stage-1 pictures.
 
-
-# ---------------------------------------------------------------- all parts
-def downloads(one: int, many: int, rounds: int) -> dict[str, Any]:
-    """`crawl_speed` in the shape of the other ratios: one image at a time beside many at once, in turn."""
-    from lavic_utils.bench.stages import spread
-
-    found = [crawl_speed(one, many) for _ in range(rounds)]
-    sides = {"direct": "one_at_a_time", "ours": "concurrent"}
-    return {
-        "unit": "images a second",
-        "latency_ms": round(1000 * LATENCY),
-        "ratio": spread([f["ratio"] for f in found]),
-        "a_second": {
-            side: spread([f[name]["per_second"] for f in found]) for side, name in sides.items()
-        },
-        "units": {side: found[0][name]["images"] for side, name in sides.items()},
-    }
-
-
-def reproduced(name: str) -> dict[str, Any] | None:
-    """Seconds of `make reproduce` by notebook, from its record, and of the same command once everything is up to date
-    (None where something is not). None where nothing was run here."""
-    from lavic_utils.repro import notebooks
-    from lavic_utils.repro.driver import plan, read_run
-
-    profile = load_profile(name)
-    records = read_run(results_dir(profile) / f"seed{profile.seed}")
-    if not records:
-        return None
-    seconds, again = {stem: record["seconds"] for stem, record in records.items()}, None
-    jobs = plan(profile, name, [profile.seed], notebooks.NOTEBOOKS)
-    if all(job.unchanged(results_dir(profile)) for job in jobs):
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "lavic_utils", "reproduce", "--profile", name],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        again = round(time.perf_counter() - start, 1)
-    return {
-        "seconds": seconds,
-        "total_seconds": round(sum(seconds.values()), 1),
-        "up_to_date_seconds": again,
-    }
-
-
-def machine_name(machine: Mapping[str, Any]) -> str:
-    """Processor and cores, or the card: a file name that names no host."""
-    import torch
-
-    text = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{machine['processor']} {machine['cores']} cores"
-    )
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def bench(
-    quick: bool = False, only: str | None = None, name: str = "mini"
-) -> Path | dict[str, Any]:
-    """Measure everything; the path of `results/bench/MACHINE.json` (quick: `results/bench-quick/`), its figure beside.
-
-    With `only`, that part alone, written nowhere: a file never mixes two states of the code.
+    The reference's steps are all alike, so it works on every third. A method `direct_*` or `our_*`
+    is one side's whole work on a fresh base model.
     """
-    if only is not None and only not in PARTS:
-        raise UserError(f"--only {only}: no such part; use one of {', '.join(PARTS)}")
-    import torch
 
-    from lavic_utils.bench.growth import growth
-    from lavic_utils.bench.stages import Bench
-    from lavic_utils.runs import Run
+    def __init__(self, run: Run, count: int) -> None:
+        self.run, self.model, self.which = run, run.model(), run.profile.candidates
+        train, test = run.dialogues(DOMAIN, "train"), run.dialogues(DOMAIN, "test")
+        examples = recommendation.training_examples(train, self.which, run.seed)
+        random.Random(run.seed).shuffle(examples)
+        self.examples, self.dialogues = examples[:count], test[:count]
+        self.prompter = run.prompter(run.visual("base"))
+        self.pictures = []
+        shown = run.pictures("train")[:count]
+        titles, pixels = [p.title for p in shown], [run.read_picture(p.path) for p in shown]
+        texts = distillation.describe(self.model, run.processor, run.profile, titles, pixels)
+        for picture, text in zip(shown, texts, strict=True):
+            self.pictures.append(replace(picture, description=text))
 
-    size, run = QUICK if quick else FULL, Run(name)
-    measured, wanted = Bench(run, size["count"], size["rounds"]), [only] if only else PARTS
-    figures: dict[str, Any] = {"equality": measured.equal()}
-    work = {
-        **{part: getattr(measured, part) for part in RATIOS if part != "crawl"},
-        "crawl": lambda: downloads(*size["crawl"], size["rounds"]),
-        "store": lambda: measured.store(figures, size["encoded"]),
-        "work": measured.work,
-        "growth": lambda: growth(measured, size["candidates"], size["words"], size["catalogues"]),
-        "reproduce": lambda: reproduced(name),
+    def sides(self, part: str) -> dict[str, tuple[int, Callable[[Any], object]]]:
+        """Name of each side of a part: how many units it works through, and its work."""
+        if part == "stage1_training":
+            count, epochs = len(self.pictures), self.run.profile.distillation.epochs
+            ours = {"ours": (count * epochs, self.our_stage1)}
+            return {"direct": (len(self.pictures[::3]), self.direct_stage1)} | ours
+        if part == "stage2_training":
+            ours = {"ours": (len(self.examples), self.our_stage2)}
+            return {"direct": (len(self.examples[::3]), self.direct_stage2)} | ours
+        count = len(self.dialogues)
+        return {
+            "direct": (len(self.dialogues[::3]), self.direct_answers),
+            "ours": (count, self.our_answers),
+            "ours, and candidates scored": (count, self.our_scored_answers),
+        }
+
+    def direct_stage1(self, model) -> None:
+        reference.train_student(self.run, model, self.pictures[::3])
+
+    def our_stage1(self, model) -> None:
+        """All epochs with their checkpoints; one picture to validate on."""
+        run, rows = self.run, self.pictures
+        with tempfile.TemporaryDirectory() as folder:
+            distillation.train_student(
+                run.profile, model, run.processor, rows, rows[:1], Path(folder), run.seed
+            )
+
+    def direct_stage2(self, model) -> None:
+        see = reference.look(self.run, model)
+        reference.train_recommender(self.run, model, see, self.examples[::3])
+
+    def our_stage2(self, model) -> None:
+        run, rows = self.run, self.examples
+        with tempfile.TemporaryDirectory() as folder:
+            recommendation.train_recommender(
+                run.profile, model, self.prompter, rows, Path(folder), run.seed
+            )
+
+    def direct_answers(self, model) -> None:
+        see = reference.look(self.run, model)
+        for dialogue in self.dialogues[::3]:
+            reference.answer(self.run, model, see, dialogue)
+
+    def our_answers(self, model) -> None:
+        recommendation.answer(model, self.prompter, self.dialogues, self.which, scored=False)
+
+    def our_scored_answers(self, model) -> None:
+        recommendation.answer(model, self.prompter, self.dialogues, self.which, scored=True)
+
+
+# ---------------------------------------------------------------- equality first
+def our_loss(sample: Sample, batch: dict[str, Any]) -> Tensor:
+    """Our loss of a collated batch, without dropout: stage 2's holds visual tokens, 1's pixels."""
+    model, visual = sample.model, batch.get("visual")
+    if visual is None:
+        values = batch["pixel_values"].to(model.device, model.dtype)
+        visual = vision.cls_tokens(model, values, batch["image_sizes"])
+    ids, labels, mask = (
+        batch[name].to(model.device) for name in ("input_ids", "labels", "attention_mask")
+    )
+    pad = sample.prompter.tokenizer.pad_token_id
+    return distillation.forward_loss(model, ids, labels, mask, visual, pad)[0]
+
+
+@torch.inference_mode()
+def equal(sample: Sample, few: int = 8) -> dict[str, Any]:
+    """Losses and answers of both sides. RuntimeError where one differs."""
+    run, model, prompter = sample.run, sample.model, sample.prompter
+    see, example, picture = reference.look(run, model), sample.examples[0], sample.pictures[:1]
+    two = recommendation.collator(prompter)([prompter.row(example)])
+    collate = distillation.StudentCollator(model, run.processor, run.profile, run.read_picture)
+    pairs = {
+        "stage 2": (
+            our_loss(sample, two),
+            reference.recommendation_loss(run, model, see, example),
+        ),
+        "stage 1": (
+            our_loss(sample, collate(picture)),
+            reference.description_loss(run, model, picture),
+        ),
     }
-    for part in wanted:
-        figures[part] = work[part]()
-        ratio = (figures[part] or {}).get("ratio")
-        print(
-            f"{part}: {ratio['median']} times ({ratio['low']} to {ratio['high']})"
-            if ratio
-            else f"{part}: measured",
-            file=sys.stderr,
-            flush=True,
+    losses = {}
+    for stage, (ours, direct) in pairs.items():
+        if not math.isclose(ours, direct, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+            raise RuntimeError(
+                f"{stage}: our loss is {ours:.7f}, the direct way's {direct:.7f}: "
+                "nothing was measured"
+            )
+        losses[stage] = {"ours": float(ours), "direct": float(direct)}
+    some, unlike = sample.dialogues[:few], 0
+    answers = recommendation.answer(model, prompter, some, sample.which, scored=False)
+    for dialogue, ours in zip(some, answers, strict=True):
+        unlike += reference.answer(run, model, see, dialogue) != ours.response
+    if unlike:
+        raise RuntimeError(
+            f"{unlike} of {len(some)} answers differ from the direct way's: nothing was measured"
         )
+    return {"losses": losses, "tolerance": TOLERANCE, "equal_answers": len(some)}
+
+
+# ---------------------------------------------------------------- speed
+def compare(
+    load: Callable[[], Any], sides: Mapping[str, tuple[int, Callable]], rounds: int
+) -> dict[str, Any]:
+    """Units a second of every side, in turn, each on a model loaded outside the clock.
+
+    `ratio`: that of "ours" to "direct", round by round.
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, (units, work) in sides.items():
+            speeds[name].append(units / timed(work, load()))
+    pairs = zip(speeds["ours"], speeds["direct"], strict=True)
+    return {
+        "ratio": spread([ours / direct for ours, direct in pairs]),
+        "a_second": {name: spread(values) for name, values in speeds.items()},
+        "units": {name: units for name, (units, _) in sides.items()},
+    }
+
+
+def encoding(sample: Sample, parts: Mapping[str, dict], most: int, rounds: int) -> dict[str, Any]:
+    """What our side does beforehand: items encoded a second, from their files; and what is left of
+    the ratios of `parts` with that counted in, over the profile's own number of dialogues."""
+    run = sample.run
+    encode = vision.file_encoder(sample.model, run.processor)
+    names = sorted(set().union(*run.items.values()))[:most]
+    speeds = []
+    for i in range(rounds):
+        files = [data.image_file(run.root, name) for name in names[i::rounds]]
+        groups = list(vision.batched(files, 64))
+        speeds.append(len(files) / timed(lambda groups=groups: [encode(g) for g in groups]))
+    found: dict[str, Any] = {"items_a_second": spread(speeds), "items_encoded": len(names)}
+    for part, split in (("stage2_training", "train"), ("evaluation", "test")):
+        dialogues = sum(len(run.dialogues(domain, split)) for domain in DOMAINS)
+        seconds = len(run.items[split]) / found["items_a_second"]["median"]
+        speed = {side: parts[part]["a_second"][side]["median"] for side in ("direct", "ours")}
+        ratio = (dialogues / speed["direct"]) / (dialogues / speed["ours"] + seconds)
+        found[split] = {"items": len(run.items[split]), "dialogues": dialogues}
+        found[split] |= {"ratio_with_encoding": float(f"{ratio:.4g}")}
+    return found
+
+
+def result_file(machine: Mapping[str, Any], quick: bool, ending: str = "") -> Path:
+    """`results/bench/MACHINE.json` (quick: `bench-quick/`), named by the card, or by processor and
+    cores: no name of a host."""
+    text = f"{machine['processor']} {machine['cores']} cores"
+    if torch.cuda.is_available():
+        text = torch.cuda.get_device_name()
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    results = Path(os.environ.get("LAVIC_RESULTS", ROOT / "results"))
+    return results / ("bench-quick" if quick else "bench") / f"{name}{ending}.json"
+
+
+def bench(quick: bool = False, name: str = "mini") -> Path:
+    """Measure everything; the path of the file written."""
+    size, run = QUICK if quick else FULL, Run(name)
+    sample, rounds = Sample(run, size["count"]), size["rounds"]
+    figures: dict[str, Any] = {"equality": equal(sample)}
+    for part, (label, unit, goal) in PARTS.items():
+        figures[part] = {"unit": unit, "goal": goal}
+        figures[part] |= compare(run.model, sample.sides(part), rounds)
+        ratio = figures[part]["ratio"]
+        said = f"{label}: {ratio['median']} times ({ratio['low']} to {ratio['high']})"
+        print(said, file=sys.stderr, flush=True)
+    figures["store"] = encoding(sample, figures, size["encoded"], rounds)
     about = provenance(run.profile, run.seed, profile_data_hash(run.profile)) | {
         "quick": quick,
-        "rounds": size["rounds"],
+        "rounds": rounds,
         "threads": torch.get_num_threads(),
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    found = {
-        "provenance": about,
-        "ratios": {part: figures[part]["ratio"]["median"] for part in RATIOS if part in figures},
-        "figures": figures,
-    }
-    if only:
-        return found
-    for part in set(RATIOS) & set(
-        figures["work"]
-    ):  # what would be left to gain in float32 with the same arithmetic
-        share = figures["work"][part]["share"]["float32"]
-        figures[part]["ratio_at_full_rate"] = float(
-            f"{figures[part]['ratio']['median'] / share:.4g}"
-        )
-    results = Path(os.environ.get("LAVIC_RESULTS", ROOT / "results"))
-    path = (
-        results / ("bench-quick" if quick else "bench") / f"{machine_name(about['machine'])}.json"
-    )
-    write_json(path, found)
-    draw(found, path.with_suffix(".png"))
+    ratios = {part: figures[part]["ratio"]["median"] for part in PARTS}
+    path = result_file(about["machine"], quick)
+    write_json(path, {"provenance": about, "ratios": ratios, "figures": figures})
     return path
-
-
-def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Ratios with their goals; time and memory against candidates; the store against the catalogue's size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from lavic_utils import style
-
-    style.use()
-    figures, growth = found["figures"], found["figures"]["growth"]
-    fig, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
-    ratios = [figures[part]["ratio"] for part in RATIOS]
-    medians = [ratio["median"] for ratio in ratios]
-    a.barh(
-        list(RATIOS.values()),
-        medians,
-        color=style.BLUE,
-        xerr=[
-            [m - r["low"] for m, r in zip(medians, ratios, strict=True)],
-            [r["high"] - m for m, r in zip(medians, ratios, strict=True)],
-        ],
-    )
-    goals = [
-        (row, figures[part]["goal"]) for row, part in enumerate(RATIOS) if "goal" in figures[part]
-    ]
-    a.scatter(
-        [goal for _, goal in goals],
-        [row for row, _ in goals],
-        marker="|",
-        s=300,
-        color="black",
-        label="goal",
-        zorder=3,
-    )
-    a.axvline(1, color="0.6", linewidth=0.8)
-    a.invert_yaxis()
-    a.set(title="Ours over the direct way (median, range of runs)", xlabel="times", xscale="log")
-    a.legend()
-    for name, label in (("candidates_cls", "[CLS] tokens"), ("candidates_entire", "entire tokens")):
-        across = [row["candidates"] for row in growth[name]]
-        b.plot(
-            across,
-            [row["training_seconds"]["median"] for row in growth[name]],
-            "o-",
-            label=f"{label}, training step",
-        )
-        b.plot(
-            across,
-            [row["answer_seconds"]["median"] for row in growth[name]],
-            "s--",
-            label=f"{label}, answer",
-        )
-        c.plot(across, [row["training_peak_mib"] for row in growth[name]], "o-", label=label)
-    b.set(title="Seconds a dialogue", xlabel="candidates", xscale="log", yscale="log")
-    c.set(
-        title="Peak memory of a training step (MiB)",
-        xlabel="candidates",
-        xscale="log",
-        yscale="log",
-    )
-    for name, label in (
-        ("load_seconds", "load whole"),
-        ("open_seconds", "open"),
-        ("lookup_ten_seconds", "look up ten items"),
-    ):
-        d.plot(
-            [row["items"] for row in growth["catalogue"]],
-            [row[name]["median"] for row in growth["catalogue"]],
-            "o-",
-            label=label,
-        )
-    d.set(
-        title="Store of [CLS] vectors (seconds)",
-        xlabel="items in the catalogue",
-        xscale="log",
-        yscale="log",
-    )
-    for axes in (b, c, d):
-        axes.legend(fontsize=7)
-    times = ", ".join(f"{name} {m:.1f}" for name, m in zip(RATIOS.values(), medians, strict=True))
-    alt = f"Times as fast as the direct way: {times}; and how time, memory and the store grow with candidates and catalogue."
-    save_figure(fig, path, found["provenance"]["tier"], found["provenance"] | {"alt": alt})
-    plt.close(fig)
 
 
 def speed_block(path: Path) -> str:
     """The README's lines on speed, in Markdown, from a file that `bench` wrote."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
-    about, figures, lines = found["provenance"], found["figures"], []
-    for part, label in RATIOS.items():
-        figure = figures[part]
-        ratio, goal = figure["ratio"], f"{figure['goal']}" if "goal" in figure else "–"
-        sides = " | ".join(
-            f"{figure['a_second'][side]['median']:.3g}" for side in ("direct", "ours")
-        )
-        lines.append(
-            f"| {label}, {figure['unit']} | {sides} | {ratio['median']:.3g} ({ratio['low']:.3g} to "
-            f"{ratio['high']:.3g}) | {goal} |"
-        )
-    machine, store, versions = about["machine"], figures["store"], about["versions"]
+    about, figures = found["provenance"], found["figures"]
+    lines = ["| | direct way | ours | times (range) | goal |", "| --- | --- | --- | --- | --- |"]
+    for part, (label, unit, _) in PARTS.items():
+        speed, ratio = figures[part]["a_second"], figures[part]["ratio"]
+        sides = f"{speed['direct']['median']:.3g} | {speed['ours']['median']:.3g}"
+        times = f"{ratio['median']:.3g} ({ratio['low']:.3g} to {ratio['high']:.3g})"
+        lines.append(f"| {label}, {unit} | {sides} | {times} | {figures[part]['goal']} |")
+    store, machine, versions = figures["store"], about["machine"], about["versions"]
     where = about["card"] or f"{machine['processor']}, {machine['cores']} cores"
-    paid = store["test"]["break_even_dialogues"]
-    return "\n".join(
-        [
-            "| | direct way | ours | times (range) | goal |",
-            "| --- | --- | --- | --- | --- |",
-            *lines,
-            "",
-            f"Encoding an item's image once: {store['items_a_second']['median']:.3g} items a second; with that counted in, "
-            f"stage 2 training is {store['train']['ratio_with_encoding']:.3g} times and evaluation "
-            f"{store['test']['ratio_with_encoding']:.3g} times as fast"
-            + (f"; it has paid for itself after {paid} dialogues of evaluation." if paid else "."),
-            "Were ours to run at this machine's full float32 matrix-product rate, the ratios would be "
-            + ", ".join(f"{figures[part]['ratio_at_full_rate']:.3g}" for part in list(RATIOS)[:3])
-            + " in the order above.",
-            f"Medians of {about['rounds']} interleaved runs with equal losses and answers on both sides; download: server with "
-            f"{figures['crawl']['latency_ms']} ms latency.",
-            f"*{about['tier']}, profile {about['profile']}, {where}; torch {versions['torch']}, transformers "
-            f"{versions['transformers']}; code {about['code_hash'][:7]}.*",
-            "",
-        ]
-    )
+    lines += [
+        "",
+        f"Encoding an item's image once: {store['items_a_second']['median']:.3g} items a second; "
+        f"with that counted in, stage 2 training is {store['train']['ratio_with_encoding']:.3g} "
+        f"times and evaluation {store['test']['ratio_with_encoding']:.3g} times as fast.",
+        f"Medians of {about['rounds']} interleaved runs with equal losses and answers on both "
+        "sides.",
+        f"*{about['tier']}, profile {about['profile']}, {where}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; code {about['code_hash'][:7]}.*",
+        "",
+    ]
+    return "\n".join(lines)
