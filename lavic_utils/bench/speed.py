@@ -1,7 +1,7 @@
 """`make bench`: both stages and evaluation, ours beside the direct way, as ratios of one run.
 
 Both must first give the same losses and answers; then they take turns (A B A B ...) on the same
-model, data and machine. The direct way is `reference`.
+model, data and machine. The direct way is `reference`: its steps are alike, so it does every third.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,73 @@ from lavic_utils.config import DOMAINS, ROOT
 from lavic_utils.provenance import profile_data_hash, provenance, write_json
 from lavic_utils.runs import Run
 
-DOMAIN, TOLERANCE = "beauty", 1e-5
+DOMAIN, TOLERANCE, EQUAL = "beauty", 1e-5, 8  # EQUAL: dialogues whose answers are compared
 FULL = {"count": 240, "rounds": 5, "encoded": 1000}
 QUICK = {"count": 20, "rounds": 2, "encoded": 16}
-PARTS = {  # in the README's order: its name there, what is counted, the ratio aimed at
+PARTS = {  # name in the README, what is counted, the ratio aimed at
     "stage2_training": ("stage 2 training", "dialogues a second", 8),
     "evaluation": ("evaluation", "dialogues a second", 20),
     "stage1_training": ("stage 1 training", "images a second", 1.5),
 }
 
 
-# ---------------------------------------------------------------- measuring
+class Sample:
+    """What is measured: `count` training examples, test dialogues and stage-1 pictures."""
+
+    def __init__(self, run: Run, count: int) -> None:
+        self.run, self.model, self.which = run, run.model(), run.profile.candidates
+        train, test = run.dialogues(DOMAIN, "train"), run.dialogues(DOMAIN, "test")
+        examples = recommendation.training_examples(train, self.which, run.seed)
+        random.Random(run.seed).shuffle(examples)
+        self.examples, self.dialogues = examples[:count], test[:count]
+        self.pictures = run.taught("train")[:count]
+        self.prompter = run.prompter(run.visual("base"))
+
+
+# ---------------------------------------------------------------- equality first
+def our_loss(sample: Sample, batch: dict[str, Any]) -> Tensor:
+    """Our loss of a collated batch, without dropout: stage 2's holds visual tokens, 1's pixels."""
+    model, visual = sample.model, batch.get("visual")
+    if visual is None:
+        values = batch["pixel_values"].to(model.device, model.dtype)
+        visual = vision.cls_tokens(model, values, batch["image_sizes"])
+    ids, labels, mask = (
+        batch[name].to(model.device) for name in ("input_ids", "labels", "attention_mask")
+    )
+    pad = sample.prompter.tokenizer.pad_token_id
+    return distillation.forward_loss(model, ids, labels, mask, visual, pad)[0]
+
+
+@torch.inference_mode()
+def equal(sample: Sample) -> dict[str, Any]:
+    """Losses and answers of both sides. RuntimeError where one differs."""
+    run, model, prompter = sample.run, sample.model, sample.prompter
+    see, example, picture = reference.look(run, model), sample.examples[0], sample.pictures[:1]
+    collate = distillation.StudentCollator(model, run.processor, run.profile, run.read_picture)
+    ours = {
+        "stage 2": our_loss(sample, recommendation.collator(prompter)([prompter.row(example)])),
+        "stage 1": our_loss(sample, collate(picture)),
+    }
+    direct = {
+        "stage 2": reference.recommendation_loss(run, model, see, example),
+        "stage 1": reference.description_loss(run, model, picture),
+    }
+    losses = {}
+    for stage in ours:
+        one, two = float(ours[stage]), float(direct[stage])
+        losses[stage] = {"ours": one, "direct": two}
+        if not math.isclose(one, two, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+            raise RuntimeError(f"{stage}: {losses[stage]}: losses differ, nothing was measured")
+    some, unlike = sample.dialogues[:EQUAL], 0
+    answers = recommendation.answer(model, prompter, some, sample.which, scored=False)
+    for dialogue, answer in zip(some, answers, strict=True):
+        unlike += reference.answer(run, model, see, dialogue) != answer.response
+    if unlike:
+        raise RuntimeError(f"{unlike} of {EQUAL} answers differ, nothing was measured")
+    return {"losses": losses, "tolerance": TOLERANCE, "equal_answers": len(some)}
+
+
+# ---------------------------------------------------------------- speed
 def synchronize() -> None:
     """Wait for the accelerator, if there is one."""
     if torch.cuda.is_available():
@@ -62,170 +117,91 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": middle, "low": min(short), "high": max(short), "runs": short}
 
 
-class Sample:
-    """What both sides work on: `count` training examples, test dialogues and stage-1 pictures.
+def stage1_training(sample: Sample, rounds: int) -> dict[str, Any]:
+    """Images a second; ours with its one reading of them, its epochs and their checkpoints."""
+    run, rows, third = sample.run, sample.pictures, sample.pictures[::3]
 
-    The reference's steps are all alike, so it works on every third. A method `direct_*` or `our_*`
-    is one side's whole work on a fresh base model.
-    """
-
-    def __init__(self, run: Run, count: int) -> None:
-        self.run, self.model, self.which = run, run.model(), run.profile.candidates
-        train, test = run.dialogues(DOMAIN, "train"), run.dialogues(DOMAIN, "test")
-        examples = recommendation.training_examples(train, self.which, run.seed)
-        random.Random(run.seed).shuffle(examples)
-        self.examples, self.dialogues = examples[:count], test[:count]
-        self.prompter = run.prompter(run.visual("base"))
-        self.pictures = []
-        shown = run.pictures("train")[:count]
-        titles, pixels = [p.title for p in shown], [run.read_picture(p.path) for p in shown]
-        texts = distillation.describe(self.model, run.processor, run.profile, titles, pixels)
-        for picture, text in zip(shown, texts, strict=True):
-            self.pictures.append(replace(picture, description=text))
-
-    def sides(self, part: str) -> dict[str, tuple[int, Callable[[Any], object]]]:
-        """Name of each side of a part: how many units it works through, and its work."""
-        if part == "stage1_training":
-            count, epochs = len(self.pictures), self.run.profile.distillation.epochs
-            ours = {"ours": (count * epochs, self.our_stage1)}
-            return {"direct": (len(self.pictures[::3]), self.direct_stage1)} | ours
-        if part == "stage2_training":
-            ours = {"ours": (len(self.examples), self.our_stage2)}
-            return {"direct": (len(self.examples[::3]), self.direct_stage2)} | ours
-        count = len(self.dialogues)
-        return {
-            "direct": (len(self.dialogues[::3]), self.direct_answers),
-            "ours": (count, self.our_answers),
-            "ours, and candidates scored": (count, self.our_scored_answers),
-        }
-
-    def direct_stage1(self, model) -> None:
-        reference.train_student(self.run, model, self.pictures[::3])
-
-    def our_stage1(self, model) -> None:
-        """All epochs with their checkpoints; one picture to validate on."""
-        run, rows = self.run, self.pictures
+    def ours(model) -> None:
         with tempfile.TemporaryDirectory() as folder:
             distillation.train_student(
                 run.profile, model, run.processor, rows, rows[:1], Path(folder), run.seed
             )
 
-    def direct_stage2(self, model) -> None:
-        see = reference.look(self.run, model)
-        reference.train_recommender(self.run, model, see, self.examples[::3])
+    def direct(model) -> None:
+        reference.train_student(run, model, third)
 
-    def our_stage2(self, model) -> None:
-        run, rows = self.run, self.examples
+    count = len(rows) * run.profile.distillation.epochs
+    return compare(run, rounds, {"direct": (len(third), direct), "ours": (count, ours)})
+
+
+def stage2_training(sample: Sample, rounds: int) -> dict[str, Any]:
+    """Dialogues a second, over one epoch; ours from stored visual tokens, see `encoding`."""
+    run, rows, third = sample.run, sample.examples, sample.examples[::3]
+
+    def ours(model) -> None:
         with tempfile.TemporaryDirectory() as folder:
             recommendation.train_recommender(
-                run.profile, model, self.prompter, rows, Path(folder), run.seed
+                run.profile, model, sample.prompter, rows, Path(folder), run.seed
             )
 
-    def direct_answers(self, model) -> None:
-        see = reference.look(self.run, model)
-        for dialogue in self.dialogues[::3]:
-            reference.answer(self.run, model, see, dialogue)
+    def direct(model) -> None:
+        reference.train_recommender(run, model, reference.look(run, model), third)
 
-    def our_answers(self, model) -> None:
-        recommendation.answer(model, self.prompter, self.dialogues, self.which, scored=False)
-
-    def our_scored_answers(self, model) -> None:
-        recommendation.answer(model, self.prompter, self.dialogues, self.which, scored=True)
+    return compare(run, rounds, {"direct": (len(third), direct), "ours": (len(rows), ours)})
 
 
-# ---------------------------------------------------------------- equality first
-def our_loss(sample: Sample, batch: dict[str, Any]) -> Tensor:
-    """Our loss of a collated batch, without dropout: stage 2's holds visual tokens, 1's pixels."""
-    model, visual = sample.model, batch.get("visual")
-    if visual is None:
-        values = batch["pixel_values"].to(model.device, model.dtype)
-        visual = vision.cls_tokens(model, values, batch["image_sizes"])
-    ids, labels, mask = (
-        batch[name].to(model.device) for name in ("input_ids", "labels", "attention_mask")
-    )
-    pad = sample.prompter.tokenizer.pad_token_id
-    return distillation.forward_loss(model, ids, labels, mask, visual, pad)[0]
+def evaluation(sample: Sample, rounds: int) -> dict[str, Any]:
+    """Dialogues a second, greedy answers; ours from stored visual tokens, see `encoding`."""
+    run, rows, third = sample.run, sample.dialogues, sample.dialogues[::3]
+
+    def ours(model) -> None:
+        recommendation.answer(model, sample.prompter, rows, sample.which, scored=False)
+
+    def direct(model) -> None:
+        for dialogue in third:
+            reference.answer(run, model, reference.look(run, model), dialogue)
+
+    return compare(run, rounds, {"direct": (len(third), direct), "ours": (len(rows), ours)})
 
 
-@torch.inference_mode()
-def equal(sample: Sample, few: int = 8) -> dict[str, Any]:
-    """Losses and answers of both sides. RuntimeError where one differs."""
-    run, model, prompter = sample.run, sample.model, sample.prompter
-    see, example, picture = reference.look(run, model), sample.examples[0], sample.pictures[:1]
-    two = recommendation.collator(prompter)([prompter.row(example)])
-    collate = distillation.StudentCollator(model, run.processor, run.profile, run.read_picture)
-    pairs = {
-        "stage 2": (
-            our_loss(sample, two),
-            reference.recommendation_loss(run, model, see, example),
-        ),
-        "stage 1": (
-            our_loss(sample, collate(picture)),
-            reference.description_loss(run, model, picture),
-        ),
-    }
-    losses = {}
-    for stage, (ours, direct) in pairs.items():
-        if not math.isclose(ours, direct, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
-            raise RuntimeError(
-                f"{stage}: our loss is {ours:.7f}, the direct way's {direct:.7f}: "
-                "nothing was measured"
-            )
-        losses[stage] = {"ours": float(ours), "direct": float(direct)}
-    some, unlike = sample.dialogues[:few], 0
-    answers = recommendation.answer(model, prompter, some, sample.which, scored=False)
-    for dialogue, ours in zip(some, answers, strict=True):
-        unlike += reference.answer(run, model, see, dialogue) != ours.response
-    if unlike:
-        raise RuntimeError(
-            f"{unlike} of {len(some)} answers differ from the direct way's: nothing was measured"
-        )
-    return {"losses": losses, "tolerance": TOLERANCE, "equal_answers": len(some)}
-
-
-# ---------------------------------------------------------------- speed
 def compare(
-    load: Callable[[], Any], sides: Mapping[str, tuple[int, Callable]], rounds: int
+    run: Run, rounds: int, sides: dict[str, tuple[int, Callable[[Any], None]]]
 ) -> dict[str, Any]:
-    """Units a second of every side, in turn, each on a model loaded outside the clock.
-
-    `ratio`: that of "ours" to "direct", round by round.
-    """
+    """Each side's rows a second (its rows, its work), in turn, on models loaded outside the clock;
+    `ratio`: that of "ours" to "direct", round by round."""
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
-        for name, (units, work) in sides.items():
-            speeds[name].append(units / timed(work, load()))
+        for name, (rows, work) in sides.items():
+            speeds[name].append(rows / timed(work, run.model()))
     pairs = zip(speeds["ours"], speeds["direct"], strict=True)
     return {
         "ratio": spread([ours / direct for ours, direct in pairs]),
         "a_second": {name: spread(values) for name, values in speeds.items()},
-        "units": {name: units for name, (units, _) in sides.items()},
+        "units": {name: rows for name, (rows, _) in sides.items()},
     }
 
 
-def encoding(sample: Sample, parts: Mapping[str, dict], most: int, rounds: int) -> dict[str, Any]:
-    """What our side does beforehand: items encoded a second, from their files; and what is left of
-    the ratios of `parts` with that counted in, over the profile's own number of dialogues."""
+def encoding(sample: Sample, figures: dict[str, Any], most: int) -> dict[str, Any]:
+    """What ours does beforehand: items encoded a second, from their files; and what is left of the
+    ratios with that counted in, over the profile's own number of dialogues."""
     run = sample.run
     encode = vision.file_encoder(sample.model, run.processor)
     names = sorted(set().union(*run.items.values()))[:most]
-    speeds = []
-    for i in range(rounds):
-        files = [data.image_file(run.root, name) for name in names[i::rounds]]
-        groups = list(vision.batched(files, 64))
-        speeds.append(len(files) / timed(lambda groups=groups: [encode(g) for g in groups]))
-    found: dict[str, Any] = {"items_a_second": spread(speeds), "items_encoded": len(names)}
+    groups = list(vision.batched([data.image_file(run.root, name) for name in names], 64))
+    rate = len(names) / timed(lambda: [encode(group) for group in groups])
+    found: dict[str, Any] = {"items_a_second": spread([rate]), "items_encoded": len(names)}
     for part, split in (("stage2_training", "train"), ("evaluation", "test")):
         dialogues = sum(len(run.dialogues(domain, split)) for domain in DOMAINS)
-        seconds = len(run.items[split]) / found["items_a_second"]["median"]
-        speed = {side: parts[part]["a_second"][side]["median"] for side in ("direct", "ours")}
-        ratio = (dialogues / speed["direct"]) / (dialogues / speed["ours"] + seconds)
+        speeds = figures[part]["a_second"]
+        direct, ours = (dialogues / speeds[side]["median"] for side in ("direct", "ours"))
+        ratio = direct / (ours + len(run.items[split]) / rate)
         found[split] = {"items": len(run.items[split]), "dialogues": dialogues}
-        found[split] |= {"ratio_with_encoding": float(f"{ratio:.4g}")}
+        found[split]["ratio_with_encoding"] = float(f"{ratio:.4g}")
     return found
 
 
-def result_file(machine: Mapping[str, Any], quick: bool, ending: str = "") -> Path:
+# ---------------------------------------------------------------- the file
+def result_file(machine: dict[str, Any], quick: bool, ending: str = "") -> Path:
     """`results/bench/MACHINE.json` (quick: `bench-quick/`), named by the card, or by processor and
     cores: no name of a host."""
     text = f"{machine['processor']} {machine['cores']} cores"
@@ -239,21 +215,18 @@ def result_file(machine: Mapping[str, Any], quick: bool, ending: str = "") -> Pa
 def bench(quick: bool = False, name: str = "mini") -> Path:
     """Measure everything; the path of the file written."""
     size, run = QUICK if quick else FULL, Run(name)
-    sample, rounds = Sample(run, size["count"]), size["rounds"]
-    figures: dict[str, Any] = {"equality": equal(sample)}
-    for part, (label, unit, goal) in PARTS.items():
-        figures[part] = {"unit": unit, "goal": goal}
-        figures[part] |= compare(run.model, sample.sides(part), rounds)
-        ratio = figures[part]["ratio"]
-        said = f"{label}: {ratio['median']} times ({ratio['low']} to {ratio['high']})"
-        print(said, file=sys.stderr, flush=True)
-    figures["store"] = encoding(sample, figures, size["encoded"], rounds)
-    about = provenance(run.profile, run.seed, profile_data_hash(run.profile)) | {
-        "quick": quick,
-        "rounds": rounds,
-        "threads": torch.get_num_threads(),
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    sample, figures = Sample(run, size["count"]), {}
+    figures["equality"] = equal(sample)
+    for measure in (stage2_training, evaluation, stage1_training):
+        label, unit, goal = PARTS[measure.__name__]
+        found = {"unit": unit, "goal": goal} | measure(sample, size["rounds"])
+        times = "{median} times ({low} to {high})".format(**found["ratio"])
+        print(f"{label}: {times}", file=sys.stderr, flush=True)
+        figures[measure.__name__] = found
+    figures["store"] = encoding(sample, figures, size["encoded"])
+    about = provenance(run.profile, run.seed, profile_data_hash(run.profile))
+    about |= {"quick": quick, "rounds": size["rounds"], "threads": torch.get_num_threads()}
+    about["card"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     ratios = {part: figures[part]["ratio"]["median"] for part in PARTS}
     path = result_file(about["machine"], quick)
     write_json(path, {"provenance": about, "ratios": ratios, "figures": figures})
@@ -266,21 +239,19 @@ def speed_block(path: Path) -> str:
     about, figures = found["provenance"], found["figures"]
     lines = ["| | direct way | ours | times (range) | goal |", "| --- | --- | --- | --- | --- |"]
     for part, (label, unit, _) in PARTS.items():
-        speed, ratio = figures[part]["a_second"], figures[part]["ratio"]
-        sides = f"{speed['direct']['median']:.3g} | {speed['ours']['median']:.3g}"
-        times = f"{ratio['median']:.3g} ({ratio['low']:.3g} to {ratio['high']:.3g})"
+        speeds, ratio = figures[part]["a_second"], figures[part]["ratio"]
+        sides = f"{speeds['direct']['median']:.3g} | {speeds['ours']['median']:.3g}"
+        times = "{median:.3g} ({low:.3g} to {high:.3g})".format(**ratio)
         lines.append(f"| {label}, {unit} | {sides} | {times} | {figures[part]['goal']} |")
     store, machine, versions = figures["store"], about["machine"], about["versions"]
     where = about["card"] or f"{machine['processor']}, {machine['cores']} cores"
-    lines += [
-        "",
-        f"Encoding an item's image once: {store['items_a_second']['median']:.3g} items a second; "
-        f"with that counted in, stage 2 training is {store['train']['ratio_with_encoding']:.3g} "
-        f"times and evaluation {store['test']['ratio_with_encoding']:.3g} times as fast.",
+    return "\n".join(lines) + (
+        f"\n\nEncoding an item's image once: {store['items_a_second']['median']:.3g} items a "
+        f"second; with that counted in, stage 2 training is "
+        f"{store['train']['ratio_with_encoding']:.3g} times and evaluation "
+        f"{store['test']['ratio_with_encoding']:.3g} times as fast.\n"
         f"Medians of {about['rounds']} interleaved runs with equal losses and answers on both "
-        "sides.",
-        f"*{about['tier']}, profile {about['profile']}, {where}; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; code {about['code_hash'][:7]}.*",
-        "",
-    ]
-    return "\n".join(lines)
+        f"sides.\n*{about['tier']}, profile {about['profile']}, {where}; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"code {about['code_hash'][:7]}.*\n"
+    )
