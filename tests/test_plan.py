@@ -20,7 +20,7 @@ from lavic_utils import recommendation as rec
 from lavic_utils import runs, training, vision
 from lavic_utils.__main__ import main
 from lavic_utils.bench import memory, plan
-from lavic_utils.config import UserError, load_profile
+from lavic_utils.config import PACKAGE, UserError, load_profile
 from lavic_utils.mini import model as minimodel
 
 MINI, T4, PAPER = (load_profile(name) for name in ("mini", "t4", "paper"))
@@ -246,49 +246,22 @@ def test_the_card_of_this_machine_is_asked(monkeypatch):
         plan.plan(PAPER)
 
 
-STARTS = {
-    "teacher": lambda run: run.teach(),
-    "distillation": lambda run: run.distil(),
-    "recommendation": lambda run: run.tune("LaViC", "beauty"),
-    "inference": lambda run: run.model(),
-}
-
-
-@pytest.mark.parametrize("stage", STARTS)
-@pytest.mark.parametrize(
-    ("gib", "spread", "refused"),
-    [(1, False, True), (80, False, False), (1, True, None), (None, False, False)],
-)
-def test_a_stage_is_refused_before_anything_is_read(
-    monkeypatch, tmp_path, stage, gib, spread, refused
-):
-    """On a faked card that is too small, in one line; on a large one or none (controls) data or model are asked for; training
-    that is spread over cards (FSDP) is not judged."""
-    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
-    monkeypatch.setattr(runs.Run, "data_hash", "steady")
-    run = runs.Run("mini")
-
-    def reached(*_):
-        raise UserError("reached")
-
-    monkeypatch.setattr(runs.Run, "root", property(reached))
-    monkeypatch.setattr(vision, "load_model", reached)
+@pytest.mark.parametrize("stage", memory.STAGES)
+@pytest.mark.parametrize(("gib", "refused"), [(1, True), (80, False), (None, False)])
+def test_a_stage_is_refused_before_anything_is_loaded(monkeypatch, stage, gib, refused):
+    """On a faked card that is too small, in one line; not on a large one or none (controls)."""
     if gib:
         card = SimpleNamespace(name="Small", total_memory=gib * 2**30)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
-    if spread:
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        refused = stage != "recommendation"
-        stage_refused = (
-            "teacher" if stage == "distillation" else stage
-        )  # one card writes the descriptions
-    else:
-        stage_refused = stage
+    monkeypatch.setattr(vision, "load_model", lambda profile: pytest.fail("loaded"))
+    if not refused:
+        assert plan.refuse_here(MINI, stage) is None
+        return
+    one_line = rf"profile mini does not fit a card of 1 GiB \(Small\): {stage} needs [0-9.]+ GiB .*"
     with pytest.raises(UserError) as said:
-        STARTS[stage](run)
-    one_line = rf"profile mini does not fit a card of 1 GiB \(Small\): {stage_refused} needs [0-9.]+ GiB .*"
-    assert re.fullmatch(one_line if refused else "reached", str(said.value))
+        plan.refuse_here(MINI, stage)
+    assert re.fullmatch(one_line, str(said.value))
 
 
 def test_a_refused_run_ends_with_one_line(monkeypatch, tmp_path, capsys):
@@ -314,7 +287,6 @@ def test_the_plan_as_json_has_everything(capsys, name):
         "trainable",
         "download_gb",
         "disk_gb",
-        "tokens",
         "memory_gib",
         "hours",
         "fits",
@@ -338,36 +310,15 @@ def test_the_plan_as_json_has_everything(capsys, name):
         assert rows["1 image an item"]["hours saved"] > rows["2 images an item"]["hours saved"] > 0
 
 
-def test_work_is_counted_where_the_data_is(tmp_path):
-    folder = tmp_path / "all_beauty"
-    folder.mkdir()
-    row = {
-        "context": "<submission>a red jar</submission>\n",
-        "context_items": [],
-        "gt": "this",
-        "gt_items": ["B000000001"] * 2,
-        "candidates_st": [f"B00000000{i}" for i in range(10)],
-        "candidates_gpt_large": [f"B00000000{i}" for i in range(10)],
-    }
-    for split, number in (("train", 3), ("test", 2)):
-        (folder / f"{split}.jsonl").write_text(
-            "".join(json.dumps({**row, "gt": f"this {i}"}) + "\n" for i in range(number))
-        )
-    link = {"large": "https://example.org/1.jpg"}
-    catalogue = {f"B00000000{i}": {"title": "A jar", "images": [link] * (i + 1)} for i in range(3)}
-    (tmp_path / "item2meta_train.json").write_text(json.dumps(catalogue))
-    one = {
-        "title": "A mug",
-        "image_name": "B000000011_0.jpg",
-        "image": "https://example.org/2.jpg",
-        "image_description_llava_cleaned": "red and round",
-    }
-    (tmp_path / "item2meta_valid.jsonl").write_text(json.dumps(one) + "\n")
-    found = plan.work(PAPER, tmp_path)
-    assert (found.images, found.items, found.examples, found.test) == (6, 3, 3, 2)
-    assert 100 < found.prompt < 500 and found.described == 3
-    assert plan.work(changed(PAPER, "distillation", images_per_item=1), tmp_path).images == 3
-    assert plan.work(PAPER, None) == plan.ASSUMED._replace(source=plan.work(PAPER, None).source)
+def test_fewer_images_an_item_are_less_work():
+    assert plan.work(PAPER) == plan.ASSUMED
+    for images, expected in ((1, 15_226), (2, 30_452), (9, 81_000)):
+        found = plan.work(changed(PAPER, "distillation", images_per_item=images))
+        assert found == plan.ASSUMED._replace(images=expected)
+    published = json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))["dataset"]
+    assert plan.ASSUMED.items == sum(row["items"] for row in published.values())
+    world = plan.work(MINI)  # two shards of 192 items a domain, one image each
+    assert (world.images, world.items, world.test) == (1152, 1152, 1200)
 
 
 def test_hours_agree_with_the_one_outside_figure():
