@@ -1,5 +1,5 @@
-"""`bench gpu` on the mini configuration without a card: its file, its batches, what runs out of memory. No test depends on a
-clock; a card is not needed and not used."""
+"""`bench gpu` on the mini configuration, without a card and without a clock: its file, its batches,
+what runs out of memory."""
 
 from __future__ import annotations
 
@@ -25,16 +25,13 @@ SMALL = bench_gpu.small(PAPER)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name, value in (("WARM", 0), ("REPEATS", 1)):
+    for name, value in (("WARM", 0), ("REPEATS", 1), ("ITEMS", 2)):
         monkeypatch.setattr(bench_gpu, name, value)
 
 
 @pytest.fixture
-def true_size(monkeypatch):
-    """The 7B model's configuration; its adapters, which take seconds to count, are left out on both sides."""
-    monkeypatch.setattr(
-        memory, "trainables", lambda profile: {"distillation": 0, "recommendation": 0}
-    )
+def true_size():
+    """The 7B model's configuration."""
     return memory.skeleton(PAPER.model_path).config
 
 
@@ -58,7 +55,7 @@ def written(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAVIC_RESULTS", str(tmp_path_factory.mktemp("gpu")))
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        for name, value in (("WARM", 0), ("REPEATS", 1)):
+        for name, value in (("WARM", 0), ("REPEATS", 1), ("ITEMS", 2)):
             patch.setattr(bench_gpu, name, value)
         every = bench_gpu.cases
         patch.setattr(bench_gpu, "cases", lambda *a: every(*a)[::2])  # some of each stage
@@ -74,21 +71,14 @@ def test_the_file_says_what_it_is_and_has_every_row(written):
         and written.parent.name == "bench-quick"
     )
     assert written.name.endswith("-cores-t4-gpu.json")
-    assert (found["card"], found["cap_gb"], found["four_bits"]) == (
-        None,
-        None,
-        "not asked for",
-    )
-    assert {row["stage"] for row in found["steps"]} == {
-        "distillation",
-        "recommendation",
-        "inference",
-    }
+    assert found["card"] is found["cap_gb"] is None and found["four_bits"] == "not asked for"
+    assert [row["stage"] for row in found["steps"]] == ["distillation", *["recommendation"] * 3] + [
+        "inference"
+    ]
     for row in found["steps"]:
         assert row["predicted_gib"] > 0 and len(row["seconds"]["runs"]) == 1
-        assert (
-            row["measured_gib"] is row["ratio"] is row["out_of_memory"] is None
-        )  # no card, no peak
+        assert row["measured_gib"] is row["ratio"] is row["out_of_memory"] is None  # no card
+    assert found["encoding"]["items_a_second"]["median"] > 0
 
 
 def test_the_readme_takes_it_without_taking_it_for_a_bench_file(written, tmp_path, monkeypatch):
@@ -156,6 +146,7 @@ def test_cls_keeps_less_than_entire_tokens_and_checkpointing_less_than_none(tune
     bench_gpu.train(tuned, SMALL, named(SMALL, tuned.config, "stage 2, [CLS], mean prompt"), 2)
     moved = [name for name, p in tuned.named_parameters() if "lora_B" in name and p.any()]
     assert moved and all("language_model" in name for name in moved)  # the steps were real ones
+    assert "_is_accelerate_prepared" not in tuned.__dict__  # else no autocast in the next case
 
 
 def test_a_batch_is_what_the_stage_reads(model):

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration, TrainerCallback
 
 from lavic_utils import training, vision
@@ -35,7 +36,7 @@ from lavic_utils.recommendation import LANGUAGE_LINEAR, Read, RecommendationTrai
 
 CAPS = {"t4": 15e9}  # bytes a process may take: 16 GB less what the driver and the context hold
 WARM, REPEATS, HALVINGS = 2, 5, 6
-CANDIDATES, TILES, PAD = 10, 5, 0  # of square images
+ITEMS, CANDIDATES, TILES, PAD = 16, 10, 5, 0  # items encoded at once; tiles of square images
 ONE, TWO, ANSWERS = "distillation", "recommendation", "inference"
 
 
@@ -113,6 +114,12 @@ def random_model(profile: Profile) -> LlavaNextForConditionalGeneration:
     return vision.load(kind, profile, "random weights", None)
 
 
+def pixels(config, rows: int) -> tuple[Tensor, Tensor]:
+    """Square images of noise, as `vision.pixels` gives them."""
+    side = config.vision_config.image_size
+    return torch.randn(rows, TILES, 3, side, side), torch.tensor([[2 * side, 2 * side]] * rows)
+
+
 def prompts(config, rows: int, case: Case) -> dict[str, Any]:
     """A batch as the stages' collators make it, of random ids; stage 1's has pixels, the others'
     stored visual tokens."""
@@ -125,9 +132,7 @@ def prompts(config, rows: int, case: Case) -> dict[str, Any]:
     labels[:, : case.tokens - case.target] = IGNORE
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     if case.stage == ONE:
-        side = config.vision_config.image_size
-        batch["pixel_values"] = torch.randn(rows, TILES, 3, side, side)
-        batch["image_sizes"] = torch.tensor([[2 * side, 2 * side]] * rows)
+        batch["pixel_values"], batch["image_sizes"] = pixels(config, rows)
     else:
         batch["visual"] = [torch.randn(visual, text.hidden_size) for _ in range(rows)]
     return batch
@@ -169,6 +174,7 @@ def train(tuned, profile: Profile, case: Case, steps: int) -> list[float]:
             trainer.train()
         finally:  # the next trainer finds the model as this one did
             trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)
+            tuned.__dict__.pop("_is_accelerate_prepared", None)  # or it would not autocast again
             tuned.zero_grad()
     return clock.seconds
 
@@ -235,6 +241,20 @@ def measure(tuned, profile: Profile, case: Case) -> dict[str, Any]:
     return found
 
 
+def encode(student, steps: int) -> list[float]:
+    """Seconds of so many batches of items, from pixels to stored [CLS] tokens."""
+    values, sizes = pixels(student.config, ITEMS)
+    return [timed(vision.encode, student, range(ITEMS), values, sizes) for _ in range(steps)]
+
+
+def encoding(student) -> dict[str, Any]:
+    """Items encoded a second, and the peak; no rate where memory runs out."""
+    seconds, peak = attempt(encode, student, WARM + REPEATS)
+    rates = spread([ITEMS / s for s in seconds[WARM:]]) if seconds else None
+    found = {"items_at_once": ITEMS, "measured_gib": peak and round(peak, 3)}
+    return found | {"items_a_second": rates}
+
+
 # ---------------------------------------------------------------- the file
 def small(profile: Profile) -> Profile:
     """The profile with the mini model and its lengths, one row at a time, on this machine."""
@@ -280,20 +300,23 @@ def bench_gpu(name: str = "paper", tiny: bool = False) -> Path:
         "parameters": count(skeleton(profile.model_path)).all,
         "warm_up": WARM,
         "steps": [],
+        "encoding": None,
     }
-    for stage in (ONE, TWO, ANSWERS):
-        if stage == ONE:
-            tuned = training.add_adapter(model, profile.distillation.lora, VISION_LINEAR)
-        elif stage == TWO:
-            lora = profile.recommendation.lora
-            tuned = training.add_adapter(tuned.unload(), lora, LANGUAGE_LINEAR)
-        else:
-            model.set_attn_implementation("sdpa")  # as a model has it that is loaded to answer
-            tuned.eval()
+
+    def measure_all(tuned, stage: str) -> None:
         for case in cases(profile, model.config):
             if case.stage == stage:
                 found["steps"].append(measure(tuned, profile, case))
                 write_json(path, found)  # what is measured is kept
+
+    tuned = training.add_adapter(model, profile.distillation.lora, VISION_LINEAR)
+    measure_all(tuned, ONE)
+    model.set_attn_implementation("sdpa")  # as a model has it that is loaded to encode or to answer
+    found["encoding"] = encoding(tuned.eval())
+    tuned = training.add_adapter(tuned.unload(), profile.recommendation.lora, LANGUAGE_LINEAR)
+    measure_all(tuned, TWO)
+    model.set_attn_implementation("sdpa")
+    measure_all(tuned.eval(), ANSWERS)
     return path
 
 

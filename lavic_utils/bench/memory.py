@@ -120,8 +120,9 @@ def saved_bytes(side, half: int, lora: Lora | None, mask: int) -> int:
 def training(config, profile: Profile, stage: str, half: int, cuda: bool) -> dict[str, float]:
     """Bytes beside weights and adapter at the peak of a training step, longest prompts.
 
-    activations: `saved_bytes` for every token and layer; with checkpointing one layer's input each
-      and half as much again as one whole layer, which is computed anew and carries gradients.
+    activations: `saved_bytes` for every token and layer, and half a layer of the language model at
+      work; with checkpointing one layer's input each and half as much again as one whole layer,
+      which is computed anew and carries gradients.
     logits: for the target's positions only: half precision, float32, log-softmax, gradient.
     """
     text, sight, own = config.text_config, config.vision_config, getattr(profile, stage)
@@ -142,6 +143,8 @@ def training(config, profile: Profile, stage: str, half: int, cuda: bool) -> dic
         held += side.num_hidden_layers * tokens * of_a_token
     if own.gradient_checkpointing:
         held += 1.5 * max(tokens * kept for _, tokens, kept in sides)
+    else:
+        held += 0.5 * sides[0][1] * sides[0][2]
     positions = own.batch_size * (own.max_new_tokens + 1)
     return {"activations": held, "logits": positions * text.vocab_size * (half + 12)}
 
@@ -150,7 +153,8 @@ def reading(config, profile: Profile, stage: str, half: int) -> dict[str, float]
     """Bytes beside weights and adapter at the peak of a batch of descriptions or answers.
 
     cache: keys and values. work: one layer's largest intermediates (and CLIP's hidden states, all
-    of which the library keeps while the teacher looks).
+    of which the library keeps while the teacher looks). Adapters in float32 beside weights in half
+    precision read a copy of their input in float32.
     """
     text, sight = config.text_config, config.vision_config
     one, two = profile.distillation, profile.recommendation
@@ -162,10 +166,12 @@ def reading(config, profile: Profile, stage: str, half: int) -> dict[str, float]
     else:
         rows, logits, seen = two.eval_batch_size, SCORED, 0
         length = two.max_length + SCORED
-    layer = rows * length * half * (3 * text.intermediate_size + 6 * text.hidden_size)
+    layer = half * (3 * text.intermediate_size + 6 * text.hidden_size)
+    if stage == "inference" and half < 4:
+        layer += 4 * text.intermediate_size
     return {
         "cache": cache_bytes(text, half, rows * length),
-        "work": max(seen, layer),
+        "work": max(seen, rows * length * layer),
         "logits": rows * logits * text.vocab_size * (half + 8),
     }
 

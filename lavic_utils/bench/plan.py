@@ -61,6 +61,11 @@ ASSUMED = Work(
     test=1_970,
     described=115,
 )
+# Seconds that a pass takes at least, training or answering: the host starts its kernels one by one.
+# Measured on an H200 with random weights (results/bench/nvidia-h200-paper-gpu.json): steps of 2 and
+# 3 passes took 0.31 and 0.55 s whatever their length up to 2,048 tokens, a batch of answers 1.1 s
+# for about 15 passes. Other hosts differ.
+LEAST = {"train": 0.16, "answer": 0.07}
 # One replication, domain Home, one A100 (yousef-moustafa/ds8008-group8-lavic), by images an item.
 LEVERS = {
     "1 image an item": ".1662/.9651 against .2443/.9919 with all images (one replication, Home)",
@@ -120,15 +125,19 @@ def work(profile: Profile) -> Work:
     return found._replace(images=min(found.images, (images or found.images) * found.items))
 
 
-def pass_seconds(profile: Profile, card: Card, seen: float, read: float) -> float:
+def pass_seconds(
+    profile: Profile, card: Card, seen: float, read: float, kind: str = "answer"
+) -> float:
     """Seconds of a pass of one batch: `seen` tokens through the vision side, `read` through the
     language model. 2 FLOP a parameter and token; attention's own products are left out (under 5 %).
-    At least the time to read the weights; 4-bit weights are unpacked, written and read first."""
+    At least the time to read the weights, and `LEAST`; 4-bit weights are unpacked, written and read
+    first."""
     n, half = count(skeleton(profile.model_path)), number_bytes(profile)
     compute = 2 * (n.vision * seen + n.quantisable * read) / (card.tflops * 1e12)
     weights = n.vision * (seen > 0) + n.quantisable * (read > 0)
     unpacked = 4.56 * n.quantisable * (profile.quantize_4bit and read > 0)
-    return max(compute, half * weights / (card.gb_s * 1e9)) + unpacked / (card.gb_s * 1e9)
+    seconds = max(compute, half * weights / (card.gb_s * 1e9)) + unpacked / (card.gb_s * 1e9)
+    return max(seconds, LEAST[kind])
 
 
 def write_seconds(profile: Profile, card: Card, rows: int, tokens: float, length: float) -> float:
@@ -155,13 +164,14 @@ def hours(profile: Profile, todo: Work, card: Card) -> dict[str, float]:
     seconds["teacher"] = todo.images / rows * batch * (one.descriptions == "write")
 
     rows, passes = one.batch_size, 2 + one.gradient_checkpointing
-    batch = passes * pass_seconds(profile, card, rows * tiles, rows * (title + todo.described))
+    length = title + todo.described
+    batch = passes * pass_seconds(profile, card, rows * tiles, rows * length, "train")
     seconds["distillation"] = one.epochs * todo.images / rows * batch
 
     seconds["encoding items"] = todo.items / 64 * pass_seconds(profile, card, 64 * tiles, 0)
 
     rows, passes = two.batch_size, 2 + two.gradient_checkpointing
-    batch = passes * pass_seconds(profile, card, 0, rows * todo.prompt)
+    batch = passes * pass_seconds(profile, card, 0, rows * todo.prompt, "train")
     seconds["recommendation"] = two.epochs * todo.examples / rows * batch
 
     rows = two.eval_batch_size
