@@ -363,6 +363,9 @@ def test_memory_measured_on_a_card_is_within_a_twentieth_of_what_is_foreseen(pro
         case = card.Case(*(row[name] for name in card.Case._fields))
         foreseen = card.predicted(profile, case)
         assert row["measured_gib"] == pytest.approx(foreseen, rel=0.05), row["name"]
+        if case.stage != "inference":  # negative control
+            wrong = card.predicted(profile, case._replace(checkpointing=not case.checkpointing))
+            assert row["measured_gib"] != pytest.approx(wrong, rel=0.05)
     assert found["encoding"]["items_at_once"] == card.ITEMS
     if profile is T4:
         most = memory.memories(profile)["inference"]["total"]

@@ -58,11 +58,8 @@ def cases(profile: Profile, config) -> list[Case]:
     described = min(one.max_new_tokens, round(ASSUMED.described))
     longest = min(one.max_length, TITLE + one.max_new_tokens)
     mean = min(two.max_length, round(ASSUMED.prompt))
-    cls, entire, kept = (
-        CANDIDATES * TILES,
-        CANDIDATES * full_tokens(config),
-        one.gradient_checkpointing,
-    )
+    cls, entire = CANDIDATES * TILES, CANDIDATES * full_tokens(config)
+    kept = one.gradient_checkpointing
     found = [
         Case("stage 1, mean text", ONE, TITLE // 2 + described, TILES, described, kept),
         Case("stage 1, longest text", ONE, longest, TILES, longest - TITLE, kept),
