@@ -1,12 +1,12 @@
-"""`make bench`: equality before speed, its structure, and what each figure stands for. No test here depends on a clock."""
+"""`make bench`: equality before speed, and what each figure stands for. No clock is judged."""
 
 from __future__ import annotations
 
 import json
-import math
 import platform
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +15,11 @@ from PIL import Image
 
 from lavic_utils import data, vision
 from lavic_utils.__main__ import main
-from lavic_utils.bench import growth
-from lavic_utils.bench import reference as direct
-from lavic_utils.bench import speed as bench
-from lavic_utils.bench import stages as bench_model
-from lavic_utils.config import PACKAGE, UserError
+from lavic_utils.bench import reference, speed
+from lavic_utils.config import PACKAGE, ROOT
 from lavic_utils.experiment import Experiment
+
+REAL = data.open_image
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +35,8 @@ def profile(tmp_path_factory) -> str:
         "valid_dialogues": 3,
         "test_dialogues": 12,
     }
-    (folder / "small.yaml").write_text(
-        yaml.safe_dump(settings | {"name": "small"}), encoding="utf-8"
-    )
+    settings["name"], settings["recommendation"]["batch_size"] = "small", 2
+    (folder / "small.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     patch.setenv("LAVIC_RESULTS", str(folder / "results"))
     patch.setenv("LAVIC_WORLD", str(folder / "data"))
     yield str(folder / "small.yaml")
@@ -46,9 +44,9 @@ def profile(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured(profile) -> bench_model.Bench:
-    made = bench_model.Bench(Experiment(profile), count=9, rounds=2)
-    assert len(made.rows) == 9
+def sample(profile) -> speed.Sample:
+    made = speed.Sample(Experiment(profile), count=9)
+    assert len(made.pictures) == len(made.examples) == len(made.dialogues) == 9
     return made
 
 
@@ -58,197 +56,121 @@ def turned(path: Path) -> Image.Image | None:
     return REAL(files[(files.index(path) + 1) % len(files)]) if path in files else None
 
 
-REAL = data.open_image
-
-
 # ---------------------------------------------------------------- equality
-def test_the_direct_way_gives_the_same_losses_and_answers(measured):
-    found = measured.equal()
+def test_the_direct_way_gives_the_same_losses_and_answers(sample):
+    found = speed.equal(sample)
     assert found["equal_answers"] == 8 and set(found["losses"]) == {"stage 1", "stage 2"}
 
 
-def test_swapped_images_stop_the_bench(measured, monkeypatch):
+def test_swapped_images_stop_the_bench(sample, monkeypatch):
     monkeypatch.setattr(data, "open_image", turned)
-    with pytest.raises(RuntimeError, match="stage 2: our loss.*nothing was measured"):
-        measured.equal()
-    monkeypatch.setattr(math, "isclose", lambda *a, **k: True)  # the answers alone notice it too
-    with pytest.raises(RuntimeError, match="answers differ.*nothing was measured"):
-        measured.equal()
+    with pytest.raises(RuntimeError, match=r"stage 2: .*losses differ, nothing was measured"):
+        speed.equal(sample)
+    monkeypatch.setattr(speed, "TOLERANCE", 1e9)  # the answers alone notice it too
+    with pytest.raises(RuntimeError, match=r"answers differ.*nothing was measured"):
+        speed.equal(sample)
 
 
-def test_a_swapped_image_changes_stage_1(measured):
-    rows = [measured.rows[0], replace(measured.rows[0], path=measured.rows[1].path)]
-    with torch.inference_mode():
-        ours = float(Student(measured.model)(**measured.stage1_batch(rows[:1]))["loss"])
-        plain, swapped = (
-            float(direct.description_loss(measured.run, measured.model, [row])) for row in rows
-        )
-    assert ours == pytest.approx(plain, abs=1e-5) and ours != pytest.approx(swapped, abs=1e-3)
+def test_a_swapped_image_stops_stage_1(sample, monkeypatch):
+    pictures = sample.pictures
+    wrong = [replace(pictures[0], path=pictures[1].path)]
+    real = reference.description_loss
+    swapped = lambda run, model, rows: real(run, model, wrong)  # noqa: E731
+    monkeypatch.setattr(reference, "description_loss", swapped)
+    with pytest.raises(RuntimeError, match=r"stage 1: .*losses differ, nothing was measured"):
+        speed.equal(sample)
 
 
-def test_the_direct_way_encodes_the_padding_and_ours_does_not(measured):
+def test_the_direct_way_encodes_the_padding_and_ours_does_not(sample):
     seen = []
-    hook = measured.model.model.vision_tower.register_forward_pre_hook(
+    hook = sample.model.model.vision_tower.register_forward_pre_hook(
         lambda module, args: seen.append(len(args[0]))
     )
     wide = Image.effect_noise((144, 72), 50).convert("RGB")
-    plain = direct.cls_of_five(measured.model, measured.run.processor, [wide])
-    ours = vision.cls_tokens(measured.model, *vision.pixels(measured.run.processor, [wide]))
+    plain = reference.cls_of_five(sample.model, sample.run.processor, [wide])
+    ours = vision.cls_tokens(sample.model, *vision.pixels(sample.run.processor, [wide]))
     hook.remove()
     assert seen == [5, 3] and len(plain[0]) == len(ours[0]) == 3
-    assert torch.allclose(plain[0], ours[0], atol=1e-5) and not torch.allclose(
-        plain[0].flip(0), ours[0], atol=1e-3
-    )
+    assert torch.allclose(plain[0], ours[0], atol=1e-5)
+    assert not torch.allclose(plain[0].flip(0), ours[0], atol=1e-3)
 
 
-def test_direct_training_moves_the_right_side_alone(measured):
-    for train, rows, side, other in (
-        (
-            lambda model, rows: direct.fine_tune(measured.run, model, measured.stored, rows),
-            measured.examples[:1],
-            "language_model",
-            "vision_tower",
-        ),
-        (
-            lambda model, rows: direct.distil(measured.run, model, rows),
-            measured.rows[:2],
-            "vision_tower",
-            "language_model",
-        ),
+def test_direct_training_moves_the_right_side_alone(sample):
+    run, one, two = sample.run, sample.run.model(), sample.run.model()
+    reference.distil(run, one, sample.pictures[:2])
+    reference.fine_tune(run, two, reference.look(run, two), sample.examples[:1])
+    for model, side, other in (
+        (one, "vision_tower", "language_model"),
+        (two, "language_model", "vision_tower"),
     ):
-        model = measured.run.model()
-        train(model, rows)
-        moved = {
-            name for name, p in model.named_parameters() if "lora_B" in name and p.abs().sum() > 0
-        }
+        named = [(name, p) for name, p in model.named_parameters() if "lora_B" in name]
+        moved = {name for name, p in named if p.any()}
         assert any(side in name for name in moved) and not any(other in name for name in moved)
 
 
 # ---------------------------------------------------------------- measuring
 def test_sides_are_run_in_turn_and_compared_round_by_round(monkeypatch):
     seconds, order = iter([4, 1, 9, 1, 6, 3]), []
-    monkeypatch.setattr(bench_model, "timed", lambda work: (work(), next(seconds))[1])
-    found = bench_model.compare(
-        {
-            "direct": (2, lambda: lambda: order.append("direct")),
-            "ours": (4, lambda: lambda: order.append("ours")),
-        },
-        rounds=3,
-    )
-    assert order == ["direct", "ours"] * 3
+    monkeypatch.setattr(speed, "timed", lambda work, model: (work(model), next(seconds))[1])
+    run = SimpleNamespace(model=iter("abcdef").__next__)
+    sides = {
+        "direct": (2, lambda model: order.append(f"direct, {model}")),
+        "ours": (4, lambda model: order.append(f"ours, {model}")),
+    }
+    found = speed.compare(run, 3, sides)
+    assert [step[:-3] for step in order] == ["direct", "ours"] * 3
+    assert [step[-1] for step in order] == list("abcdef")  # a model of its own each time
     assert found["ratio"] == {"median": 8, "low": 4, "high": 18, "runs": [8, 18, 4]}
-    assert found["a_second"]["ours"]["median"] == 4 and found["a_second"]["direct"][
-        "low"
-    ] == pytest.approx(2 / 9, abs=1e-4)
-
-
-def test_peak_memory_is_what_tensors_take():
-    x = torch.zeros(2**20)  # 4 MiB
-
-    def chain() -> None:
-        y = x + 1
-        y = y + 1  # two at once, never three
-        y = y + 1
-
-    assert bench_model.peak_bytes(chain) == pytest.approx(2 * 2**22, abs=100)  # and a scalar or two
-    assert bench_model.peak_bytes(lambda: [x + 1, x + 1, x + 1]) == pytest.approx(
-        3 * 2**22, abs=100
-    )
-
-
-def test_entire_tokens_and_more_candidates_take_more_tokens_and_memory(measured):
-    some = growth.series(measured, vision.cls_tokens, "candidates", (2, 4))
-    entire = growth.series(measured, vision.full_tokens, "candidates", (2, 4))
-    for name in ("prompt_tokens", "training_peak_mib"):
-        assert some[0][name] < some[1][name] < entire[1][name] and some[0][name] < entire[0][name]
-    longer = growth.series(measured, vision.cls_tokens, "words", (20, 60))
-    assert (
-        40 <= longer[1]["prompt_tokens"] - longer[0]["prompt_tokens"] <= 60
-    )  # a mark is a token of its own
+    assert found["a_second"]["ours"]["median"] == 4
+    assert found["a_second"]["direct"]["low"] == pytest.approx(2 / 9, abs=1e-4)
 
 
 # ---------------------------------------------------------------- the whole
-def test_the_file_holds_what_the_readme_needs(profile, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        bench,
-        "QUICK",
-        bench.QUICK | {"candidates": (2, 3), "words": (5, 9), "catalogues": (10, 20)},
-    )
-    path = bench.bench(quick=True, name=profile)
-    found = json.loads(path.read_text(encoding="utf-8"))
-    assert path.parent.name == "bench-quick" and "stage2_training: " in capsys.readouterr().err
-    assert set(found["ratios"]) == {"stage2_training", "evaluation", "stage1_training", "crawl"}
+def test_the_file_holds_what_the_readme_needs(profile, capsys, monkeypatch):
+    monkeypatch.setitem(speed.QUICK, "count", 5)
+    path = speed.bench(quick=True, name=profile)
+    text = path.read_text(encoding="utf-8")
+    found = json.loads(text)
+    about, figures = found["provenance"], found["figures"]
+    assert path.parent.name == "bench-quick" and "stage 2 training: " in capsys.readouterr().err
+    assert set(found["ratios"]) == {"stage2_training", "evaluation", "stage1_training"}
+    assert set(figures) == {"equality", "store", *found["ratios"]}
     for part, ratio in found["ratios"].items():
-        figure = found["figures"][part]
-        assert (
-            ratio == figure["ratio"]["median"]
-            and figure["ratio"]["low"] <= ratio <= figure["ratio"]["high"]
-        )
-        assert all(
-            len(side["runs"]) == found["provenance"]["rounds"]
-            for side in figure["a_second"].values()
-        )
-    assert (
-        set(found["figures"]) == {"equality", *bench.PARTS}
-        and found["figures"]["reproduce"] is None
-    )
-    assert {"code_hash", "versions", "machine", "tier", "threads", "card"} <= set(
-        found["provenance"]
-    )
-    work = found["figures"]["work"]
-    for stage in ("stage1_training", "stage2_training", "evaluation"):
-        full = found["ratios"][stage] / work[stage]["share"]["float32"]
-        assert found["figures"][stage]["ratio_at_full_rate"] == pytest.approx(full, rel=1e-3)
-        assert work[stage]["flop"] > 1e6 and sum(
-            work[stage]["time_by_operator"].values()
-        ) == pytest.approx(1, abs=0.01)
-    host = platform.node()
-    assert f'"{host}"' not in path.read_text(encoding="utf-8") and path.stem == bench.machine_name(
-        found["provenance"]["machine"]
-    )
-    with Image.open(path.with_suffix(".png")) as figure:
-        assert "tier: mini run" in figure.text["Description"]
-    block = bench.speed_block(path)
-    assert (
-        f"| evaluation, dialogues a second | {found['figures']['evaluation']['a_second']['direct']['median']:.3g} |"
-        in block
-    )
-    assert (
-        "| 20 |" in block
-        and "*mini run, profile small, " in block
-        and f"torch {torch.__version__.split('+')[0]}" in block
-    )
+        spread = figures[part]["ratio"]
+        assert spread["low"] <= spread["median"] == ratio <= spread["high"]
+        for side in figures[part]["a_second"].values():
+            assert len(side["runs"]) == about["rounds"]
+    assert {"code_hash", "versions", "machine", "tier", "threads", "card"} <= set(about)
+    assert f'"{platform.node()}"' not in text
+    assert path == speed.result_file(about["machine"], quick=True)
+    block = speed.speed_block(path)
+    direct = figures["evaluation"]["a_second"]["direct"]["median"]
+    assert f"| evaluation, dialogues a second | {direct:.3g} |" in block and "| 20 |" in block
+    assert "*mini run, profile small, " in block
+    assert f"torch {torch.__version__.split('+')[0]}" in block
 
 
-def test_the_record_of_a_reproduction_is_taken_over(profile, monkeypatch):
-    assert bench.reproduced(profile) is None
-    record = {"01_x": {"seconds": 2.5}, "02_y": {"seconds": 4.0}}
-    monkeypatch.setattr("lavic_utils.repro.driver.read_run", lambda folder: record)
-    found = bench.reproduced(profile)
-    assert found == {
-        "seconds": {"01_x": 2.5, "02_y": 4.0},
-        "total_seconds": 6.5,
-        "up_to_date_seconds": None,
-    }
+def test_counting_the_encoding_in_lowers_a_ratio(sample):
+    speeds = {"direct": {"median": 1.0}, "ours": {"median": 4.0}}
+    parts = {name: {"a_second": speeds} for name in ("stage2_training", "evaluation")}
+    found = speed.encoding(sample, parts, most=16)
+    for split in ("train", "test"):
+        rows, items = found[split]["dialogues"], found[split]["items"]
+        seconds = items / found["items_a_second"]["median"]
+        expected = rows / (rows / 4 + seconds)
+        assert found[split]["ratio_with_encoding"] == pytest.approx(expected, rel=1e-3)
+        assert 0 < expected < 4 and rows == 3 * 12
+
+
+def test_a_committed_file_of_an_earlier_version_is_still_read():
+    block = speed.speed_block(ROOT / "results" / "bench" / "amd-epyc-2-cores.json")
+    assert (
+        "| stage 2 training, dialogues a second | 14.3 | 44.4 | 3.1 (2.49 to 3.23) | 8 |" in block
+    )
 
 
 def test_the_command_line(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(
-        bench, "bench", lambda quick, only: calls.append((quick, only)) or Path("x.json")
-    )
-    monkeypatch.setattr(bench, "crawl_speed", lambda: {"ratio": 30})
-    assert main(["bench", "--quick", "--only", "crawl"]) == 0 and main(["bench"]) == 0
-    assert calls == [(True, "crawl"), (False, None)]
-    assert (
-        main(["bench", "crawl"]) == 0
-        and len(calls) == 2
-        and '"ratio": 30' in capsys.readouterr().out
-    )
-
-
-def test_an_unknown_part_is_one_clear_line():
-    with pytest.raises(
-        UserError, match="--only speed: no such part; use one of stage2_training, evaluation"
-    ):
-        bench.bench(only="speed")
+    monkeypatch.setattr(speed, "bench", lambda quick: calls.append(quick) or Path("x.json"))
+    assert main(["bench", "--quick"]) == 0 and main(["bench"]) == 0
+    assert calls == [True, False] and capsys.readouterr().out == "x.json\nx.json\n"

@@ -1,4 +1,4 @@
-"""The plan: its memory model against counted and measured bytes, its refusals, its times against one outside figure."""
+"""The plan: its memory model against counted and measured bytes, its refusals, its times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import json
 import re
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,9 +20,8 @@ from lavic_utils import distillation as dist
 from lavic_utils import experiment, training, vision
 from lavic_utils import recommendation as rec
 from lavic_utils.__main__ import main
-from lavic_utils.bench import card as bench_gpu
-from lavic_utils.bench import memory, plan
-from lavic_utils.config import UserError, load_profile
+from lavic_utils.bench import card, memory, plan
+from lavic_utils.config import PACKAGE, ROOT, UserError, load_profile
 from lavic_utils.mini import model as minimodel
 
 MINI, T4, PAPER = (load_profile(name) for name in ("mini", "t4", "paper"))
@@ -37,7 +35,7 @@ def predicted(profile, stage: str, cuda: bool = True) -> float:
     return memory.memories(profile, cuda)[stage]["total"] * memory.GIB
 
 
-# ---------------------------------------------------------------- against the true size, without weights
+# ---------------------------------------------------------------- at the true size, no weights
 class Peak(TorchDispatchMode):
     """Bytes of all tensors alive at once, at most, from the start of the block on."""
 
@@ -249,35 +247,22 @@ def test_the_card_of_this_machine_is_asked(monkeypatch):
         plan.plan(PAPER)
 
 
-STARTS = {
-    "teacher": lambda run: run.teach(),
-    "distillation": lambda run: run.distil(),
-    "recommendation": lambda run: run.tune("LaViC", "beauty"),
-    "inference": lambda run: run.model(),
-}
-
-
-@pytest.mark.parametrize("stage", STARTS)
+@pytest.mark.parametrize("stage", memory.STAGES)
 @pytest.mark.parametrize(("gib", "refused"), [(1, True), (80, False), (None, False)])
-def test_a_stage_is_refused_before_anything_is_read(monkeypatch, tmp_path, stage, gib, refused):
-    """On a faked card that is too small, in one line; on a large one or none (controls) data or model are asked for."""
-    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
-    monkeypatch.setattr(experiment.Experiment, "data_hash", "steady")
-    run = experiment.Experiment("mini")
-
-    def reached(*_):
-        raise UserError("reached")
-
-    monkeypatch.setattr(experiment.Experiment, "root", property(reached))
-    monkeypatch.setattr(vision, "load_model", reached)
+def test_a_stage_is_refused_before_anything_is_loaded(monkeypatch, stage, gib, refused):
+    """On a faked card that is too small, in one line; not on a large one or none (controls)."""
     if gib:
         card = SimpleNamespace(name="Small", total_memory=gib * 2**30)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
-    with pytest.raises(UserError) as said:
-        STARTS[stage](run)
+    monkeypatch.setattr(vision, "load_model", lambda profile: pytest.fail("loaded"))
+    if not refused:
+        assert plan.refuse_here(MINI, stage) is None
+        return
     one_line = rf"profile mini does not fit a card of 1 GiB \(Small\): {stage} needs [0-9.]+ GiB .*"
-    assert re.fullmatch(one_line if refused else "reached", str(said.value))
+    with pytest.raises(UserError) as said:
+        plan.refuse_here(MINI, stage)
+    assert re.fullmatch(one_line, str(said.value))
 
 
 def test_a_refused_run_ends_with_one_line(monkeypatch, tmp_path, capsys):
@@ -303,7 +288,6 @@ def test_the_plan_as_json_has_everything(capsys, name):
         "trainable",
         "download_gb",
         "disk_gb",
-        "tokens",
         "memory_gib",
         "hours",
         "fits",
@@ -327,41 +311,21 @@ def test_the_plan_as_json_has_everything(capsys, name):
         assert rows["1 image an item"]["hours saved"] > rows["2 images an item"]["hours saved"] > 0
 
 
-def test_work_is_counted_where_the_data_is(tmp_path):
-    folder = tmp_path / "all_beauty"
-    folder.mkdir()
-    row = {
-        "context": "<submission>a red jar</submission>\n",
-        "context_items": [],
-        "gt": "this",
-        "gt_items": ["B000000001"] * 2,
-        "candidates_st": [f"B00000000{i}" for i in range(10)],
-        "candidates_gpt_large": [f"B00000000{i}" for i in range(10)],
-    }
-    for split, number in (("train", 3), ("test", 2)):
-        (folder / f"{split}.jsonl").write_text(
-            "".join(json.dumps({**row, "gt": f"this {i}"}) + "\n" for i in range(number))
-        )
-    link = {"large": "https://example.org/1.jpg"}
-    catalogue = {f"B00000000{i}": {"title": "A jar", "images": [link] * (i + 1)} for i in range(3)}
-    (tmp_path / "item2meta_train.json").write_text(json.dumps(catalogue))
-    one = {
-        "title": "A mug",
-        "image_name": "B000000011_0.jpg",
-        "image": "https://example.org/2.jpg",
-        "image_description_llava_cleaned": "red and round",
-    }
-    (tmp_path / "item2meta_valid.jsonl").write_text(json.dumps(one) + "\n")
-    found = plan.work(PAPER, tmp_path)
-    assert (found.images, found.items, found.examples, found.test) == (6, 3, 3, 2)
-    assert 100 < found.prompt < 500 and found.described == 3
-    assert plan.work(changed(PAPER, "distillation", images_per_item=1), tmp_path).images == 3
-    assert plan.work(PAPER, None) == plan.ASSUMED._replace(source=plan.work(PAPER, None).source)
+def test_fewer_images_an_item_are_less_work():
+    assert plan.work(PAPER) == plan.ASSUMED
+    for images, expected in ((1, 15_226), (2, 30_452), (9, 81_000)):
+        found = plan.work(changed(PAPER, "distillation", images_per_item=images))
+        assert found == plan.ASSUMED._replace(images=expected)
+    published = json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))["dataset"]
+    assert plan.ASSUMED.items == sum(row["items"] for row in published.values())
+    world = plan.work(MINI)  # two shards of 192 items a domain, one image each
+    assert (world.images, world.items, world.test) == (1152, 1152, 1200)
 
 
 def test_hours_agree_with_the_one_outside_figure():
-    """Linhao0301/LaViC_Pratice: stage 1 alone, one RTX 4090 (165 TFLOP/s in half precision, 1,008 GB/s), batch 1, about
-    81k samples, 4 to 5 hours; taken as one pass over them. The shares assumed for the other cards give within a factor two."""
+    """Linhao0301/LaViC_Pratice: stage 1 alone, one RTX 4090 (165 TFLOP/s in half precision, 1,008
+    GB/s), batch 1, about 81k samples, 4 to 5 hours; taken as one pass over them. The shares assumed
+    for the other cards give within a factor two."""
     card = plan.Card("RTX 4090", 24, 165 * 0.35, 1008 * 0.6)
     profile = changed(PAPER, "distillation", batch_size=1, epochs=1)
     assert 4 / 2 < plan.hours(profile, plan.ASSUMED, card)["distillation"] < 5 * 2
@@ -382,57 +346,54 @@ def test_a_teacher_that_need_not_write_costs_nothing():
 
 
 # ---------------------------------------------------------------- against a card
-BENCH = Path(__file__).resolve().parent.parent / "results" / "bench"
+BENCH = ROOT / "results" / "bench"  # random weights, one H200
+
+
+def on_card(name: str) -> dict:
+    return json.loads((BENCH / f"nvidia-h200-{name}.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("profile", [PAPER, T4], ids=lambda p: p.name)
 def test_memory_measured_on_a_card_is_within_a_twentieth_of_what_is_foreseen(profile, monkeypatch):
-    """Random weights, one H200: the cases that ran as the stages do; and items encoded as a card does fit beside."""
+    """The cases that ran as the stages do; and the items encoded at once fit beside the weights."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # dropout's masks as there
-    found = json.loads((BENCH / f"nvidia-h200-{profile.name}-gpu.json").read_text(encoding="utf-8"))
+    found = on_card(f"{profile.name}-gpu")
     assert len(found["steps"]) == 4 and found["kind"] == "random weights"
     for row in found["steps"]:
-        case = bench_gpu.Case(*(row[name] for name in bench_gpu.Case._fields))
-        assert row["measured_gib"] == pytest.approx(bench_gpu.predicted(profile, case), rel=0.05), (
-            row["name"]
-        )
-    assert found["encoding"]["items_at_once"] == vision.ON_CARD
-    assert (
-        found["encoding"]["measured_gib"] < memory.memories(profile)["inference"]["total"] < 10
-        or profile is PAPER
-    )
+        case = card.Case(*(row[name] for name in card.Case._fields))
+        foreseen = card.predicted(profile, case)
+        assert row["measured_gib"] == pytest.approx(foreseen, rel=0.05), row["name"]
+        if case.stage != "inference":  # negative control
+            wrong = card.predicted(profile, case._replace(checkpointing=not case.checkpointing))
+            assert row["measured_gib"] != pytest.approx(wrong, rel=0.05)
+    assert found["encoding"]["items_at_once"] == card.ITEMS
+    if profile is T4:
+        most = memory.memories(profile)["inference"]["total"]
+        assert found["encoding"]["measured_gib"] < most < 10
 
 
 def test_activations_measured_on_a_card_are_within_a_tenth_of_what_is_foreseen():
-    """Three layers a side at the true widths, without checkpointing: bytes beside the weights, by the stages' own Trainer."""
-    config = copy.deepcopy(memory.skeleton(PAPER.model_path).config)
+    """Three layers a side at the true widths, without checkpointing, beside the weights."""
+    bare = memory.skeleton(PAPER.model_path)
+    config, counted = copy.deepcopy(bare.config), memory.count(bare)
     config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 3
-    found = json.loads((BENCH / "nvidia-h200-rehearsal.json").read_text(encoding="utf-8"))
-    rows = found["three layers a side, no checkpointing, GiB beside the weights"]
-    for row in rows:
-        longest = {"distillation": {"max_new_tokens": row["target"]}, "recommendation": {}}[
-            row["stage"]
-        ]
-        profile = changed(
-            PAPER, row["stage"], max_length=row["tokens"], gradient_checkpointing=False, **longest
-        )
-        parts = memory.memory(
-            config, memory.count(memory.skeleton(PAPER.model_path)), 0, profile, row["stage"]
-        )
-        assert row["measured_gib"] == pytest.approx(
-            (parts["activations"] + parts["logits"]) / memory.GIB, rel=0.1
-        )
+    rows = on_card("rehearsal")["three layers a side, no checkpointing, GiB beside the weights"]
     assert len(rows) == 4
+    for row in rows:
+        fields = {"max_length": row["tokens"], "gradient_checkpointing": False}
+        if row["stage"] == "distillation":
+            fields["max_new_tokens"] = row["target"]
+        profile = changed(PAPER, row["stage"], **fields)
+        parts = memory.memory(config, counted, 0, profile, row["stage"])
+        foreseen = (parts["activations"] + parts["logits"]) / memory.GIB
+        assert row["measured_gib"] == pytest.approx(foreseen, rel=0.1)
 
 
 def test_a_pass_takes_at_least_what_the_host_needs():
     """However fast the card: steps of the paper's profile took 0.31 and 0.55 s on an H200."""
-    found = json.loads((BENCH / "nvidia-h200-paper-gpu.json").read_text(encoding="utf-8"))["steps"]
-    card = plan.CARDS["h100"]._replace(tflops=1e6, gb_s=1e6)
-    hours = plan.hours(PAPER, plan.ASSUMED, card)
-    expected = {
-        "distillation": 5 * 81_000 / 4 * found[0]["seconds"]["median"] / 3600,
-        "recommendation": 17_564 * found[1]["seconds"]["median"] / 3600,
-    }
-    for stage, measured_hours in expected.items():
-        assert hours[stage] == pytest.approx(measured_hours, rel=0.2)
+    steps = on_card("paper-gpu")["steps"]
+    fast = plan.CARDS["h100"]._replace(tflops=1e6, gb_s=1e6)
+    hours = plan.hours(PAPER, plan.ASSUMED, fast)
+    one, two = (step["seconds"]["median"] / 3600 for step in steps[:2])
+    assert hours["distillation"] == pytest.approx(5 * 81_000 / 4 * one, rel=0.2)
+    assert hours["recommendation"] == pytest.approx(17_564 * two, rel=0.2)

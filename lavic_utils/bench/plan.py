@@ -1,38 +1,26 @@
-"""Before a 7B model is fetched: what a profile needs (parameters, memory, tokens, download, disk) and how long it takes.
+"""Before a 7B model is fetched: what a profile needs (memory, tokens, disk) and how long it takes.
 
-Memory follows from shapes (`memory`). Hours are arithmetic over assumed speeds (`CARDS`), not measurements.
+Memory follows from shapes (`memory`). Hours are arithmetic over assumed speeds (`CARDS`), not
+measurements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from lavic_utils import data
-from lavic_utils.bench.memory import (
-    GIB,
-    RESERVE,
-    SCORED,
-    STAGES,
-    TITLE,
-    cache_bytes,
-    count,
-    full_tokens,
-    memories,
-    patches,
-    skeleton,
-    trainables,
-)
-from lavic_utils.config import DOMAINS, Profile, UserError, real_data_dir
+from lavic_utils.bench import memory
+from lavic_utils.bench.memory import RESERVE, count, memories, number_bytes, skeleton, trainables
+from lavic_utils.config import DOMAINS, Profile, UserError
 from lavic_utils.vision import source
 
 
 class Card(NamedTuple):
-    """Memory a process can have, and speeds assumed to be reached: a share of the makers' figures for half precision
-    (T4 65, A100 312, H100 989 TFLOP/s; 320, 1,555, 3,350 GB/s): 30, 40 and 35 % of the first, 60 % of the second."""
+    """Memory a process can have, and speeds assumed to be reached: a share of the makers' figures
+    for half precision (T4 65, A100 312, H100 989 TFLOP/s; 320, 1,555, 3,350 GB/s): 30, 40 and 35 %
+    of the first, 60 % of the second."""
 
     name: str
     gib: float
@@ -48,7 +36,8 @@ CARDS = {
 
 
 class Work(NamedTuple):
-    """What is to be done: images and items of stage 1, training examples, their mean prompt, dialogues to answer."""
+    """What is to be done: images and items of stage 1, training examples, tokens of their mean
+    prompt, dialogues to answer, mean tokens of a description."""
 
     source: str
     images: int
@@ -56,229 +45,185 @@ class Work(NamedTuple):
     examples: int
     prompt: float
     test: int
-    described: float  # mean tokens of a description
+    described: float
 
 
-# Seconds that a pass takes at least, training or answering: the host starts its kernels one by one. Measured on an H200 with
-# random weights (results/bench/nvidia-h200-paper-gpu.json): steps of 2 and 3 passes took 0.31 and 0.55 s whatever their length
-# up to 2,048 tokens, a batch of answers 1.1 s for about 15 passes. Other hosts differ.
-LEAST = {"train": 0.16, "answer": 0.07}
-
-# Where the data is not there. Images: one replication's count (Linhao0301/LaViC_Pratice). The rest was counted in the
-# published valid and test files: items are a lower bound, examples eight times those of one split (8:1:1).
+# The published data. Images: one replication's count (Linhao0301/LaViC_Pratice). Items: the paper's
+# Table 1. The rest was counted in the published valid and test files, in Mistral's tokens; examples
+# are eight times those of one split (8:1:1).
 ASSUMED = Work(
-    "assumed (LAVIC_DATA is not set): counts of the published valid and test files, one replication's 81,000 images",
-    81_000,
-    11_250,
-    17_564,
-    890,
-    1_970,
-    115,
+    "the published data: one replication's 81,000 images, the paper's items, and counts of the "
+    "valid and test files",
+    images=81_000,
+    items=15_226,
+    examples=17_564,
+    prompt=890,
+    test=1_970,
+    described=115,
 )
-# One replication, domain Home, one A100 (yousef-moustafa/ds8008-group8-lavic), HR@1 / VR by images an item.
+# Seconds that a pass takes at least, training or answering: the host starts its kernels one by one.
+# Measured on an H200 with random weights (results/bench/nvidia-h200-paper-gpu.json): steps of 2 and
+# 3 passes took 0.31 and 0.55 s whatever their length up to 2,048 tokens, a batch of answers 1.1 s
+# for about 15 passes. Other hosts differ.
+LEAST = {"train": 0.16, "answer": 0.07}
+# One replication, domain Home, one A100 (yousef-moustafa/ds8008-group8-lavic), by images an item.
 LEVERS = {
     "1 image an item": ".1662/.9651 against .2443/.9919 with all images (one replication, Home)",
     "2 images an item": ".2469/.9973 against .2443/.9919 with all images (one replication, Home)",
-    "1 epoch of stage 1": "no replication says",
-    "half the training dialogues": "no replication says",
 }
 
 
-def refuse(profile: Profile, card: Card, stages: Sequence[str] = STAGES) -> None:
+def refuse(profile: Profile, card: Card, stages: Sequence[str] = memory.STAGES) -> None:
     """UserError, one line with the numbers, where one of the stages does not fit the card."""
     for stage, parts in memories(profile).items():
-        if stage in stages and parts["total"] + RESERVE > card.gib:
-            most = ", ".join(
-                f"{name} {value:.1f}"
-                for name, value in parts.items()
-                if value >= 0.1 and name != "total"
-            )
+        total = parts.pop("total")
+        if stage in stages and total + RESERVE > card.gib:
+            most = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items() if gib >= 0.1)
             raise UserError(
-                f"profile {profile.name} does not fit a card of {card.gib:g} GiB ({card.name}): {stage} needs "
-                f"{parts['total']:.1f} GiB ({most}) and {RESERVE:g} in reserve; use smaller batches or profile t4"
+                f"profile {profile.name} does not fit a card of {card.gib:g} GiB ({card.name}): "
+                f"{stage} needs {total:.1f} GiB ({most}) and {RESERVE:g} in reserve; use smaller "
+                "batches or profile t4"
             )
 
 
 def present() -> Card | None:
-    """The card of this machine, with the speeds of the known card whose name is in its name (of a T4 otherwise)."""
+    """This machine's card, with the speeds of the known card of that name (of a T4 otherwise)."""
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    known = next((card for key, card in CARDS.items() if key in found.name.lower()), CARDS["t4"])
-    return known._replace(name=found.name, gib=round(found.total_memory / GIB, 1))
+    known = CARDS["t4"]
+    for key, card in CARDS.items():
+        if key in found.name.lower():
+            known = card
+    return known._replace(name=found.name, gib=round(found.total_memory / memory.GIB, 1))
 
 
 def refuse_here(profile: Profile, stage: str) -> None:
-    """`refuse` for a stage about to begin and the card of this machine, if there is one: before anything is loaded."""
-    if card := present():
+    """`refuse` for a stage about to begin and this machine's card, before anything is loaded."""
+    card = present()
+    if card:
         source(profile)  # says so first where there is no such model
         refuse(profile, card, (stage,))
 
 
-def work(profile: Profile, root: Path | None) -> Work:
-    """What is to be done: from the mini world's sizes, from the published data in `root`, or as stated in ASSUMED."""
-    stage = profile.distillation
-    if profile.world:
-        world, domains = profile.world, len(DOMAINS)
-        items = domains * world.train_shards * world.shard_items
-        images = items if stage.images_per_item == 1 else round(items * (1 + world.p_extra_image))
-        return Work(
-            "the rendered world's sizes; prompts counted at the longest",
-            images,
-            items,
-            domains * world.train_dialogues,
-            profile.recommendation.max_length,
-            domains * world.test_dialogues,
-            stage.max_new_tokens,
-        )
-    found = ASSUMED
-    if root is not None:
-        from lavic_utils.audit import inspection
-
-        splits = inspection.present(root)
-        table = inspection.dialogue_table(root, profile.prompts)
-        prompts = inspection.prompt_lengths(root, table, profile.prompts)["5 [CLS] an item"]
-        pairs = table.groupby("split")["truths"].sum()
-        ids = {
-            a
-            for domain, split in splits
-            for d in data.read_dialogues(root, domain, split)
-            for a in (*d.candidates_st, *d.gt_items)
-        }
-        trained = "train" in pairs
+def work(profile: Profile) -> Work:
+    """What is to be done: by the mini world's sizes, or ASSUMED; with the profile's own images."""
+    found, world, images = ASSUMED, profile.world, profile.distillation.images_per_item
+    if world:
+        items = len(DOMAINS) * world.train_shards * world.shard_items
         found = Work(
-            "counted in the published files"
-            + ("" if trained else "; the training file is not there: 8 times a split"),
-            ASSUMED.images,
-            len(ids),
-            int(pairs["train"] if trained else 8 * pairs.mean()),
-            float(prompts.clip(upper=profile.recommendation.max_length).mean()),
-            int((table["split"] == "test").sum()),
-            float(
-                inspection.mistral_tokens(
-                    [r.description for r in data.read_stage1_valid(root)]
-                ).mean()
-            ),
+            "the rendered world's sizes; prompts at the longest",
+            round(items * (1 + world.p_extra_image)),
+            items,
+            len(DOMAINS) * world.train_dialogues,
+            profile.recommendation.max_length,
+            len(DOMAINS) * world.test_dialogues,
+            profile.distillation.max_new_tokens,
         )
-        if (root / "item2meta_train.json").is_file():
-            images = [len(item.images) for item in data.read_catalogue(root).values()]
-            return found._replace(
-                images=sum(min(n, stage.images_per_item or n) for n in images), items=len(images)
-            )
-    if stage.images_per_item:
-        found = found._replace(images=min(found.images, stage.images_per_item * found.items))
-    return found._replace(
-        source=found.source
-        + "; items without the catalogue are those of the dialogues, a lower bound"
-    )
+    return found._replace(images=min(found.images, (images or found.images) * found.items))
+
+
+def pass_seconds(
+    profile: Profile, card: Card, seen: float, read: float, kind: str = "answer"
+) -> float:
+    """Seconds of a pass of one batch: `seen` tokens through the vision side, `read` through the
+    language model. 2 FLOP a parameter and token; attention's own products are left out (under 5 %).
+    At least the time to read the weights, and `LEAST`; 4-bit weights are unpacked, written and read
+    first."""
+    n, half = count(skeleton(profile.model_path)), number_bytes(profile)
+    compute = 2 * (n.vision * seen + n.quantisable * read) / (card.tflops * 1e12)
+    weights = n.vision * (seen > 0) + n.quantisable * (read > 0)
+    unpacked = 4.56 * n.quantisable * (profile.quantize_4bit and read > 0)
+    seconds = max(compute, half * weights / (card.gb_s * 1e9)) + unpacked / (card.gb_s * 1e9)
+    return max(seconds, LEAST[kind])
+
+
+def write_seconds(profile: Profile, card: Card, rows: int, tokens: float, length: float) -> float:
+    """Seconds to write so many tokens one by one: weights and cache are read for each."""
+    config, half = skeleton(profile.model_path).config, number_bytes(profile)
+    cache = memory.cache_bytes(config.text_config, half, rows * length)
+    return tokens * (pass_seconds(profile, card, 0, rows) + cache / (card.gb_s * 1e9))
 
 
 def hours(profile: Profile, todo: Work, card: Card) -> dict[str, float]:
-    """Expected hours by stage, all domains: 2 FLOP a parameter and token for a pass; a training step has two passes (back
-    through frozen weights to activations), three with checkpointing; attention's own products are left out (under 5 %).
+    """Expected hours by stage, all domains. A training step is two passes (back through frozen
+    weights to activations), three with checkpointing. Decoding images is assumed to keep up."""
+    config = skeleton(profile.model_path).config
+    one, two = profile.distillation, profile.recommendation
+    tiles, full = memory.patches(config), memory.full_tokens(config)
+    title, seconds = memory.TITLE / 2, {}
 
-    A pass takes at least the time to read the weights, and `LEAST`; 4-bit weights are unpacked, written and read first. Writing
-    token by token is reading weights and cache. Decoding images is assumed to keep up.
-    """
-    bare = skeleton(profile.model_path)
-    config, n, one, two = bare.config, count(bare), profile.distillation, profile.recommendation
-    half, tiles = (2 if profile.dtype == "half" else 4), patches(config)
+    rows = one.teacher_batch_size
+    batch = pass_seconds(profile, card, rows * tiles, rows * (full + title))
+    batch += write_seconds(profile, card, rows, todo.described, full + title)
+    seconds["teacher"] = todo.images / rows * batch * (one.descriptions == "write")
 
-    def passes(number: int, seen: float, read: float, least: float = LEAST["answer"]) -> float:
-        """Seconds of that many passes of one batch: tokens through the vision side and through the language model."""
-        compute = 2 * (n.vision * seen + n.language * read) / (card.tflops * 1e12)
-        traffic = half * (n.vision * (seen > 0) + n.language * (read > 0)) / (card.gb_s * 1e9)
-        unpack = 4.56 * n.quantisable / (card.gb_s * 1e9) if profile.quantize_4bit and read else 0
-        return number * max(max(compute, traffic) + unpack, least)
+    rows, passes = one.batch_size, 2 + one.gradient_checkpointing
+    length = title + todo.described
+    batch = passes * pass_seconds(profile, card, rows * tiles, rows * length, "train")
+    seconds["distillation"] = one.epochs * todo.images / rows * batch
 
-    def write(rows: int, tokens: float, length: float) -> float:
-        kept = cache_bytes(config.text_config, half, rows * length)
-        return tokens * (passes(1, 0, rows) + kept / (card.gb_s * 1e9))
+    seconds["encoding items"] = todo.items / 64 * pass_seconds(profile, card, 64 * tiles, 0)
 
-    described, b = TITLE / 2 + todo.described, one.teacher_batch_size
-    length = full_tokens(config) + TITLE / 2
-    teacher = (
-        todo.images / b * (passes(1, b * tiles, b * length) + write(b, todo.described, length))
-    )
-    teacher *= one.descriptions == "write"  # else they come with the data
-    b = one.batch_size
-    student = (
-        one.epochs
-        * todo.images
-        / b
-        * passes(2 + one.gradient_checkpointing, b * tiles, b * described, LEAST["train"])
-    )
-    b = two.batch_size
-    tuned = (
-        two.epochs
-        * todo.examples
-        / b
-        * passes(2 + two.gradient_checkpointing, 0, b * todo.prompt, LEAST["train"])
-    )
-    b = two.eval_batch_size
-    answers = todo.test / b * (passes(1, 0, b * (todo.prompt + SCORED)) + write(b, 12, todo.prompt))
-    encoded = todo.items / 64 * passes(1, 64 * tiles, 0)
-    return {
-        stage: seconds / 3600
-        for stage, seconds in (
-            ("teacher", teacher),
-            ("distillation", student),
-            ("encoding items", encoded),
-            ("recommendation", tuned),
-            ("inference", answers),
-        )
-    }
+    rows, passes = two.batch_size, 2 + two.gradient_checkpointing
+    batch = passes * pass_seconds(profile, card, 0, rows * todo.prompt, "train")
+    seconds["recommendation"] = two.epochs * todo.examples / rows * batch
+
+    rows = two.eval_batch_size
+    batch = pass_seconds(profile, card, 0, rows * (todo.prompt + memory.SCORED))
+    batch += write_seconds(profile, card, rows, 12, todo.prompt)
+    seconds["inference"] = todo.test / rows * batch
+    return {stage: value / 3600 for stage, value in seconds.items()}
 
 
-def levers(profile: Profile, todo: Work, card: Card) -> list[dict]:
+def levers(profile: Profile, todo: Work, card: Card) -> list[dict[str, Any]]:
     """Cheap ways to be done sooner: hours saved, and what a replication says was lost by it."""
-    base, one = hours(profile, todo, card), profile.distillation
-    saved = {}
-    for images in (1, 2):
-        if one.images_per_item is None and images * todo.items < todo.images:
-            less = hours(profile, todo._replace(images=images * todo.items), card)
-            saved[f"{images} image{'s' if images > 1 else ''} an item"] = sum(base.values()) - sum(
-                less.values()
-            )
+    base, one, saved = hours(profile, todo, card), profile.distillation, {}
+    for images, name in enumerate(LEVERS, start=1):
+        fewer = todo._replace(images=images * todo.items)
+        if one.images_per_item is None and fewer.images < todo.images:
+            less = hours(profile, fewer, card)
+            saved[name] = sum(base.values()) - sum(less.values())
     if one.epochs > 1:
         saved["1 epoch of stage 1"] = base["distillation"] * (1 - 1 / one.epochs)
     saved["half the training dialogues"] = base["recommendation"] / 2
-    return [
-        {"lever": name, "hours saved": round(h, 1), "HR@1/VR": LEVERS[name]}
-        for name, h in saved.items()
-    ]
+    rows = []
+    for name, less in saved.items():
+        lost = LEVERS.get(name, "no replication says")
+        rows.append({"lever": name, "hours saved": round(less, 1), "HR@1/VR": lost})
+    return rows
 
 
 def disk_gb(profile: Profile, todo: Work) -> dict[str, float]:
-    """What lies on the disk, in GB. An image: 60 kB, 500 pixels wide as the shop serves it (assumed). Items' vectors are
-    float32; an adapter is kept with the optimizer's states in its checkpoints (two of stage 1)."""
+    """What lies on the disk, in GB. An image: 60 kB, 500 pixels wide as the shop serves it
+    (assumed). Items' vectors are float32; an adapter is kept with the optimizer's states in its
+    checkpoints (two of stage 1)."""
     config, sizes = skeleton(profile.model_path).config, trainables(profile)
-    vectors = 2 * todo.items * 5 * config.text_config.hidden_size * 4
     adapters = 3 * 12 * sizes["distillation"] + len(DOMAINS) * 3 * 16 * sizes["recommendation"]
     parts = {
         "model": profile.download_gb * 1e9,
         "images": 60e3 * todo.images * (profile.world is None),
-        "vectors": vectors,
+        "vectors": 2 * todo.items * 5 * config.text_config.hidden_size * 4,
         "adapters and checkpoints": adapters,
     }
     return {name: round(value / 1e9, 2) for name, value in parts.items()}
 
 
-def plan(profile: Profile, gpu: str | None = None) -> dict:
-    """Everything `show` prints. Raises UserError where the profile does not fit the card named or present."""
+def plan(profile: Profile, gpu: str | None = None) -> dict[str, Any]:
+    """Everything `show` prints. UserError where the profile does not fit the card asked about."""
     if gpu is not None and gpu.lower() not in CARDS:
         raise UserError(f"--gpu {gpu}: use one of {', '.join(CARDS)}")
     card = CARDS[gpu.lower()] if gpu else present()
     if card:
         refuse(profile, card)
-    todo, needs = work(profile, real_data_dir()), memories(profile)
-    cards = {c.name: c for c in ([card] if card else CARDS.values())}
-    fits = {
-        name: all(parts["total"] + RESERVE <= c.gib for parts in needs.values())
-        for name, c in cards.items()
-    }
-    able = {name: c for name, c in cards.items() if fits[name]}
-    slowest = min(able.values() or cards.values(), key=lambda c: c.tflops)
+    todo, needs = work(profile), memories(profile)
+    peak = max(parts["total"] for parts in needs.values()) + RESERVE
+    cards = [card] if card else list(CARDS.values())
+    able = [c for c in cards if peak <= c.gib]
+    slowest = min(able or cards, key=lambda c: c.tflops)
+    spent = {}
+    for c in able:
+        spent[c.name] = {stage: round(h, 2) for stage, h in hours(profile, todo, c).items()}
     return {
         "profile": profile.name,
         "model": profile.model,
@@ -288,51 +233,33 @@ def plan(profile: Profile, gpu: str | None = None) -> dict:
         "download_gb": profile.download_gb,
         "disk_gb": disk_gb(profile, todo),
         "work": todo._asdict(),
-        "tokens": {
-            "stage 1, an epoch": round(todo.images * (TITLE / 2 + todo.described)),
-            "stage 2, an epoch": round(todo.examples * todo.prompt),
-            "inference": round(todo.test * todo.prompt),
-        },
         "memory_gib": needs,
-        "fits": fits,
-        "hours": {
-            name: {s: round(h, 2) for s, h in hours(profile, todo, c).items()}
-            for name, c in able.items()
-        },
+        "fits": {c.name: c in able for c in cards},
+        "hours": spent,
         "levers": {"card": slowest.name, "rows": levers(profile, todo, slowest)},
     }
 
 
-def show(found: dict) -> None:
+def show(found: dict[str, Any]) -> None:
     """The plan as text."""
     import pandas as pd
 
+    disk, todo, trained = found["disk_gb"], found["work"], found["trainable"]
+    parts = ", ".join(f"{name} {size:g}" for name, size in disk.items())
+    fits = ", ".join(f"{name} {'yes' if ok else 'NO'}" for name, ok in found["fits"].items())
+    text = {"float_format": "{:.2f}".format, "na_rep": "-"}
     print(
-        f"{found['profile']}: {found['model']}"
-        + (f" at {found['revision'][:12]}" if found["revision"] else "")
-    )
-    print(
+        f"{found['profile']}: {found['model']} {(found['revision'] or '')[:12]}\n"
         f"parameters {found['parameters']:,}; trained: "
-        + ", ".join(f"{k} {v:,}" for k, v in found["trainable"].items())
+        + ", ".join(f"{stage} {number:,}" for stage, number in trained.items())
+        + f"\ndownload {found['download_gb']:g} GB; disk {sum(disk.values()):.1f} GB ({parts})\n"
+        f"work: {todo['images']:,} images of stage 1, {todo['items']:,} items, "
+        f"{todo['examples']:,} training examples of {todo['prompt']:.0f} tokens, "
+        f"{todo['test']:,} test dialogues\n  [{todo['source']}]\n"
+        f"\npeak memory, GiB (and {RESERVE:g} in reserve); fits: {fits}\n"
+        + pd.DataFrame(found["memory_gib"]).T.to_string(**text)
+        + "\n\nexpected hours, all domains (speeds assumed, not measured)\n"
+        + pd.DataFrame(found["hours"]).to_string(**text)
+        + f"\n\nlevers, {found['levers']['card']}\n"
+        + pd.DataFrame(found["levers"]["rows"]).to_string(index=False)
     )
-    disk, w = found["disk_gb"], found["work"]
-    print(
-        f"download {found['download_gb']:g} GB; disk {sum(disk.values()):.1f} GB ("
-        + ", ".join(f"{name} {size:g}" for name, size in disk.items())
-        + ")"
-    )
-    print(
-        f"work: {w['images']:,} images of stage 1, {w['items']:,} items, {w['examples']:,} training examples of "
-        f"{w['prompt']:.0f} tokens, {w['test']:,} test dialogues\n  [{w['source']}]"
-    )
-    print("tokens: " + ", ".join(f"{k} {v:,}" for k, v in found["tokens"].items()))
-    text = {"index": True, "float_format": "{:.2f}".format, "na_rep": "-"}
-    print(
-        f"\npeak memory, GiB (and {RESERVE:g} in reserve); fits: "
-        + ", ".join(f"{name} {'yes' if ok else 'NO'}" for name, ok in found["fits"].items())
-    )
-    print(pd.DataFrame(found["memory_gib"]).T.to_string(**text))
-    print("\nexpected hours, all domains (speeds assumed, not measured)")
-    print(pd.DataFrame(found["hours"]).to_string(**text))
-    print(f"\nlevers, {found['levers']['card']}")
-    print(pd.DataFrame(found["levers"]["rows"]).to_string(index=False))
