@@ -57,8 +57,8 @@ def read_answers(path: Path | str, answer: str | None = None) -> list[Answer]:
         there = f"{path}, line 1: fields recommended_<key>: {', '.join(found) or 'none'}"
         raise UserError(f"{there}; one is expected, or name one with --answer")
     key = found[0].removeprefix("recommended_")
-    fields = {"recommended": found[0], "candidates": f"candidates_{key}"}
-    fields["response"] = f"response_{key}"
+    fields = {name: f"{name}_{key}" for name in ("candidates", "response")}
+    fields["recommended"] = found[0]
 
     class Line(Answer):  # the same under the names of this file
         model_config = ConfigDict(alias_generator=lambda name: fields.get(name, name))
@@ -83,16 +83,6 @@ def read_replications(folder: Path | str) -> dict[tuple[str, str], list[Answer]]
     return found
 
 
-def _hits(rows: Sequence[Answer]) -> list[bool]:
-    return evaluation.hits([row.recommended for row in rows], [row.gt_items for row in rows])
-
-
-def score(rows: Sequence[Answer]) -> evaluation.Score:
-    """HR@1 and VR of answered rows, a repeated ground-truth id counted once."""
-    truths, candidates = [row.gt_items for row in rows], [row.candidates for row in rows]
-    return evaluation.score([row.recommended for row in rows], truths, candidates)
-
-
 def _ratios(sums: pd.DataFrame) -> pd.DataFrame:
     """The ratios of `evaluate`; one row of sums over conversations a sample."""
     found = {
@@ -113,21 +103,19 @@ def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
     Of `rows` are `valid` (the answer is a candidate), `unparsed` (no id), `hits_outside` (right,
     though no candidate), `repeated` (says all that an earlier one says; counts all the same).
     `pairs`: ground-truth items, `hits`: those equal to the answer, both with repeats.
-    `hit_ratio_pairs` = hits / pairs; `hit_ratio_conversations`: share of rows with a right answer;
-    `hit_ratio_mean`: mean over rows of hits / items (over batches of one); `ceiling_*`: the same of
-    somebody who always names the best candidate; `of_ceiling` = hit_ratio_conversations /
-    ceiling_conversations (None where no list holds a right item). `ci95`: percentiles of 10,000
-    bootstrap samples of conversations; where all or none count, which shows no spread, Wilson's.
+    `hit_ratio_mean`: mean over rows of hits / items; `ceiling_*`: of somebody who always names the
+    best candidate; `of_ceiling`: None where no list holds a right item. `ci95`: percentiles of
+    10,000 bootstrap samples of conversations; where all or none count, Wilson's interval.
     """
-    plain = score(rows)
-    best = [max(row.gt_items.count(one) for one in row.candidates) for row in rows]
+    if not rows:
+        raise ValueError("no rows to score")
     table = pd.DataFrame({"hits": [row.gt_items.count(row.recommended) for row in rows]})
     table["pairs"] = [len(row.gt_items) for row in rows]
-    table["hit"] = _hits(rows)
-    table["mean"] = table["hits"] / table["pairs"]
+    table["hit"], table["mean"] = table["hits"] > 0, table["hits"] / table["pairs"]
     table["valid"] = [row.recommended in row.candidates for row in rows]
-    table["rows"], table["ceiling_hits"] = 1, best
-    table["ceiling"] = table["ceiling_hits"] > 0
+    table["rows"] = 1
+    best = [max(row.gt_items.count(one) for one in row.candidates) for row in rows]
+    table["ceiling_hits"], table["ceiling"] = best, np.array(best) > 0
     table = table.astype(float)  # one row a conversation
     total = table.sum()
     # rows with equal counts are drawn together (multinomial), which is exact
@@ -145,10 +133,9 @@ def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
         else:
             drawn = draws[name][np.isfinite(draws[name])]
             ci95[name] = np.percentile(drawn, (2.5, 97.5)).tolist()
-    ratios["hit_ratio_conversations"] = plain.hit_ratio_conversations
-    ratios["validity_ratio"] = plain.validity_ratio
     found = {"rows": len(rows), "pairs": int(total["pairs"]), "hits": int(total["hits"]), **ratios}
-    found |= {"valid": plain.valid, "unparsed": sum(row.recommended is None for row in rows)}
+    found["valid"] = int(total["valid"])
+    found["unparsed"] = sum(row.recommended is None for row in rows)
     found["hits_outside"] = int((table["hit"] > table["valid"]).sum())
     return found | {"repeated": len(rows) - len(set(rows)), "ci95": ci95}
 
@@ -179,14 +166,21 @@ def compare(a: Sequence[Answer], b: Sequence[Answer], seed: int = 0) -> dict[str
     if not pairs:
         why = "the two files have no row in common (same context and gt_items)"
         raise UserError(f"{why}; compare answers to one test split")
-    a_hits, b_hits = (np.array(_hits(rows)) for rows in zip(*pairs, strict=True))
+    a_hits = np.array([row.recommended in row.gt_items for row, _ in pairs])
+    b_hits = np.array([row.recommended in row.gt_items for _, row in pairs])
     only_a, only_b = int((a_hits & ~b_hits).sum()), int((b_hits & ~a_hits).sum())
     mean, low, high = evaluation.paired_difference(a_hits, b_hits, seed)
-    found = {"matched": len(pairs), "unmatched_a": len(a) - len(pairs)}
-    found["unmatched_b"] = len(b) - len(pairs)
-    found["other_candidates"] = sum(set(x.candidates) != set(y.candidates) for x, y in pairs)
-    found |= {"only_a": only_a, "only_b": only_b, "difference": mean, "ci95": [low, high]}
-    return found | {"p_value": evaluation.mcnemar(only_a, only_b)}
+    return {
+        "matched": len(pairs),
+        "unmatched_a": len(a) - len(pairs),
+        "unmatched_b": len(b) - len(pairs),
+        "other_candidates": sum(set(x.candidates) != set(y.candidates) for x, y in pairs),
+        "only_a": only_a,
+        "only_b": only_b,
+        "difference": mean,
+        "ci95": [low, high],
+        "p_value": evaluation.mcnemar(only_a, only_b),
+    }
 
 
 def any_candidate(text: str, candidates: Sequence[str]) -> str | None:
@@ -216,7 +210,7 @@ def reparse(
 def changes(rows: Sequence[Answer], again: Sequence[Answer]) -> dict[str, int]:
     """What `reparse` changes: `changed` answers, and of these `ran_on` (the model wrote on behind
     the id: "B00HO5EE9W0HO"), `unexpected_form` (not B and nine) and `other`."""
-    why = {"changed": 0, "ran_on": 0, "unexpected_form": 0, "other": 0}
+    why = dict.fromkeys(("changed", "ran_on", "unexpected_form", "other"), 0)
     for row, other in zip(rows, again, strict=True):
         read = other.recommended
         if read == row.recommended:
@@ -235,16 +229,16 @@ def changes(rows: Sequence[Answer], again: Sequence[Answer]) -> dict[str, int]:
 def report(path: Path, against: Path | None, answer: str | None, again: bool) -> dict[str, Any]:
     """What `python -m lavic_utils evaluate` prints: `evaluate`; with `again` of the answers read
     again, and as `parsing` what that changes; with `against` a comparison."""
-    rows = read_answers(path, answer)
-    found = reparse(rows, where=path) if again else rows
-    out = evaluate(found)
+    before = read_answers(path, answer)
+    rows = reparse(before, where=path) if again else before
+    out = evaluate(rows)
     if again:
-        before = evaluate(rows)
-        out["parsing"] = changes(rows, found)
-        out["parsing"] |= {f"{name}_before": before[name] for name in ("hits", "valid", "unparsed")}
+        old = evaluate(before)
+        out["parsing"] = changes(before, rows)
+        out["parsing"] |= {f"{name}_before": old[name] for name in ("hits", "valid", "unparsed")}
     if against:
         other = read_answers(against, answer)
-        out["against"] = compare(found, reparse(other, where=against) if again else other)
+        out["against"] = compare(rows, reparse(other, where=against) if again else other)
     return out
 
 

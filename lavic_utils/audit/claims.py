@@ -25,14 +25,10 @@ from lavic_utils.provenance import write_json, write_text
 BESIDE = {"LaViC": "title+image", "LaViC w/o images": "title"}
 ABSENT = "absent in the paper"
 MINI = "mini run only: not comparable with the paper"
-WHY_MINI = (
-    "tiny model, rendered catalogue: shows how the method behaves there, nothing about the "
-    "published figure"
-)
-WHY_OTHER = (
-    "4-bit weights, stage 1 with one view an image, one run, some rows missing: not the published "
-    "run"
-)
+WHY_MINI = "tiny model, rendered catalogue: shows how the method behaves there, nothing about the "
+WHY_MINI += "published figure"
+WHY_OTHER = "4-bit weights, stage 1 with one view an image, one run, some rows missing: not the "
+WHY_OTHER += "published run"
 # None: not in the paper; no ceiling: VR, retrieval
 PAPER = ("published", "reading", "counts", "n", "low", "high", "ceiling")
 Figures = dict[tuple[str, str, str], dict[str, Any]]  # (method, domain, metric) -> `_figure`
@@ -118,12 +114,14 @@ def claims(data: Path, replications: Path, metrics: Path) -> dict[str, Any]:
     for split in sizes.values():
         split.pop("truths")
     rows = claim_rows(splits, replication_figures(runs), mini)
-    found: dict[str, Any] = {"splits": sizes, "rows": rows}
     leads = published.comparisons(published.published_cells(), splits)
     images = published.value_of_images(runs)
-    for name, frame in (("comparisons", leads), ("value_of_images", images)):
-        found[name] = json.loads(frame.to_json(orient="records", double_precision=4))
-    return found
+
+    def plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
+        return json.loads(frame.to_json(orient="records", double_precision=4))
+
+    found = {"splits": sizes, "rows": rows, "comparisons": plain(leads)}
+    return found | {"value_of_images": plain(images)}
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -177,10 +175,8 @@ def write_claims(data: Path, replications: Path) -> dict[str, Any]:
 def read_claims(path: Path = ROOT / "results" / "claims.json") -> dict[str, Any]:
     """The committed claims. UserError where the file is missing."""
     if not path.is_file():
-        raise UserError(
-            f"{path.name} is not in {path.parent.name}/; set LAVIC_DATA and LAVIC_REPLICATIONS, "
-            "run notebook 07"
-        )
+        todo = "set LAVIC_DATA and LAVIC_REPLICATIONS, run notebook 07"
+        raise UserError(f"{path.name} is not in {path.parent.name}/; {todo}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -5,7 +5,6 @@ HR@1 and VR are shares (0 to 1); `cells` is `published_cells()`, `splits` `read_
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from typing import Any
 import pandas as pd
 from scipy.stats import binomtest, norm
 
+from lavic_utils import report
 from lavic_utils.audit import answer_files
-from lavic_utils.config import DOMAINS, PACKAGE
+from lavic_utils.config import DOMAINS
 from lavic_utils.data import read_dialogues
 from lavic_utils.evaluation import mcnemar, wilson
 
@@ -32,15 +32,10 @@ BATCH_MEAN = 0.2510  # what the run with all images (reported_by_others.csv) log
 Runs = Mapping[tuple[str, str], Sequence[answer_files.Answer]]
 
 
-def paper() -> dict[str, Any]:
-    """The paper's figures, as facts."""
-    return json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))
-
-
 def published_cells() -> pd.DataFrame:
     """method, family, tables, domain, metric (hr@1, vr), value (NaN: not in the paper)."""
     cells = []
-    for row in paper()["rows"]:
+    for row in report.published()["rows"]:
         about = (row["method"], row["family"], tuple(row["table"]))
         for domain, metric in product(DOMAINS, ("hr@1", "vr")):
             cells.append((*about, domain, metric, row["results"][domain][metric]))
@@ -149,22 +144,6 @@ def reading_evidence(found: pd.DataFrame, splits: Mapping[str, Split]) -> pd.Dat
     return pd.DataFrame(rows, columns=names)
 
 
-def improvements(cells: pd.DataFrame) -> pd.DataFrame:
-    """LaViC over the best other open-source row in %: recomputed, as rounding allows, printed."""
-    rows, half = [], float(HALF)
-    for domain, printed in paper()["improvement_over_best_open_source"].items():
-        table = cells[(cells["metric"] == "hr@1") & (cells["domain"] == domain)].set_index("method")
-        values = table[["open_source" in t for t in table["tables"]]]["value"]
-        mine, said = values.pop("LaViC"), float(printed.strip("+%"))
-        best, other = values.idxmax(), values.max()
-        low, high = (mine - half) / (other + half), (mine + half) / (other - half)
-        agrees = low - 0.0005 <= 1 + said / 100 <= high + 0.0005
-        percent = [100 * (ratio - 1) for ratio in (mine / other, low, high)]
-        rows.append((domain, best, *percent, said, agrees))
-    names = ["domain", "against", "recomputed %", "from %", "to %", "printed %", "agrees"]
-    return pd.DataFrame(rows, columns=names)
-
-
 def sampling(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
     """The cells with `n` (conversations), 95 % Wilson `low` and `high` of round(value x n) hits,
     `ceiling` over items and `of ceiling` (HR@1 of methods that choose).
@@ -244,10 +223,9 @@ def value_of_images(runs: Runs) -> pd.DataFrame:
     """Titles and images against titles alone and images alone: paired, by domain and over all."""
     rows = []
     for other, domain in product(("title", "image"), (*DOMAINS, "all")):
-        a, b = [], []
-        for one in DOMAINS if domain == "all" else (domain,):
-            a += runs[one, "title+image"]
-            b += runs[one, other]
+        which = list(DOMAINS) if domain == "all" else [domain]
+        a = [row for one in which for row in runs[one, "title+image"]]
+        b = [row for one in which for row in runs[one, other]]
         found = answer_files.compare(a, b)
         low, high = found.pop("ci95")
         about = {"domain": domain, "title+image against": other}
