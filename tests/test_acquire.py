@@ -252,7 +252,7 @@ def test_no_redirect_leads_from_a_public_host_inside(server: Server, tmp_path: P
     link = f"http://localhost:{server.server_address[1]}/inside/x"
     root = items(tmp_path / "d", {"A": [link]})
     with monkeypatch.context() as patch:
-        patch.setattr(crawl, "direct", lambda links: {})  # as if the link's host were a public one
+        patch.setattr(crawl, "is_private", lambda host: host != "localhost" and inside(host))
         assert crawl.crawl(root, settings=FAST) == {"failed": 1}
     assert "private" in rows(root)["A"]["error"] and list(server.asked()) == ["/inside/x"]
     # negative control: from a private host, as the user gave it, the same redirect is followed

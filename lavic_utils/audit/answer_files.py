@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,20 +84,6 @@ def read_replications(folder: Path | str) -> dict[tuple[str, str], list[Answer]]
     return found
 
 
-def _ratios(sums: pd.DataFrame) -> pd.DataFrame:
-    """The ratios of `evaluate`; one row of sums over conversations a sample."""
-    found = {
-        "hit_ratio_pairs": sums["hits"] / sums["pairs"],
-        "hit_ratio_conversations": sums["hit"] / sums["rows"],
-        "hit_ratio_mean": sums["mean"] / sums["rows"],
-        "validity_ratio": sums["valid"] / sums["rows"],
-        "ceiling_pairs": sums["ceiling_hits"] / sums["pairs"],
-        "ceiling_conversations": sums["ceiling"] / sums["rows"],
-        "of_ceiling": sums["hit"] / sums["ceiling"],
-    }
-    return pd.DataFrame(found)
-
-
 def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
     """Counts, ratios and `ci95` of answered rows (JSON-able); ValueError without rows.
 
@@ -116,40 +103,52 @@ def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
     table["rows"] = 1
     best = [max(row.gt_items.count(one) for one in row.candidates) for row in rows]
     table["ceiling_hits"], table["ceiling"] = best, np.array(best) > 0
-    table = table.astype(float)  # one row a conversation
-    total = table.sum()
     # rows with equal counts are drawn together (multinomial), which is exact
-    kinds, often = np.unique(table.to_numpy(), axis=0, return_counts=True)
+    kinds, often = np.unique(table.astype(float).to_numpy(), axis=0, return_counts=True)
     samples = np.random.default_rng(seed).multinomial(len(rows), often / len(rows), size=10_000)
-    draws = _ratios(pd.DataFrame(samples @ kinds, columns=table.columns))
+    sums = pd.DataFrame(np.vstack([table.sum(), samples @ kinds]), columns=table.columns)
+    each = {  # what was measured, then the samples
+        "hit_ratio_pairs": sums["hits"] / sums["pairs"],
+        "hit_ratio_conversations": sums["hit"] / sums["rows"],
+        "hit_ratio_mean": sums["mean"] / sums["rows"],
+        "validity_ratio": sums["valid"] / sums["rows"],
+        "ceiling_pairs": sums["ceiling_hits"] / sums["pairs"],
+        "ceiling_conversations": sums["ceiling"] / sums["rows"],
+        "of_ceiling": sums["hit"] / sums["ceiling"],
+    }
     ratios, ci95 = {}, {}
-    for name, value in _ratios(total.to_frame().T).iloc[0].items():
-        trials = int(total["ceiling"]) if name == "of_ceiling" else len(rows)
-        ratios[name] = float(value) if trials else None
+    for name, found in each.items():
+        value, drawn = float(found[0]), found[1:]
+        trials = int(table["ceiling"].sum()) if name == "of_ceiling" else len(rows)
+        ratios[name] = value if trials else None
         if not trials:
             ci95[name] = None
         elif value in (0, 1):
             ci95[name] = list(evaluation.wilson(int(value * trials), trials))
         else:
-            drawn = draws[name][np.isfinite(draws[name])]
-            ci95[name] = np.percentile(drawn, (2.5, 97.5)).tolist()
-    found = {"rows": len(rows), "pairs": int(total["pairs"]), "hits": int(total["hits"]), **ratios}
-    found["valid"] = int(total["valid"])
-    found["unparsed"] = sum(row.recommended is None for row in rows)
-    found["hits_outside"] = int((table["hit"] > table["valid"]).sum())
-    return found | {"repeated": len(rows) - len(set(rows)), "ci95": ci95}
+            ci95[name] = np.percentile(drawn[np.isfinite(drawn)], (2.5, 97.5)).tolist()
+    return {
+        "rows": len(rows),
+        "pairs": int(table["pairs"].sum()),
+        "hits": int(table["hits"].sum()),
+        **ratios,
+        "valid": int(table["valid"].sum()),
+        "unparsed": sum(row.recommended is None for row in rows),
+        "hits_outside": int((table["hit"] & ~table["valid"]).sum()),
+        "repeated": len(rows) - len(set(rows)),
+        "ci95": ci95,
+    }
 
 
 def match(a: Sequence[Answer], b: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
     """Rows of both with the same context and the same ground-truth items (in any order), in the
     order of `a`; of equal rows the k-th with the k-th."""
-    waiting: dict[tuple, list[Answer]] = {}
+    waiting = defaultdict(list)
     for row in b:
-        waiting.setdefault((row.context, frozenset(row.gt_items)), []).append(row)
+        waiting[row.context, frozenset(row.gt_items)].append(row)
     pairs = []
     for row in a:
-        same = waiting.get((row.context, frozenset(row.gt_items)))
-        if same:
+        if same := waiting[row.context, frozenset(row.gt_items)]:
             pairs.append((row, same.pop(0)))
     return pairs
 
@@ -200,8 +199,8 @@ def reparse(
     found = []
     for i, row in enumerate(rows, 1):
         if row.response is None:
-            missing = f"{where}, line {i}: no raw answer (field response_<key>)"
-            raise UserError(f"{missing}; leave --reparse out, or add it")
+            why = "no raw answer (field response_<key>); leave --reparse out, or add it"
+            raise UserError(f"{where}, line {i}: {why}")
         read = parser(row.response, row.candidates)
         found.append(row.model_copy(update={"recommended": read}))
     return found
@@ -215,14 +214,13 @@ def changes(rows: Sequence[Answer], again: Sequence[Answer]) -> dict[str, int]:
         read = other.recommended
         if read == row.recommended:
             continue
-        if read and (row.response or "").partition(read)[2][:1].isalnum():
-            kind = "ran_on"
-        elif read and not (len(read) == 10 and read.startswith("B")):
-            kind = "unexpected_form"
-        else:
-            kind = "other"
         why["changed"] += 1
-        why[kind] += 1
+        if read and (row.response or "").partition(read)[2][:1].isalnum():
+            why["ran_on"] += 1
+        elif read and not (len(read) == 10 and read.startswith("B")):
+            why["unexpected_form"] += 1
+        else:
+            why["other"] += 1
     return why
 
 

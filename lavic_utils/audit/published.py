@@ -245,14 +245,13 @@ def needed(discordant: float, difference: float, power: float = 0.8) -> int:
 
 def parsing(runs: Runs) -> pd.DataFrame:
     """What reading alone changes: as published, by `parse_answer`, by the most generous reading."""
-    rows = []
-    for (domain, saw), published in runs.items():
-        row: dict[str, Any] = {"domain": domain, "the model saw": saw, "rows": len(published)}
-        first = answer_files.reparse(published)
-        generous = answer_files.reparse(published, answer_files.any_candidate)
-        kinds = {"as published": published, "first id": first, "any candidate": generous}
-        for name, kind in kinds.items():
-            found = answer_files.evaluate(kind)
-            row |= {f"{name}: {key}": found[key] for key in ("hits", "valid")}
-        rows.append(row | answer_files.changes(published, first))
+    rows, ways = [], ("as published", "first id", "any candidate")
+    for (domain, saw), answers in runs.items():
+        row: dict[str, Any] = {"domain": domain, "the model saw": saw, "rows": len(answers)}
+        first = answer_files.reparse(answers)
+        generous = answer_files.reparse(answers, answer_files.any_candidate)
+        for name, kind in zip(ways, (answers, first, generous), strict=True):
+            row[f"{name}: hits"] = sum(one.gt_items.count(one.recommended) for one in kind)
+            row[f"{name}: valid"] = sum(one.recommended in one.candidates for one in kind)
+        rows.append(row | answer_files.changes(answers, first))
     return pd.DataFrame(rows)

@@ -1,9 +1,8 @@
 """The proprietary rows: chat models behind an OpenAI-compatible service, under a cap in dollars.
 
-A finished answer is committed before it counts and never asked for again: a process killed at any
-moment loses the requests under way. Each attempt reserves the most it can cost before it is sent:
-the cap can be passed only where a service counts more tokens than it did before and than a request
-can hold, and then by no more than the requests under way.
+An answer is committed before it counts and never paid for again: a process killed at any moment
+loses the requests under way. Each attempt reserves the most it can cost before it is sent: the cap
+is passed only where a service suddenly counts more tokens, and by the requests under way at most.
 """
 
 from __future__ import annotations
@@ -69,10 +68,9 @@ class ApiModel:
         return (input_tokens * self.usd_input + output_tokens * self.usd_output) / 1e6
 
 
-# Dated snapshots, so that nobody can change what answers. Prices: OpenAI's list of May 2026, as
-# reported in November 2026, without discounts; image tokens as documented and as users measured;
-# days from OpenAI's deprecations page of November 2026: from then on a row needs another service
-# that still serves its model (`base_url`, `served`).
+# Dated snapshots. Prices: OpenAI's list of May 2026, as reported in November 2026, no discounts;
+# image tokens as documented and as users measured; days from OpenAI's deprecations page of November
+# 2026: from then on a row needs another service that serves its model (`base_url`, `served`).
 GPT35 = ApiModel("gpt-3.5-turbo-0125", 0.50, 1.50, "2026-10-23")
 GPT4O_MINI = ApiModel("gpt-4o-mini-2024-07-18", 0.15, 0.60, "2027-01-14", image_tokens=2833)
 GPT4O = ApiModel("gpt-4o-2024-08-06", 2.50, 10.00, "2027-01-14", image_tokens=85)
@@ -294,10 +292,10 @@ def most_tokens(messages: Messages, model: ApiModel) -> int:
     takes one for about three), those of its images, and the frame."""
     content, most = messages[0]["content"], 16
     for part in [{"text": content}] if isinstance(content, str) else content:
-        text = part.get("text")
-        most += (
-            model.image_tokens if text is None else len(text.encode("utf-8", "replace")) // 2 + 1
-        )
+        if "text" in part:
+            most += len(part["text"].encode("utf-8", "replace")) // 2 + 1
+        else:
+            most += model.image_tokens
     return most
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -96,6 +97,7 @@ def check_proxies() -> None:
             )
 
 
+@cache
 def is_private(host: str) -> bool:
     """Does a host lead to this machine or into a private network? Its name is looked up."""
     with suppress(OSError, ValueError):  # no such name
@@ -104,20 +106,16 @@ def is_private(host: str) -> bool:
     return False
 
 
-def hosts(addresses: Iterable[str]) -> set[str]:
-    """The hosts that these addresses name."""
-    found = set()
-    for address in addresses:
-        with suppress(ValueError):  # not an address
-            found.add(urlsplit(address).hostname or "")
-    return found
-
-
 def direct(addresses: Iterable[str]) -> dict[str, None]:
     """`mounts` of an HTTP client: private hosts of these addresses are asked without a proxy."""
     check_proxies()
-    private = [host for host in hosts(addresses) if is_private(host)]
-    return {f"all://[{host}]" if ":" in host else f"all://{host}": None for host in private}
+    mounts = {}
+    for address in addresses:
+        with suppress(ValueError):  # not an address
+            host = urlsplit(address).hostname or ""
+            if is_private(host):
+                mounts[f"all://[{host}]" if ":" in host else f"all://{host}"] = None
+    return mounts
 
 
 @contextmanager
@@ -126,13 +124,11 @@ def database(path: Path, schema: str, advice: str) -> Iterator[sqlite3.Connectio
     UserError, with this advice, where it cannot be used."""
     with suppress(OSError):  # SQLite says what is wrong with the folder
         path.parent.mkdir(parents=True, exist_ok=True)
-    how = {"isolation_level": None, "timeout": 0.5, "check_same_thread": False}
+    options = {"isolation_level": None, "timeout": 0.5, "check_same_thread": False}
     try:
-        with closing(sqlite3.connect(path, **how)) as base:
-            base.executescript(
-                f"PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; {schema}"
-                "BEGIN IMMEDIATE; COMMIT;"
-            )
+        with closing(sqlite3.connect(path, **options)) as base:
+            how = "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; "
+            base.executescript(f"{how}{schema}BEGIN IMMEDIATE; COMMIT;")
             yield base
     except sqlite3.Error as error:
         todo = "another run uses it; wait for it" if "locked" in str(error) else advice
@@ -213,14 +209,14 @@ async def _crawl(
 ) -> Counter[str]:
     """Get all of `todo` (file -> link), record each, and count them by status."""
     counts, queue, unreached = Counter[str](), iter(todo.items()), 0
-    known, inside = hosts(todo.values()), direct(todo.values())
+    inside = direct(todo.values())
 
     async def check(request: httpx.Request) -> None:
         """Before every request, redirected ones too: no public link leads inside."""
         url = request.url
         if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 2**16:
             raise Permanent(f"an address of kind {url.scheme or 'none'}: without a host is refused")
-        if not inside and url.host not in known and await asyncio.to_thread(is_private, url.host):
+        if not inside and await asyncio.to_thread(is_private, url.host):
             raise Permanent("a redirect to a private address is refused")
 
     options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": inside}
