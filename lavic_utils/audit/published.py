@@ -149,8 +149,7 @@ def sampling(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
     `ceiling` over items and `of ceiling` (HR@1 of methods that choose).
 
     n is the same for HR@1 over items: the items of a conversation share one answer, so they are no
-    independent trials. An id copied from the dialogue can hit outside of the list, above the
-    ceiling (rare; `hits_outside`).
+    independent trials. An id copied from the dialogue can hit above the ceiling (`hits_outside`).
     """
     kept = cells.dropna(subset="value").copy()
     kept["n"] = [splits[d].conversations for d in kept["domain"]]
@@ -179,10 +178,8 @@ def comparisons(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFram
     """LaViC against every other published row, by domain: difference of HR@1, its 95 % interval and
     p if the two had been tested on independent samples, least and greatest p of the paired test
     (hits are value x conversations or value x items, whichever the denominator was), and a verdict
-    at the 5 % level: it holds for all pairings, none, or depends on answers that are not published.
-    It speaks of new test dialogues only, never of another training run, and is not corrected for
-    the number of comparisons.
-    """
+    at the 5 % level, on new test dialogues only, never on another training run, and not corrected
+    for the number of comparisons."""
     table, rows = cells[cells["metric"] == "hr@1"].dropna(subset="value"), []
     for domain, split in splits.items():
         values = table[table["domain"] == domain].set_index("method")["value"]

@@ -172,9 +172,8 @@ class Endpoint:
         return text.encode("utf-8", "replace").decode()
 
     def ask(self, messages: Messages, tokens: int) -> Reply:
-        """Ask until there is a reply. Permanent where the cap could be passed, by this attempt or
-        by all that is ahead, and where no request can succeed. An attempt without an answer may
-        have been paid for."""
+        """Ask until there is a reply. Permanent where this attempt or all that is ahead could pass
+        the cap, and where no request can succeed. One without an answer may have been paid for."""
         most, lost = self.model.usd(tokens, self.settings.max_tokens), 0.0
         with self.lock:
             self.ahead -= most
@@ -346,9 +345,8 @@ def ask_all(
     file `cache` holds not at all. `requests` may make its items when they are read.
 
     UserError where asking could pass the cap, where no request brought an answer, and where none
-    can succeed: what was answered is kept. Unavailable where the key is missing. What brought no
-    answer is logged by reason, and asked again by the next call.
-    """
+    can succeed: what was answered is kept. What brought no answer is logged by reason, and asked
+    again by the next call."""
     asked = {"endpoint": address(settings)[0], "model": settings.served or model.served}
     asked |= {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
     keys: list[str] = []
