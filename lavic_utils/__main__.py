@@ -280,9 +280,8 @@ def data_stats(
     """Table 1 of the paper beside the files here, and counts, lengths and recall of each."""
     import pandas as pd
 
-    from lavic_utils.audit.inspection import table_1
+    from lavic_utils.audit.inspection import real_data_summary, table_1
     from lavic_utils.data import set_aside_report
-    from lavic_utils.evaluation import real_data_summary
     from lavic_utils.remote.download import data_dir
 
     root, bad = data_dir(folder), [] if lenient else None

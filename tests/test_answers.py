@@ -51,6 +51,15 @@ def replace(answer: an.Answer, **changed: object) -> an.Answer:
     return answer.model_copy(update=changed)
 
 
+def hit(answer: an.Answer) -> bool:
+    return answer.recommended in answer.gt_items
+
+
+def plain(rows: list[an.Answer]) -> ev.Score:
+    truths, candidates = [row.gt_items for row in rows], [row.candidates for row in rows]
+    return ev.score([row.recommended for row in rows], truths, candidates)
+
+
 def write(path: Path, *rows: object) -> Path:
     path.write_bytes(b"".join(json.dumps(one, ensure_ascii=False).encode() + b"\n" for one in rows))
     return path
@@ -135,13 +144,11 @@ def test_intervals_hold_the_truth_and_never_pretend_certainty() -> None:
 def test_what_must_hold_of_any_answers(given: list[tuple[str | None, list[str]]]) -> None:
     rows = [made(str(i), gt, answer) for i, (answer, gt) in enumerate(given)]
     found = an.evaluate(rows)
-    plain = ev.score(
-        [r.recommended for r in rows], [r.gt_items for r in rows], [r.candidates for r in rows]
-    )
-    assert (found["rows"], found["valid"]) == (plain.conversations, plain.valid)
-    assert found["hit_ratio_conversations"] == pytest.approx(plain.hit_ratio_conversations)
+    once = plain(rows)
+    assert (found["rows"], found["valid"]) == (once.conversations, once.valid)
+    assert found["hit_ratio_conversations"] == pytest.approx(once.hit_ratio_conversations)
     if not any(len(set(r.gt_items)) < len(r.gt_items) for r in rows):
-        assert (found["pairs"], found["hits"]) == (plain.pairs, plain.hits)
+        assert (found["pairs"], found["hits"]) == (once.pairs, once.hits)
     assert found["hit_ratio_mean"] <= found["hit_ratio_conversations"] + 1e-12
     best = [replace(r, recommended=max(TEN, key=r.gt_items.count)) for r in rows]
     assert an.evaluate(best)["hit_ratio_pairs"] == pytest.approx(found["ceiling_pairs"])
@@ -209,8 +216,8 @@ def test_compare_known(tmp_path: Path) -> None:
     back = an.compare(b, a)
     assert back["difference"] == pytest.approx(-6 / 25) and back["p_value"] == found["p_value"]
     # negative control: by position instead of by context the pairs are torn
-    by_position = zip(an._hits(a), an._hits(b), strict=True)
-    assert sum(x and not y for x, y in by_position) != 8
+    by_position = zip(a, b, strict=True)
+    assert sum(hit(x) and not hit(y) for x, y in by_position) != 8
     other = [replace(r, candidates=(*TEN[:9], OTHER)) for r in b]
     assert an.compare(a, other)["other_candidates"] == 25
     swapped = [replace(r, gt_items=(OTHER, TEN[0])) for r in a]  # truths are a set
@@ -367,7 +374,7 @@ def test_replications_are_all_there_or_named(tmp_path: Path) -> None:
 @replicated
 def test_real_answers_read_again() -> None:
     runs = an.read_replications(replications_dir())
-    scores = {key: an.score(an.reparse(rows)) for key, rows in runs.items()}
+    scores = {key: plain(an.reparse(rows)) for key, rows in runs.items()}
     assert {key: (s.conversations, s.pairs, s.hits, s.valid) for key, s in scores.items()} == {
         ("beauty", "title+image"): (767, 854, 73, 746),
         ("beauty", "title"): (767, 854, 69, 749),
@@ -383,4 +390,4 @@ def test_real_answers_read_again() -> None:
         for row, again in zip(rows, an.reparse(rows), strict=True):
             assert again.recommended == ev.parse_answer(row.response)  # candidates change nothing
             assert row.recommended in (None, again.recommended)  # the one pattern only loses ids
-        assert an.score(rows).valid <= scores[key].valid
+        assert plain(rows).valid <= scores[key].valid

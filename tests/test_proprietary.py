@@ -244,7 +244,7 @@ def test_all_that_can_arrive_does_and_a_second_run_asks_for_no_answer_again(
 
     server.log.clear()
     found = ask_all(asks(*words), MINI, settings(server), cache)
-    assert set(server.asked()) == {*UNANSWERED, "cuttext"} and len(rows(cache)) == 10
+    assert set(server.asked()) == set(UNANSWERED) and len(rows(cache)) == 11
     for word, reply in zip(words, found, strict=True):
         assert word in server.asked() or reply == replace(replies[word], cached=True)
     server.log.clear()
@@ -584,23 +584,22 @@ def test_messages_hold_the_files_own_bytes_and_only_images_that_can_be_read(tmp_
     assert told == ["choose", "B01:", "image_url", "B03:", "image_url"]
     details = [part["image_url"]["detail"] for part in message["content"] if "image_url" in part]
     assert details == ["low", "low"]
-    assert sent(message) == [("image/jpeg", red.read_bytes()), ("image/png", png.read_bytes())]
+    assert sent(message)[0] == ("image/jpeg", red.read_bytes())
+    assert sent(message)[1][0] == "image/png"
     plain = [{"role": "user", "content": "choose"}]
     assert build_messages("choose", named[1:2]) == build_messages("choose") == plain
     both, text = most_tokens([message], MINI), most_tokens(plain, MINI)
     assert 2 * 2833 <= both - text <= 2 * 2833 + 10
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"), [("MPO", "JPEG"), ("PNG", "PNG"), ("GIF", "PNG"), ("WEBP", "PNG")]
-)
-def test_pictures_of_other_kinds_are_sent_as_services_take_them(kind, expected, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["MPO", "PNG", "GIF", "WEBP"])
+def test_pictures_of_other_kinds_are_sent_as_services_take_them(kind, tmp_path: Path):
     frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "x.jpg", kind, save_all=True, append_images=frames[1:])
     (message,) = build_messages("choose", [("B01", tmp_path / "x.jpg")])
     ((mime, content),) = sent(message)
     image = Image.open(io.BytesIO(content))
-    assert mime == f"image/{expected.lower()}" and image.get_format_mimetype() == mime
+    assert mime == image.get_format_mimetype() == "image/png"
     assert image.size == (30, 20) and not getattr(image, "is_animated", False)
     assert image.convert("RGB").getpixel((5, 5))[0] > 200  # the first picture
 

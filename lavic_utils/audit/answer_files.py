@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,8 +58,8 @@ def read_answers(path: Path | str, answer: str | None = None) -> list[Answer]:
         there = f"{path}, line 1: fields recommended_<key>: {', '.join(found) or 'none'}"
         raise UserError(f"{there}; one is expected, or name one with --answer")
     key = found[0].removeprefix("recommended_")
-    fields = {"recommended": found[0], "candidates": f"candidates_{key}"}
-    fields["response"] = f"response_{key}"
+    fields = {name: f"{name}_{key}" for name in ("candidates", "response")}
+    fields["recommended"] = found[0]
 
     class Line(Answer):  # the same under the names of this file
         model_config = ConfigDict(alias_generator=lambda name: fields.get(name, name))
@@ -83,19 +84,30 @@ def read_replications(folder: Path | str) -> dict[tuple[str, str], list[Answer]]
     return found
 
 
-def _hits(rows: Sequence[Answer]) -> list[bool]:
-    return evaluation.hits([row.recommended for row in rows], [row.gt_items for row in rows])
+def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
+    """Counts, ratios and `ci95` of answered rows (JSON-able); ValueError without rows.
 
-
-def score(rows: Sequence[Answer]) -> evaluation.Score:
-    """HR@1 and VR of answered rows, a repeated ground-truth id counted once."""
-    truths, candidates = [row.gt_items for row in rows], [row.candidates for row in rows]
-    return evaluation.score([row.recommended for row in rows], truths, candidates)
-
-
-def _ratios(sums: pd.DataFrame) -> pd.DataFrame:
-    """The ratios of `evaluate`; one row of sums over conversations a sample."""
-    found = {
+    Of `rows` are `valid` (the answer is a candidate), `unparsed` (no id), `hits_outside` (right,
+    though no candidate), `repeated` (says all that an earlier one says; counts all the same).
+    `pairs`: ground-truth items, `hits`: those equal to the answer, both with repeats.
+    `hit_ratio_mean`: mean over rows of hits / items; `ceiling_*`: of somebody who always names the
+    best candidate; `of_ceiling`: None where no list holds a right item. `ci95`: percentiles of
+    10,000 bootstrap samples of conversations; where all or none count, Wilson's interval.
+    """
+    if not rows:
+        raise ValueError("no rows to score")
+    table = pd.DataFrame({"hits": [row.gt_items.count(row.recommended) for row in rows]})
+    table["pairs"] = [len(row.gt_items) for row in rows]
+    table["hit"], table["mean"] = table["hits"] > 0, table["hits"] / table["pairs"]
+    table["valid"] = [row.recommended in row.candidates for row in rows]
+    table["rows"] = 1
+    best = [max(row.gt_items.count(one) for one in row.candidates) for row in rows]
+    table["ceiling_hits"], table["ceiling"] = best, np.array(best) > 0
+    # rows with equal counts are drawn together (multinomial), which is exact
+    kinds, often = np.unique(table.astype(float).to_numpy(), axis=0, return_counts=True)
+    samples = np.random.default_rng(seed).multinomial(len(rows), often / len(rows), size=10_000)
+    sums = pd.DataFrame(np.vstack([table.sum(), samples @ kinds]), columns=table.columns)
+    each = {  # what was measured, then the samples
         "hit_ratio_pairs": sums["hits"] / sums["pairs"],
         "hit_ratio_conversations": sums["hit"] / sums["rows"],
         "hit_ratio_mean": sums["mean"] / sums["rows"],
@@ -104,65 +116,39 @@ def _ratios(sums: pd.DataFrame) -> pd.DataFrame:
         "ceiling_conversations": sums["ceiling"] / sums["rows"],
         "of_ceiling": sums["hit"] / sums["ceiling"],
     }
-    return pd.DataFrame(found)
-
-
-def evaluate(rows: Sequence[Answer], seed: int = 0) -> dict[str, Any]:
-    """Counts, ratios and `ci95` of answered rows (JSON-able); ValueError without rows.
-
-    Of `rows` are `valid` (the answer is a candidate), `unparsed` (no id), `hits_outside` (right,
-    though no candidate), `repeated` (says all that an earlier one says; counts all the same).
-    `pairs`: ground-truth items, `hits`: those equal to the answer, both with repeats.
-    `hit_ratio_pairs` = hits / pairs; `hit_ratio_conversations`: share of rows with a right answer;
-    `hit_ratio_mean`: mean over rows of hits / items (over batches of one); `ceiling_*`: the same of
-    somebody who always names the best candidate; `of_ceiling` = hit_ratio_conversations /
-    ceiling_conversations (None where no list holds a right item). `ci95`: percentiles of 10,000
-    bootstrap samples of conversations; where all or none count, which shows no spread, Wilson's.
-    """
-    plain = score(rows)
-    best = [max(row.gt_items.count(one) for one in row.candidates) for row in rows]
-    table = pd.DataFrame({"hits": [row.gt_items.count(row.recommended) for row in rows]})
-    table["pairs"] = [len(row.gt_items) for row in rows]
-    table["hit"] = _hits(rows)
-    table["mean"] = table["hits"] / table["pairs"]
-    table["valid"] = [row.recommended in row.candidates for row in rows]
-    table["rows"], table["ceiling_hits"] = 1, best
-    table["ceiling"] = table["ceiling_hits"] > 0
-    table = table.astype(float)  # one row a conversation
-    total = table.sum()
-    # rows with equal counts are drawn together (multinomial), which is exact
-    kinds, often = np.unique(table.to_numpy(), axis=0, return_counts=True)
-    samples = np.random.default_rng(seed).multinomial(len(rows), often / len(rows), size=10_000)
-    draws = _ratios(pd.DataFrame(samples @ kinds, columns=table.columns))
     ratios, ci95 = {}, {}
-    for name, value in _ratios(total.to_frame().T).iloc[0].items():
-        trials = int(total["ceiling"]) if name == "of_ceiling" else len(rows)
-        ratios[name] = float(value) if trials else None
+    for name, found in each.items():
+        value, drawn = float(found[0]), found[1:]
+        trials = int(table["ceiling"].sum()) if name == "of_ceiling" else len(rows)
+        ratios[name] = value if trials else None
         if not trials:
             ci95[name] = None
         elif value in (0, 1):
             ci95[name] = list(evaluation.wilson(int(value * trials), trials))
         else:
-            drawn = draws[name][np.isfinite(draws[name])]
-            ci95[name] = np.percentile(drawn, (2.5, 97.5)).tolist()
-    ratios["hit_ratio_conversations"] = plain.hit_ratio_conversations
-    ratios["validity_ratio"] = plain.validity_ratio
-    found = {"rows": len(rows), "pairs": int(total["pairs"]), "hits": int(total["hits"]), **ratios}
-    found |= {"valid": plain.valid, "unparsed": sum(row.recommended is None for row in rows)}
-    found["hits_outside"] = int((table["hit"] > table["valid"]).sum())
-    return found | {"repeated": len(rows) - len(set(rows)), "ci95": ci95}
+            ci95[name] = np.percentile(drawn[np.isfinite(drawn)], (2.5, 97.5)).tolist()
+    return {
+        "rows": len(rows),
+        "pairs": int(table["pairs"].sum()),
+        "hits": int(table["hits"].sum()),
+        **ratios,
+        "valid": int(table["valid"].sum()),
+        "unparsed": sum(row.recommended is None for row in rows),
+        "hits_outside": int((table["hit"] & ~table["valid"]).sum()),
+        "repeated": len(rows) - len(set(rows)),
+        "ci95": ci95,
+    }
 
 
 def match(a: Sequence[Answer], b: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
     """Rows of both with the same context and the same ground-truth items (in any order), in the
     order of `a`; of equal rows the k-th with the k-th."""
-    waiting: dict[tuple, list[Answer]] = {}
+    waiting = defaultdict(list)
     for row in b:
-        waiting.setdefault((row.context, frozenset(row.gt_items)), []).append(row)
+        waiting[row.context, frozenset(row.gt_items)].append(row)
     pairs = []
     for row in a:
-        same = waiting.get((row.context, frozenset(row.gt_items)))
-        if same:
+        if same := waiting[row.context, frozenset(row.gt_items)]:
             pairs.append((row, same.pop(0)))
     return pairs
 
@@ -179,14 +165,21 @@ def compare(a: Sequence[Answer], b: Sequence[Answer], seed: int = 0) -> dict[str
     if not pairs:
         why = "the two files have no row in common (same context and gt_items)"
         raise UserError(f"{why}; compare answers to one test split")
-    a_hits, b_hits = (np.array(_hits(rows)) for rows in zip(*pairs, strict=True))
+    a_hits = np.array([row.recommended in row.gt_items for row, _ in pairs])
+    b_hits = np.array([row.recommended in row.gt_items for _, row in pairs])
     only_a, only_b = int((a_hits & ~b_hits).sum()), int((b_hits & ~a_hits).sum())
     mean, low, high = evaluation.paired_difference(a_hits, b_hits, seed)
-    found = {"matched": len(pairs), "unmatched_a": len(a) - len(pairs)}
-    found["unmatched_b"] = len(b) - len(pairs)
-    found["other_candidates"] = sum(set(x.candidates) != set(y.candidates) for x, y in pairs)
-    found |= {"only_a": only_a, "only_b": only_b, "difference": mean, "ci95": [low, high]}
-    return found | {"p_value": evaluation.mcnemar(only_a, only_b)}
+    return {
+        "matched": len(pairs),
+        "unmatched_a": len(a) - len(pairs),
+        "unmatched_b": len(b) - len(pairs),
+        "other_candidates": sum(set(x.candidates) != set(y.candidates) for x, y in pairs),
+        "only_a": only_a,
+        "only_b": only_b,
+        "difference": mean,
+        "ci95": [low, high],
+        "p_value": evaluation.mcnemar(only_a, only_b),
+    }
 
 
 def any_candidate(text: str, candidates: Sequence[str]) -> str | None:
@@ -206,8 +199,8 @@ def reparse(
     found = []
     for i, row in enumerate(rows, 1):
         if row.response is None:
-            missing = f"{where}, line {i}: no raw answer (field response_<key>)"
-            raise UserError(f"{missing}; leave --reparse out, or add it")
+            why = "no raw answer (field response_<key>); leave --reparse out, or add it"
+            raise UserError(f"{where}, line {i}: {why}")
         read = parser(row.response, row.candidates)
         found.append(row.model_copy(update={"recommended": read}))
     return found
@@ -216,35 +209,34 @@ def reparse(
 def changes(rows: Sequence[Answer], again: Sequence[Answer]) -> dict[str, int]:
     """What `reparse` changes: `changed` answers, and of these `ran_on` (the model wrote on behind
     the id: "B00HO5EE9W0HO"), `unexpected_form` (not B and nine) and `other`."""
-    why = {"changed": 0, "ran_on": 0, "unexpected_form": 0, "other": 0}
+    why = dict.fromkeys(("changed", "ran_on", "unexpected_form", "other"), 0)
     for row, other in zip(rows, again, strict=True):
         read = other.recommended
         if read == row.recommended:
             continue
-        if read and (row.response or "").partition(read)[2][:1].isalnum():
-            kind = "ran_on"
-        elif read and not (len(read) == 10 and read.startswith("B")):
-            kind = "unexpected_form"
-        else:
-            kind = "other"
         why["changed"] += 1
-        why[kind] += 1
+        if read and (row.response or "").partition(read)[2][:1].isalnum():
+            why["ran_on"] += 1
+        elif read and not (len(read) == 10 and read.startswith("B")):
+            why["unexpected_form"] += 1
+        else:
+            why["other"] += 1
     return why
 
 
 def report(path: Path, against: Path | None, answer: str | None, again: bool) -> dict[str, Any]:
     """What `python -m lavic_utils evaluate` prints: `evaluate`; with `again` of the answers read
     again, and as `parsing` what that changes; with `against` a comparison."""
-    rows = read_answers(path, answer)
-    found = reparse(rows, where=path) if again else rows
-    out = evaluate(found)
+    before = read_answers(path, answer)
+    rows = reparse(before, where=path) if again else before
+    out = evaluate(rows)
     if again:
-        before = evaluate(rows)
-        out["parsing"] = changes(rows, found)
-        out["parsing"] |= {f"{name}_before": before[name] for name in ("hits", "valid", "unparsed")}
+        old = evaluate(before)
+        out["parsing"] = changes(before, rows)
+        out["parsing"] |= {f"{name}_before": old[name] for name in ("hits", "valid", "unparsed")}
     if against:
         other = read_answers(against, answer)
-        out["against"] = compare(found, reparse(other, where=against) if again else other)
+        out["against"] = compare(rows, reparse(other, where=against) if again else other)
     return out
 
 

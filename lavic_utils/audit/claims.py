@@ -20,19 +20,16 @@ from lavic_utils.audit.answer_files import evaluate, read_replications
 from lavic_utils.config import DOMAINS, ROOT, UserError
 from lavic_utils.evaluation import summary_by_seed, wilson
 from lavic_utils.provenance import write_json, write_text
+from lavic_utils.report import read_metrics
 
 # Published method -> what a third party's model saw that got the same inputs
 BESIDE = {"LaViC": "title+image", "LaViC w/o images": "title"}
 ABSENT = "absent in the paper"
 MINI = "mini run only: not comparable with the paper"
-WHY_MINI = (
-    "tiny model, rendered catalogue: shows how the method behaves there, nothing about the "
-    "published figure"
-)
-WHY_OTHER = (
-    "4-bit weights, stage 1 with one view an image, one run, some rows missing: not the published "
-    "run"
-)
+WHY_MINI = "tiny model, rendered catalogue: shows how the method behaves there, nothing about the "
+WHY_MINI += "published figure"
+WHY_OTHER = "4-bit weights, stage 1 with one view an image, one run, some rows missing: not the "
+WHY_OTHER += "published run"
 # None: not in the paper; no ceiling: VR, retrieval
 PAPER = ("published", "reading", "counts", "n", "low", "high", "ceiling")
 Figures = dict[tuple[str, str, str], dict[str, Any]]  # (method, domain, metric) -> `_figure`
@@ -51,7 +48,7 @@ def _figure(tier: str, value: float, n: int, bounds: Sequence[float]) -> dict[st
 def mini_figures(metrics: Mapping[str, Any]) -> Figures:
     """Means over seeds of the mini run; n: test dialogues; 95 % interval over dialogues."""
     tier, found = metrics["provenance"]["tier"], {}
-    for _, row in summary_by_seed(metrics["rows"]).iterrows():
+    for row in summary_by_seed(metrics["rows"]).to_dict("records"):
         n, vr = int(row["pooled_conversations"] / row["seeds"]), row["validity_ratio"]
         key = (row["method"], row["domain"])
         found[*key, "hr@1"] = _figure(tier, row["mean"], n, (row["low"], row["high"]))
@@ -111,19 +108,19 @@ def claim_rows(splits: Mapping[str, published.Split], *figures: Figures) -> list
 def claims(data: Path, replications: Path, metrics: Path) -> dict[str, Any]:
     """What results/claims.json holds: split sizes, rows, LaViC's comparisons, value of images."""
     splits, runs = published.read_splits(data), read_replications(replications)
-    mini = {}
-    if metrics.is_file():
-        mini = mini_figures(json.loads(metrics.read_text(encoding="utf-8")))
+    mini = mini_figures(read_metrics(metrics)) if metrics.is_file() else {}
     sizes = {domain: asdict(split) for domain, split in splits.items()}
     for split in sizes.values():
         split.pop("truths")
     rows = claim_rows(splits, replication_figures(runs), mini)
-    found: dict[str, Any] = {"splits": sizes, "rows": rows}
     leads = published.comparisons(published.published_cells(), splits)
     images = published.value_of_images(runs)
-    for name, frame in (("comparisons", leads), ("value_of_images", images)):
-        found[name] = json.loads(frame.to_json(orient="records", double_precision=4))
-    return found
+
+    def plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
+        return json.loads(frame.to_json(orient="records", double_precision=4))
+
+    found = {"splits": sizes, "rows": rows, "comparisons": plain(leads)}
+    return found | {"value_of_images": plain(images)}
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -146,16 +143,14 @@ def markdown(found: Mapping[str, Any]) -> str:
     """The rows of claims.json as a Markdown table."""
     heads = ["method", "domain", "metric", "published", "95 % by test size"]
     heads += ["counts that print it", "ceiling", "ours", "status", "reason"]
-    sizes = "; ".join(
-        f"{d}: {s['conversations']} conversations, {s['pairs']} ground-truth items, {s['distinct']}"
-        " distinct"
-        for d, s in found["splits"].items()
-    )
+    size = "{}: {conversations} conversations, {pairs} ground-truth items, {distinct} distinct"
+    sizes = [size.format(domain, **split) for domain, split in found["splits"].items()]
     lines = [
         "# Every published figure, and what stands for or against it",
         "",
-        f'Test splits: {sizes}. `k/pairs` counts items with repeats. "row mean": no count over the '
-        'split prints the figure, a mean over conversations can; "none": that cannot either. '
+        f'Test splits: {"; ".join(sizes)}. `k/pairs` counts items with repeats. "row mean": no '
+        'count over the split prints the figure, a mean over conversations can; "none": that '
+        "cannot either. "
         "Ceiling: HR@1 over items of somebody who always names the best candidate. Replication "
         "answers and mini runs measure other settings than the paper's.",
         "",
@@ -177,10 +172,8 @@ def write_claims(data: Path, replications: Path) -> dict[str, Any]:
 def read_claims(path: Path = ROOT / "results" / "claims.json") -> dict[str, Any]:
     """The committed claims. UserError where the file is missing."""
     if not path.is_file():
-        raise UserError(
-            f"{path.name} is not in {path.parent.name}/; set LAVIC_DATA and LAVIC_REPLICATIONS, "
-            "run notebook 07"
-        )
+        todo = "set LAVIC_DATA and LAVIC_REPLICATIONS, run notebook 07"
+        raise UserError(f"{path.name} is not in {path.parent.name}/; {todo}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -197,8 +190,7 @@ def claims_summary() -> str:
     ]
     baselines = cells[["open_source" in tables for tables in cells["tables"]]]["method"]
     groups = {"the open-source baselines": set(baselines) - {"LaViC"}}
-    for less in ("w/o images", "w/o self-distillation"):
-        groups[less] = {f"LaViC {less}"}
+    groups |= {less: {f"LaViC {less}"} for less in ("w/o images", "w/o self-distillation")}
     for name, methods in groups.items():
         said = [one["verdict"] for one in found["comparisons"] if one["against"] in methods]
         lines.append(

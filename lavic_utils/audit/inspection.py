@@ -5,10 +5,9 @@ Counts only: no text of the data leaves these functions.
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lavic_utils import data
-from lavic_utils.audit.published import paper
+from lavic_utils import data, report
 from lavic_utils.config import DOMAINS, Prompts, UserError
 from lavic_utils.prompts import dialogue_text
-from lavic_utils.provenance import write_json, write_text
 
 # An image of five tiles: one [CLS] a tile; 577 tokens a tile (paper, section 4.1)
 CLS_TOKENS, FULL_TOKENS = 5, 2885
 CATALOGUE = "item2meta_train.json"
 WINDOWS = (2048, 4096)  # the training length of the paper's settings; the context its text names
-# LLaVA-v1.6's pinpoints, (height, width)
-GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 FORMS = {"B and nine": re.compile(r"B[A-Z0-9]{9}"), "ISBN-10": re.compile(r"[0-9]{9}[0-9X]")}
+FACTS = ("domain", "split", "turns", "truths", "repeats_truth", "names_truth", "repeats_context")
+FACTS += ("st", "gpt", "shared", "words", "ids", "spoken")
 
 
 @cache
@@ -56,54 +53,46 @@ def present(root: Path | str) -> list[tuple[str, str]]:
     return found
 
 
-def _facts(root: Path | str, set_aside: list | None = None) -> pd.DataFrame:
-    """One row a dialogue of every split present: what is counted in it without a tokenizer, its
-    `ids` (of lists, truths and the dialogue itself) and its `spoken` turns."""
+def facts(root: Path | str, set_aside: list | None = None) -> pd.DataFrame:
+    """One row a dialogue of every split present (FACTS): `truths` (distinct), `repeats_truth`,
+    `names_truth` (an id of the ground truth stands in the dialogue), `repeats_context` (an earlier
+    row of any split of the domain has the same turns), `st` and `gpt` (the list holds a
+    ground-truth item), `shared` (candidates in both lists, of 10), `words` (split at white space),
+    `ids` (of lists, truth and dialogue), `spoken` (the turns). A list `set_aside` takes bad rows;
+    without it they are an error."""
     rows, seen = [], set()
     for domain, split in present(root):
         for d in data.read_dialogues(root, domain, split, set_aside):
-            truth, st, gpt = set(d.gt_items), set(d.candidates_st), set(d.candidates_gpt_large)
-            named = set(d.context_items)
-            repeats = (
-                len(truth) < len(d.gt_items),
-                bool(truth & named),
-                (domain, d.context) in seen,
-            )
-            lists = (bool(truth & st), bool(truth & gpt), len(st & gpt))
-            counts = (len(d.turns), len(truth), *repeats, *lists)
-            rows.append((domain, split, *counts, truth | st | gpt | named, d.turns))
+            truth, named = set(d.gt_items), set(d.context_items)
+            st, gpt = set(d.candidates_st), set(d.candidates_gpt_large)
+            row = (domain, split, len(d.turns), len(truth), len(truth) < len(d.gt_items))
+            row += (bool(truth & named), (domain, d.context) in seen)
+            row += (bool(truth & st), bool(truth & gpt), len(st & gpt))
+            words = sum(len(text.split()) for _, text in d.turns)
+            rows.append((*row, words, truth | st | gpt | named, d.turns))
             seen.add((domain, d.context))
-    names = ["turns", "truths", "repeats_truth", "names_truth", "repeats_context"]
-    names += ["st", "gpt", "shared", "ids", "spoken"]
-    return pd.DataFrame(rows, columns=["domain", "split", *names])
+    return pd.DataFrame(rows, columns=FACTS)
 
 
 def dialogue_table(root: Path | str, prompts: Prompts) -> pd.DataFrame:
-    """One row a dialogue of every split present: `tokens` of its turns as the prompt writes them,
-    `truths` (distinct), `repeats_truth`, `names_truth` (an id of the ground truth stands in the
-    dialogue), `repeats_context` (an earlier row of any split of the domain has the same turns),
-    `st` and `gpt` (the list holds a ground-truth item), `shared` (candidates in both lists, of 10).
-    """
-    table = _facts(root).drop(columns="ids")
+    """`facts`, with the `tokens` of each dialogue's turns as the prompt writes them."""
+    table = facts(root)
     texts = [dialogue_text(prompts, turns) for turns in table.pop("spoken")]
-    table.insert(2, "tokens", mistral_tokens(texts))
-    return table
+    return table.assign(tokens=mistral_tokens(texts))
 
 
 def real_data_summary(root: Path | str, set_aside: list | None = None) -> list[dict[str, Any]]:
-    """Figures of every dialogue file present; UserError where there is none. Words: of all turns,
-    split at white space; `ids`: distinct ones of lists, truths and dialogues, `odd_id_share` of
-    them are not B and nine. A list `set_aside` takes bad rows (a file of which no row is left has
-    no figures); without it they are an error."""
+    """Figures of every dialogue file present; UserError where there is none. `ids`: distinct ones
+    of lists, truths and dialogues, `odd_id_share` of them are not B and nine. `set_aside` as in
+    `facts`: a file of which no row is left has no figures."""
     rows = []
-    for (domain, split), part in _facts(root, set_aside).groupby(["domain", "split"], sort=False):
-        words = [sum(len(text.split()) for _, text in turns) for turns in part["spoken"]]
+    for (domain, split), part in facts(root, set_aside).groupby(["domain", "split"], sort=False):
         ids = set().union(*part["ids"])
         odd = sum(not FORMS["B and nine"].fullmatch(one) for one in ids)
         row = {"domain": domain, "split": split, "conversations": len(part)}
         row |= {"turns": int(part["turns"].sum()), "pairs": int(part["truths"].sum())}
-        row |= {"words_median": float(np.median(words)), "words_max": max(words)}
-        row |= {"words_p95": float(np.percentile(words, 95))}
+        row |= {"words_median": part["words"].median(), "words_max": int(part["words"].max())}
+        row |= {"words_p95": float(np.percentile(part["words"], 95))}
         row |= {"recall_st": part["st"].mean(), "recall_gpt_large": part["gpt"].mean()}
         row |= {"ids": len(ids), "odd_id_share": odd / len(ids)}
         row |= {"repeated_gt_rows": int(part["repeats_truth"].sum())}
@@ -114,24 +103,23 @@ def real_data_summary(root: Path | str, set_aside: list | None = None) -> list[d
 def table_1(root: Path | str, set_aside: list | None = None) -> pd.DataFrame:
     """Table 1 of the paper beside what the files here hold, one row a domain: conversations, turns,
     items (distinct ids of lists, truths and dialogues) and images (links the catalogue gives for
-    these items; None without the catalogue), and which splits are here and which are not.
-    `set_aside` as in `data.read_dialogues`."""
-    published = paper()["dataset"]
+    these items; None without the catalogue), and which splits are here and which are not."""
     catalogue = data.read_catalogue(root) if (Path(root) / CATALOGUE).is_file() else None
-    here, facts, rows = present(root), _facts(root, set_aside), []
-    for domain in DOMAINS:
-        part = facts[facts["domain"] == domain]
+    here, every, rows = present(root), facts(root, set_aside), []
+    for domain, published in report.published()["dataset"].items():
+        part = every[every["domain"] == domain]
         ids, images = set().union(*part["ids"]), None
         if catalogue is not None:
             images = sum(len(catalogue[one].images) for one in ids if one in catalogue)
         counted = {"conversations": len(part), "turns": part["turns"].sum(), "items": len(ids)}
         counted["images"] = images
         row = {"domain": domain}
-        row |= {f"{name}_published": published[domain][name] for name in counted}
+        row |= {f"{name}_published": published[name] for name in counted}
         row |= {f"{name}_here": value for name, value in counted.items()}
-        absent = [split for split in data.SPLITS if (domain, split) not in here]
-        row["splits_here"] = ", ".join(split for split in data.SPLITS if split not in absent)
-        rows.append(row | {"splits_absent": ", ".join(absent)})
+        there = [split for split in data.SPLITS if (domain, split) in here]
+        row["splits_here"] = ", ".join(there)
+        row["splits_absent"] = ", ".join(split for split in data.SPLITS if split not in there)
+        rows.append(row)
     return pd.DataFrame(rows).astype({"images_here": "Int64"})
 
 
@@ -139,11 +127,11 @@ def titles(root: Path | str) -> tuple[list[str], str]:
     """Titles to measure prompts with, and where they are from: the catalogue's, or those of stage
     1's validation items (other items of the same shop) where the catalogue is not there."""
     if (Path(root) / CATALOGUE).is_file():
-        found = {item.title for item in data.read_catalogue(root).values()}
-        return sorted(found), "the catalogue's titles"
-    found = {row.title for row in data.read_stage1_valid(root)}
-    why = "titles drawn from stage 1's validation items, as the catalogue is not there"
-    return sorted(found), why
+        items, source = data.read_catalogue(root).values(), "the catalogue's titles"
+    else:
+        items = data.read_stage1_valid(root)
+        source = "titles drawn from stage 1's validation items, as the catalogue is not there"
+    return sorted({item.title for item in items}), source
 
 
 def prompt_lengths(
@@ -163,53 +151,3 @@ def prompt_lengths(
     found["5 [CLS] an item"] = bare + 10 * CLS_TOKENS
     found["2,885 tokens an item"] = bare + 10 * FULL_TOKENS
     return found
-
-
-def overflow(lengths: pd.DataFrame) -> pd.DataFrame:
-    """Share of test prompts longer than each of WINDOWS, by domain and kind of prompt."""
-    test = lengths[lengths["split"] == "test"].drop(columns="split").set_index("domain")
-    shares = {window: (test > window).groupby("domain", sort=False).mean() for window in WINDOWS}
-    return pd.concat(shares, names=["window"])
-
-
-def list_table(table: pd.DataFrame) -> pd.DataFrame:
-    """By domain and split: recall of both lists, the ceiling of HR@1 over conversations; the
-    ceiling over (distinct) ground-truth items, since a conversation has one answer; overlap."""
-    groups = table.groupby(["domain", "split"], sort=False)
-    found = pd.DataFrame({"conversations": groups.size()})
-    found["recall, candidates_st"] = groups["st"].mean()
-    found["recall, candidates_gpt_large"] = groups["gpt"].mean()
-    found["ceiling over items, st"] = groups["st"].sum() / groups["truths"].sum()
-    found["ceiling over items, gpt_large"] = groups["gpt"].sum() / groups["truths"].sum()
-    found["candidates in both lists"] = groups["shared"].mean()
-    return found
-
-
-def id_tokens(root: Path | str) -> pd.DataFrame:
-    """One row a distinct id of lists, truths and dialogues: `form` and the `tokens` it needs."""
-    ids = sorted(set().union(*_facts(root)["ids"]))
-    table = pd.DataFrame({"form": "other", "tokens": mistral_tokens(ids)})
-    for name, form in FORMS.items():
-        table.loc[[bool(form.fullmatch(one)) for one in ids], "form"] = name
-    return table
-
-
-def tile_table(sizes: Sequence[tuple[int, int]]) -> pd.DataFrame:
-    """Tiles, and so [CLS], that the real processor makes of an image of (height, width) pixels."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    table = pd.DataFrame(sizes, columns=["height", "width"])
-    table["height / width"] = (table["height"] / table["width"]).round(2)
-    table["tiles"] = [image_size_to_num_patches(list(size), GRID, 336) for size in sizes]
-    return table
-
-
-def save_tables(folder: Path, tables: dict[str, pd.DataFrame]) -> list[str]:
-    """Each table as NAME.csv and NAME.json (rows, and what they are); the names written."""
-    for name, frame in tables.items():
-        plain = frame.reset_index()
-        text = plain.to_csv(index=False, lineterminator="\n", float_format="%.6g")
-        rows = json.loads(plain.to_json(orient="records"))
-        write_text(folder / f"{name}.csv", text)
-        write_json(folder / f"{name}.json", {"tier": "counts of the real files", "rows": rows})
-    return [f"{name}.{end}" for name in tables for end in ("csv", "json")]

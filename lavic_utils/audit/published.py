@@ -5,7 +5,6 @@ HR@1 and VR are shares (0 to 1); `cells` is `published_cells()`, `splits` `read_
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from typing import Any
 import pandas as pd
 from scipy.stats import binomtest, norm
 
+from lavic_utils import report
 from lavic_utils.audit import answer_files
-from lavic_utils.config import DOMAINS, PACKAGE
+from lavic_utils.config import DOMAINS
 from lavic_utils.data import read_dialogues
 from lavic_utils.evaluation import mcnemar, wilson
 
@@ -32,15 +32,10 @@ BATCH_MEAN = 0.2510  # what the run with all images (reported_by_others.csv) log
 Runs = Mapping[tuple[str, str], Sequence[answer_files.Answer]]
 
 
-def paper() -> dict[str, Any]:
-    """The paper's figures, as facts."""
-    return json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))
-
-
 def published_cells() -> pd.DataFrame:
     """method, family, tables, domain, metric (hr@1, vr), value (NaN: not in the paper)."""
     cells = []
-    for row in paper()["rows"]:
+    for row in report.published()["rows"]:
         about = (row["method"], row["family"], tuple(row["table"]))
         for domain, metric in product(DOMAINS, ("hr@1", "vr")):
             cells.append((*about, domain, metric, row["results"][domain][metric]))
@@ -149,29 +144,12 @@ def reading_evidence(found: pd.DataFrame, splits: Mapping[str, Split]) -> pd.Dat
     return pd.DataFrame(rows, columns=names)
 
 
-def improvements(cells: pd.DataFrame) -> pd.DataFrame:
-    """LaViC over the best other open-source row in %: recomputed, as rounding allows, printed."""
-    rows, half = [], float(HALF)
-    for domain, printed in paper()["improvement_over_best_open_source"].items():
-        table = cells[(cells["metric"] == "hr@1") & (cells["domain"] == domain)].set_index("method")
-        values = table[["open_source" in t for t in table["tables"]]]["value"]
-        mine, said = values.pop("LaViC"), float(printed.strip("+%"))
-        best, other = values.idxmax(), values.max()
-        low, high = (mine - half) / (other + half), (mine + half) / (other - half)
-        agrees = low - 0.0005 <= 1 + said / 100 <= high + 0.0005
-        percent = [100 * (ratio - 1) for ratio in (mine / other, low, high)]
-        rows.append((domain, best, *percent, said, agrees))
-    names = ["domain", "against", "recomputed %", "from %", "to %", "printed %", "agrees"]
-    return pd.DataFrame(rows, columns=names)
-
-
 def sampling(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFrame:
     """The cells with `n` (conversations), 95 % Wilson `low` and `high` of round(value x n) hits,
     `ceiling` over items and `of ceiling` (HR@1 of methods that choose).
 
     n is the same for HR@1 over items: the items of a conversation share one answer, so they are no
-    independent trials. An id copied from the dialogue can hit outside of the list, above the
-    ceiling (rare; `hits_outside`).
+    independent trials. An id copied from the dialogue can hit above the ceiling (`hits_outside`).
     """
     kept = cells.dropna(subset="value").copy()
     kept["n"] = [splits[d].conversations for d in kept["domain"]]
@@ -200,10 +178,8 @@ def comparisons(cells: pd.DataFrame, splits: Mapping[str, Split]) -> pd.DataFram
     """LaViC against every other published row, by domain: difference of HR@1, its 95 % interval and
     p if the two had been tested on independent samples, least and greatest p of the paired test
     (hits are value x conversations or value x items, whichever the denominator was), and a verdict
-    at the 5 % level: it holds for all pairings, none, or depends on answers that are not published.
-    It speaks of new test dialogues only, never of another training run, and is not corrected for
-    the number of comparisons.
-    """
+    at the 5 % level, on new test dialogues only, never on another training run, and not corrected
+    for the number of comparisons."""
     table, rows = cells[cells["metric"] == "hr@1"].dropna(subset="value"), []
     for domain, split in splits.items():
         values = table[table["domain"] == domain].set_index("method")["value"]
@@ -244,10 +220,9 @@ def value_of_images(runs: Runs) -> pd.DataFrame:
     """Titles and images against titles alone and images alone: paired, by domain and over all."""
     rows = []
     for other, domain in product(("title", "image"), (*DOMAINS, "all")):
-        a, b = [], []
-        for one in DOMAINS if domain == "all" else (domain,):
-            a += runs[one, "title+image"]
-            b += runs[one, other]
+        which = list(DOMAINS) if domain == "all" else [domain]
+        a = [row for one in which for row in runs[one, "title+image"]]
+        b = [row for one in which for row in runs[one, other]]
         found = answer_files.compare(a, b)
         low, high = found.pop("ci95")
         about = {"domain": domain, "title+image against": other}
@@ -267,14 +242,13 @@ def needed(discordant: float, difference: float, power: float = 0.8) -> int:
 
 def parsing(runs: Runs) -> pd.DataFrame:
     """What reading alone changes: as published, by `parse_answer`, by the most generous reading."""
-    rows = []
-    for (domain, saw), published in runs.items():
-        row: dict[str, Any] = {"domain": domain, "the model saw": saw, "rows": len(published)}
-        first = answer_files.reparse(published)
-        generous = answer_files.reparse(published, answer_files.any_candidate)
-        kinds = {"as published": published, "first id": first, "any candidate": generous}
-        for name, kind in kinds.items():
-            found = answer_files.evaluate(kind)
-            row |= {f"{name}: {key}": found[key] for key in ("hits", "valid")}
-        rows.append(row | answer_files.changes(published, first))
+    rows, ways = [], ("as published", "first id", "any candidate")
+    for (domain, saw), answers in runs.items():
+        row: dict[str, Any] = {"domain": domain, "the model saw": saw, "rows": len(answers)}
+        first = answer_files.reparse(answers)
+        generous = answer_files.reparse(answers, answer_files.any_candidate)
+        for name, kind in zip(ways, (answers, first, generous), strict=True):
+            row[f"{name}: hits"] = sum(one.gt_items.count(one.recommended) for one in kind)
+            row[f"{name}: valid"] = sum(one.recommended in one.candidates for one in kind)
+        rows.append(row | answer_files.changes(answers, first))
     return pd.DataFrame(rows)

@@ -1,9 +1,8 @@
 """The proprietary rows: chat models behind an OpenAI-compatible service, under a cap in dollars.
 
-A finished answer is committed before it counts and never asked for again: a process killed at any
-moment loses the requests under way. Each attempt reserves the most it can cost before it is sent:
-the cap can be passed only where a service counts more tokens than it did before and than a request
-can hold, and then by no more than the requests under way.
+An answer is committed before it counts and never paid for again: a process killed at any moment
+loses the requests under way. Each attempt reserves the most it can cost before it is sent: the cap
+is passed only where a service suddenly counts more tokens, and by the requests under way at most.
 """
 
 from __future__ import annotations
@@ -46,12 +45,10 @@ OVERFLOW = re.compile(
     re.IGNORECASE,
 )
 GIVE_UP = 20  # requests in a row that brought nothing: all are wrong, not one dialogue
-SENT = ("image/jpeg", "image/png", "image/webp", "image/gif")  # what services take
 SCHEMA = """CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, input_tokens
 INTEGER NOT NULL, output_tokens INTEGER NOT NULL, usd REAL NOT NULL, seconds REAL NOT NULL);"""
 INSERT = """INSERT OR REPLACE INTO answers (key, text, input_tokens, output_tokens, usd, seconds)
 VALUES (?, ?, ?, ?, ?, ?)"""
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 Messages = list[dict]
 log = logging.getLogger(__name__)
 
@@ -71,10 +68,9 @@ class ApiModel:
         return (input_tokens * self.usd_input + output_tokens * self.usd_output) / 1e6
 
 
-# Dated snapshots, so that nobody can change what answers. Prices: OpenAI's list of May 2026, as
-# reported in November 2026, without discounts; image tokens as documented and as users measured;
-# days from OpenAI's deprecations page of November 2026: from then on a row needs another service
-# that still serves its model (`base_url`, `served`).
+# Dated snapshots. Prices: OpenAI's list of May 2026, as reported in November 2026, no discounts;
+# image tokens as documented and as users measured; days from OpenAI's deprecations page of November
+# 2026: from then on a row needs another service that serves its model (`base_url`, `served`).
 GPT35 = ApiModel("gpt-3.5-turbo-0125", 0.50, 1.50, "2026-10-23")
 GPT4O_MINI = ApiModel("gpt-4o-mini-2024-07-18", 0.15, 0.60, "2027-01-14", image_tokens=2833)
 GPT4O = ApiModel("gpt-4o-2024-08-06", 2.50, 10.00, "2027-01-14", image_tokens=85)
@@ -110,8 +106,8 @@ class Settings:
 @dataclass(frozen=True)
 class Reply:
     """`text`, None where there is none and `error` why; `usd`, with attempts that may have been
-    paid for. `cached`: nothing was paid in this run; `refused`: too long for the model's context;
-    `finished`: not cut at max_tokens."""
+    paid for. `cached`: nothing was paid in this run; `refused`: too long for the model's context.
+    """
 
     text: str | None
     input_tokens: int
@@ -120,7 +116,6 @@ class Reply:
     error: str | None = None
     cached: bool = False
     refused: bool = False
-    finished: bool = True
 
 
 def address(settings: Settings) -> tuple[str, bool]:
@@ -177,9 +172,8 @@ class Endpoint:
         return text.encode("utf-8", "replace").decode()
 
     def ask(self, messages: Messages, tokens: int) -> Reply:
-        """Ask until there is a reply. Permanent where the cap could be passed, by this attempt or
-        by all that is ahead, and where no request can succeed. An attempt without an answer may
-        have been paid for."""
+        """Ask until there is a reply. Permanent where this attempt or all that is ahead could pass
+        the cap, and where no request can succeed. One without an answer may have been paid for."""
         most, lost = self.model.usd(tokens, self.settings.max_tokens), 0.0
         with self.lock:
             self.ahead -= most
@@ -187,7 +181,7 @@ class Endpoint:
         @retrying(self.settings.attempts, self.settings.backoff)
         def attempt() -> Reply:
             nonlocal lost
-            with self.lock:
+            with self.lock:  # counted as paid before it is sent
                 need, cap = most * self.dearer, self.settings.max_usd
                 worst = self.spent + need + self.ahead * self.dearer
                 if self.stopped or worst > cap + 1e-9:
@@ -239,21 +233,22 @@ class Endpoint:
             raise Permanent(f"HTTP {code}: {said}") from None
 
     def _read(self, body: bytes, tokens: int) -> Reply:
-        """What HTTP 200 brought. Without usage it counts as the most it can have cost."""
+        """What HTTP 200 brought: a text is an answer, cut at max_tokens or not. Without usage it
+        counts as the most it can have cost."""
         answer, text, finish = None, "", "no chat answer"
-        with suppress(*MALFORMED):
+        with suppress(Exception):
             answer = json.loads(body)
             choice = answer["choices"][0]
             finish = choice.get("finish_reason")
             text = visible(choice["message"].get("content") or choice["message"]["refusal"])
         used = [tokens, self.settings.max_tokens]
-        with suppress(*MALFORMED):
+        with suppress(Exception):
             counts = [answer["usage"][name] for name in ("prompt_tokens", "completion_tokens")]
             used = counts if all(type(n) is int and 0 <= n < 2**40 for n in counts) else used
-        usd, finished = self.model.usd(*used), finish != "length"
         if not text:
-            return Reply(None, *used, usd, self.scrub(f"no text ({finish})")[:300])
-        return Reply(self.scrub(text), *used, usd, finished=finished)
+            error = self.scrub(f"no text ({finish})")[:300]
+            return Reply(None, *used, self.model.usd(*used), error)
+        return Reply(self.scrub(text), *used, self.model.usd(*used))
 
 
 def reason(model: ApiModel, settings: Settings) -> str | None:
@@ -273,21 +268,19 @@ def reason(model: ApiModel, settings: Settings) -> str | None:
 
 def build_messages(prompt_text: str, images: Sequence[tuple[str, Path]] = ()) -> Messages:
     """One user message: the prompt and, for each candidate whose image can be read, its id and the
-    file's own bytes; of a kind that services do not take (MPO, animations) the first picture,
-    again as JPEG or PNG."""
+    JPEG file's own bytes; of any other kind the first picture, as PNG."""
     parts: list[dict] = [{"type": "text", "text": prompt_text}]
     for name, path in images:
         picture = open_image(path)
         if picture is None:
             continue
-        content = path.read_bytes()
+        kind, content = "jpeg", path.read_bytes()
         with Image.open(path, formats=FORMATS) as image:
-            kind = image.get_format_mimetype()
-            if kind not in SENT or getattr(image, "is_animated", False):
-                form, held = "JPEG" if image.format == "MPO" else "PNG", io.BytesIO()
-                picture.save(held, form, quality=95)
-                kind, content = f"image/{form.lower()}", held.getvalue()
-        url = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+            if image.format != "JPEG":
+                held = io.BytesIO()
+                picture.save(held, "PNG")
+                kind, content = "png", held.getvalue()
+        url = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
         parts.append({"type": "text", "text": f"{name}:"})
         parts.append({"type": "image_url", "image_url": {"url": url, "detail": "low"}})
     return [{"role": "user", "content": parts if len(parts) > 1 else prompt_text}]
@@ -296,11 +289,13 @@ def build_messages(prompt_text: str, images: Sequence[tuple[str, Path]] = ()) ->
 def most_tokens(messages: Messages, model: ApiModel) -> int:
     """Input tokens of a request at most: one for two bytes of text (an English prompt with ids
     takes one for about three), those of its images, and the frame."""
-    content = messages[0]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    texts = [part["text"].encode("utf-8", "replace") for part in parts if part["type"] == "text"]
-    images = len(parts) - len(texts)
-    return 16 + sum(len(text) // 2 + 1 for text in texts) + images * model.image_tokens
+    content, most = messages[0]["content"], 16
+    for part in [{"text": content}] if isinstance(content, str) else content:
+        if "text" in part:
+            most += len(part["text"].encode("utf-8", "replace")) // 2 + 1
+        else:
+            most += model.image_tokens
+    return most
 
 
 def _ask_new(
@@ -310,11 +305,11 @@ def _ask_new(
     endpoint: Endpoint,
     base: sqlite3.Connection,
 ) -> None:
-    """Ask for `todo`: replies go to `found`, and the finished ones are committed. Once something
-    stops it, what is under way still arrives and is kept."""
+    """Ask for `todo`: replies go to `found`, answers are committed. Once something stops it, what
+    is under way still arrives and is kept."""
     fruitless = 0  # requests in a row
-    for _, tokens in todo.values():
-        endpoint.ahead += endpoint.model.usd(tokens, endpoint.settings.max_tokens)
+    model, answer = endpoint.model, endpoint.settings.max_tokens
+    endpoint.ahead = sum(model.usd(tokens, answer) for _, tokens in todo.values())
 
     def work(key: str) -> None:
         nonlocal fruitless
@@ -327,7 +322,7 @@ def _ask_new(
             endpoint.stopped = True
             raise
         with endpoint.lock:
-            if reply.text and reply.finished:
+            if reply.text:
                 row = key, reply.text, reply.input_tokens, reply.output_tokens, reply.usd, 0.0
                 base.execute(INSERT, row)
             found[key] = reply
@@ -350,9 +345,8 @@ def ask_all(
     file `cache` holds not at all. `requests` may make its items when they are read.
 
     UserError where asking could pass the cap, where no request brought an answer, and where none
-    can succeed: what was answered is kept. Unavailable where the key is missing. What brought no
-    answer is logged by reason, and asked again by the next call.
-    """
+    can succeed: what was answered is kept. What brought no answer is logged by reason, and asked
+    again by the next call."""
     asked = {"endpoint": address(settings)[0], "model": settings.served or model.served}
     asked |= {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
     keys: list[str] = []
@@ -364,8 +358,8 @@ def ask_all(
             key = key_of(messages=messages, **asked)  # of all that is sent, images too
             keys.append(key)
             row = base.execute("SELECT * FROM answers WHERE key = ?", (key,)).fetchone()
-            if row and visible(row[1] or ""):
-                found[key] = Reply(visible(row[1]), *row[2:5], cached=True)
+            if row and row[1]:
+                found[key] = Reply(*row[1:5], cached=True)
             else:
                 todo[key] = index, most_tokens(messages, model)
         if todo:
@@ -373,18 +367,18 @@ def ask_all(
                 _ask_new(requests, todo, found, Endpoint(model, settings), base)
             except (Permanent, TimeoutError, openai.APIStatusError) as error:
                 problem = one_line(error)
-    if not problem and keys and not any(reply.text for reply in found.values()):
+    kept = sum(key in found and found[key].text is not None for key in keys)
+    if keys and not kept and not problem:
         problem = f"none of {len(keys)} requests brought an answer"
     reasons = Counter(reply.error for reply in found.values() if reply.error)
-    unanswered = "; ".join(f"{count} x {why}" for why, count in reasons.most_common(3))
+    unanswered = "".join(f"{count} x {why}; " for why, count in reasons.most_common(3))
     if problem:
-        kept = sum(key in found and found[key].text is not None for key in keys)
         raise UserError(
-            f"{problem}; {unanswered}{'; ' if unanswered else ''}{kept} of {len(keys)} answers are "
-            f"kept in {cache}, and the same command goes on from there"
+            f"{problem}; {unanswered}{kept} of {len(keys)} answers are kept in {cache}, and the "
+            "same command goes on from there"
         )
     if unanswered:
-        log.warning("without an answer, and asked again next time: %s", unanswered)
+        log.warning("without an answer, and asked again next time: %s", unanswered.rstrip("; "))
     replies = []
     for key in keys:
         replies.append(found[key])

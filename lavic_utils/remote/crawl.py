@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -96,6 +97,7 @@ def check_proxies() -> None:
             )
 
 
+@cache
 def is_private(host: str) -> bool:
     """Does a host lead to this machine or into a private network? Its name is looked up."""
     with suppress(OSError, ValueError):  # no such name
@@ -107,12 +109,13 @@ def is_private(host: str) -> bool:
 def direct(addresses: Iterable[str]) -> dict[str, None]:
     """`mounts` of an HTTP client: private hosts of these addresses are asked without a proxy."""
     check_proxies()
-    hosts = set()
+    mounts = {}
     for address in addresses:
         with suppress(ValueError):  # not an address
-            hosts.add(urlsplit(address).hostname or "")
-    private = [host for host in hosts if is_private(host)]
-    return {f"all://[{host}]" if ":" in host else f"all://{host}": None for host in private}
+            host = urlsplit(address).hostname or ""
+            if is_private(host):
+                mounts[f"all://[{host}]" if ":" in host else f"all://{host}"] = None
+    return mounts
 
 
 @contextmanager
@@ -121,13 +124,11 @@ def database(path: Path, schema: str, advice: str) -> Iterator[sqlite3.Connectio
     UserError, with this advice, where it cannot be used."""
     with suppress(OSError):  # SQLite says what is wrong with the folder
         path.parent.mkdir(parents=True, exist_ok=True)
-    how = {"isolation_level": None, "timeout": 0.5, "check_same_thread": False}
+    options = {"isolation_level": None, "timeout": 0.5, "check_same_thread": False}
     try:
-        with closing(sqlite3.connect(path, **how)) as base:
-            base.executescript(
-                f"PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; {schema}"
-                "BEGIN IMMEDIATE; COMMIT;"
-            )
+        with closing(sqlite3.connect(path, **options)) as base:
+            how = "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; "
+            base.executescript(f"{how}{schema}BEGIN IMMEDIATE; COMMIT;")
             yield base
     except sqlite3.Error as error:
         todo = "another run uses it; wait for it" if "locked" in str(error) else advice
@@ -172,32 +173,15 @@ def image_fault(path: Path) -> str | None:
     return "an image that is cut or corrupt" if open_image(path) is None else None
 
 
-def _address(link: str | httpx.URL) -> httpx.URL:
-    url = httpx.URL(link)
-    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 2**16:
-        raise Permanent(f"an address of kind {url.scheme or 'none'}: without a host is refused")
-    return url
-
-
 async def _download(client: httpx.AsyncClient, link: str, part: Path, settings: Settings) -> None:
-    """Stream a link to `part`. No redirect leads from a public host to this machine or into a
-    private network."""
-    url = first = _address(link)
-    for _ in range(MAX_REDIRECTS + 1):
-        async with asyncio.timeout(settings.total), client.stream("GET", url) as response:
-            if not response.has_redirect_location:
-                response.raise_for_status()
-                with part.open("wb") as file:
-                    async for chunk in response.aiter_raw():
-                        file.write(chunk)
-                        if file.tell() > settings.max_bytes:
-                            raise Permanent(f"more than {settings.max_bytes} bytes")
-                return
-            url = _address(url.join(response.headers["location"]))
-        inside = await asyncio.to_thread(is_private, url.host)
-        if inside and not await asyncio.to_thread(is_private, first.host):
-            raise Permanent("a redirect to a private address is refused")
-    raise Permanent(f"more than {MAX_REDIRECTS} redirects")
+    """Stream a link to `part`."""
+    async with asyncio.timeout(settings.total), client.stream("GET", link) as response:
+        response.raise_for_status()
+        with part.open("wb") as file:
+            async for chunk in response.aiter_raw():
+                file.write(chunk)
+                if file.tell() > settings.max_bytes:
+                    raise Permanent(f"more than {settings.max_bytes} bytes")
 
 
 async def _image(
@@ -225,13 +209,24 @@ async def _crawl(
 ) -> Counter[str]:
     """Get all of `todo` (file -> link), record each, and count them by status."""
     counts, queue, unreached = Counter[str](), iter(todo.items()), 0
-    options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": direct(todo.values())}
-    trusted = httpx.create_ssl_context()
+    inside = direct(todo.values())
+
+    async def check(request: httpx.Request) -> None:
+        """Before every request, redirected ones too: no public link leads inside."""
+        url = request.url
+        if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 2**16:
+            raise Permanent(f"an address of kind {url.scheme or 'none'}: without a host is refused")
+        if not inside and await asyncio.to_thread(is_private, url.host):
+            raise Permanent("a redirect to a private address is refused")
+
+    options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": inside}
+    options |= {"follow_redirects": True, "max_redirects": MAX_REDIRECTS}
+    options |= {"event_hooks": {"request": [check]}, "verify": httpx.create_ssl_context()}
 
     async def work() -> None:
         nonlocal unreached
         # a client each: one shared pool looks through all its connections at every request
-        async with httpx.AsyncClient(verify=trusted, **options) as client:
+        async with httpx.AsyncClient(**options) as client:
             for name, link in queue:
                 status, error = await _image(client, root / name, link, settings)
                 row = name, link, status, error

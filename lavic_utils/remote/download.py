@@ -12,6 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import httpx
@@ -123,7 +124,7 @@ def fetch(root: Path, files: Mapping[str, str] = FILES, backoff: float = 1.0) ->
         states = file_states(root, files)
         if states[CATALOGUE] == "missing" and states.get(ZIP) == "ok":
             write_text(root / CATALOGUE, _catalogue(root).decode())
-            states = file_states(root, files)
+            states[CATALOGUE] = "ok"
     except OSError as error:
         why = crawl.one_line(error)
         raise UserError(f"{root}: cannot be used ({why}); make room, or change it") from None
@@ -137,26 +138,25 @@ def fetch(root: Path, files: Mapping[str, str] = FILES, backoff: float = 1.0) ->
     return f"{root}: all {len(files)} published files are there and verified ({len(missing)} new)"
 
 
-def _image_state(path: Path) -> str:
-    if not path.is_file():
-        return "missing"
-    return "corrupt" if crawl.image_fault(path) else "ok"
-
-
 def verify(root: Path) -> tuple[list[str], bool]:
     """Report as lines, and whether all that is there is right (what is missing is no error): files,
     images, and by split how many candidates (of candidates_st) lack a readable first image. A file
     that cannot be read is reported and left out of the counts."""
+
+    def image_state(path: Path) -> str:
+        if not path.is_file():
+            return "missing"
+        return "corrupt" if crawl.image_fault(path) else "ok"
+
     lines = [f"{state:9} {name}" for name, state in file_states(root).items()]
     dialogues: dict[tuple[str, str], list[Dialogue]] = {}
     links: dict[str, str] = {}
-    for domain in DOMAINS:
-        for split in SPLITS:
-            try:
-                if dialogue_file(root, domain, split).is_file():
-                    dialogues[domain, split] = read_dialogues(root, domain, split)
-            except UserError as error:
-                lines.append(f"wrong     {error}")
+    for domain, split in product(DOMAINS, SPLITS):
+        try:
+            if dialogue_file(root, domain, split).is_file():
+                dialogues[domain, split] = read_dialogues(root, domain, split)
+        except UserError as error:
+            lines.append(f"wrong     {error}")
     try:
         links = crawl.image_links(root)
     except UserError as error:
@@ -165,7 +165,7 @@ def verify(root: Path) -> tuple[list[str], bool]:
     listed = {a for found in dialogues.values() for d in found for a in d.candidates_st}
     paths = list(dict.fromkeys([*linked, *(image_file(root, asin) for asin in listed)]))
     with ThreadPoolExecutor() as pool, crawl.bar(MofNCompleteColumn()) as progress:
-        decoded = progress.track(pool.map(_image_state, paths), len(paths))
+        decoded = progress.track(pool.map(image_state, paths), len(paths))
         states = dict(zip(paths, decoded, strict=True))
     for folder in ("train_images", "valid_images"):
         count = Counter(states[path] for path in linked if path.parent.name == folder)
