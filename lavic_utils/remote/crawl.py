@@ -174,8 +174,10 @@ def image_fault(path: Path) -> str | None:
 
 
 async def _download(client: httpx.AsyncClient, link: str, part: Path, settings: Settings) -> None:
-    """Stream a link to `part`."""
-    async with asyncio.timeout(settings.total), client.stream("GET", link) as response:
+    """Stream a link to `part`. Redirects carry the link's own host on: see `_crawl`'s `check`."""
+    own = {"own_host": httpx.URL(link).host}
+    get = client.stream("GET", link, extensions=own)
+    async with asyncio.timeout(settings.total), get as response:
         response.raise_for_status()
         with part.open("wb") as file:
             async for chunk in response.aiter_raw():
@@ -212,12 +214,14 @@ async def _crawl(
     inside = direct(todo.values())
 
     async def check(request: httpx.Request) -> None:
-        """Before every request, redirected ones too: no public link leads inside."""
+        """Before every request, redirected ones too: no public link leads to a private host."""
         url = request.url
         if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 2**16:
             raise Permanent(f"an address of kind {url.scheme or 'none'}: without a host is refused")
-        if not inside and await asyncio.to_thread(is_private, url.host):
-            raise Permanent("a redirect to a private address is refused")
+        own = request.extensions["own_host"]
+        if url.host != own and not await asyncio.to_thread(is_private, own):
+            if await asyncio.to_thread(is_private, url.host):
+                raise Permanent("a redirect to a private address is refused")
 
     options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": inside}
     options |= {"follow_redirects": True, "max_redirects": MAX_REDIRECTS}
