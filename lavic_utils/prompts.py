@@ -24,8 +24,8 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt for `vision.place`: `visual` names the items whose tokens fill the placeholders, in
-    order. `refused`: the tokens it would need, where it is not to be asked (no `ids` then)."""
+    """A prompt for `vision.place`: `visual` names the items whose tokens fill its placeholders, in
+    order. `refused`: the tokens it would need, where it is too long (no `ids` then)."""
 
     ids: list[int]
     visual: tuple[str, ...]
@@ -47,8 +47,8 @@ def dialogue_text(prompts: Prompts, turns: Turns) -> str:
 def recommend_message(
     prompts: Prompts, turns: Turns, candidates: Sequence[Candidate], image: str = ""
 ) -> str:
-    """What a model is asked in stage 2, without its chat form: the dialogue, then title, `image`
-    (of those that have visual tokens) and id of each candidate, and the request for one id."""
+    """What a model is asked in stage 2, without its chat form: the dialogue, each candidate's
+    title, `image` (where it has visual tokens) and id, and the request for one id."""
     lines = ""
     for one in candidates:
         form = prompts.candidate if one.tokens else prompts.candidate_without_image
@@ -74,13 +74,6 @@ def shortened(turns: Turns, step: int) -> Turns:
         kept = [(role, " ".join(words[cut:])), *rest] if cut < len(words) else rest
         cut -= len(words)
     return kept
-
-
-def _most_cuts(turns: Turns) -> int:
-    """How many cuts `shortened` may make: KEEP_WORDS words stay."""
-    comments = sum(role != "seeker" for role, _ in turns[:-1])
-    words = sum(len(text.split()) for _, text in shortened(turns, comments))
-    return comments + max(0, words - KEEP_WORDS)
 
 
 def _ids(tokenizer, prompts: Prompts, turns: Turns, candidates: Sequence[Candidate]) -> list[int]:
@@ -116,7 +109,10 @@ def recommend_prompt(
     with_image = [one.id for one in candidates if one.tokens]
     if len(whole) <= max_length:
         return Encoded(whole, tuple(with_image))
-    most, kept, shown = _most_cuts(turns), list(candidates), list(with_image)
+    comments = sum(role != "seeker" for role, _ in turns[:-1])
+    words = sum(len(text.split()) for _, text in shortened(turns, comments))
+    most = comments + max(0, words - KEEP_WORDS)  # cuts that `shortened` may make
+    kept, shown = list(candidates), list(with_image)
     while (least := len(_ids(tokenizer, prompts, shortened(turns, most), kept))) > max_length:
         if not shown:
             raise UserError(

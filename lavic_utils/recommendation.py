@@ -1,8 +1,7 @@
 """Stage 2, recommendation fine-tuning (paper, section 4.2), and inference with three readings.
 
-The vision side is as stage 1 left it and frozen, so every item's visual tokens are constants,
-computed once (`store`); LoRA trains the language model to answer a dialogue and ten candidates with
-one id.
+The vision side stays as stage 1 left it, so every item's visual tokens are constants, computed once
+(`store`); LoRA trains the language model to answer a dialogue and ten candidates with one id.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class Answer:
     `recommended`: the id in the text it wrote; `constrained`: the id it would write if it could
     write candidates' ids alone; `scored`: the likeliest id. `log_likelihoods`: mean over an id's
     tokens, which ranks ids of different lengths fairly; `probabilities`: of whole ids, among the
-    ten; both in the order of `candidates`, as they were shown. `refused`: the tokens a prompt would
-    have needed that was not asked, since it does not fit: a miss, and an invalid answer.
+    ten; both in the order of `candidates`. `refused`: the tokens of a prompt that was not asked,
+    since it does not fit: a miss, and an invalid answer.
     """
 
     response: str
@@ -82,9 +81,9 @@ def training_examples(dialogues: Sequence[Dialogue], which: str, seed: int) -> l
 
 
 class Prompter:
-    """Dialogues to encoded prompts, with the items' visual tokens (none for a method without
-    images). With `window`, a prompt that does not fit this many tokens with all its images is
-    refused, instead of shortened to the profile's `max_length`."""
+    """Dialogues to encoded prompts, with the items' visual tokens (None: without images). With
+    `window`, a prompt that does not fit this many tokens with all its images is refused, instead of
+    shortened to the profile's `max_length`."""
 
     def __init__(
         self,
@@ -106,12 +105,7 @@ class Prompter:
     def prompt(self, dialogue: Dialogue, candidates: Sequence[str]) -> Encoded:
         items = [Candidate(a, self.titles[a], self.lengths.get(a, 0)) for a in candidates]
         return recommend_prompt(
-            self.tokenizer,
-            self.profile.prompts,
-            dialogue.turns,
-            items,
-            self.room,
-            self.overflow,
+            self.tokenizer, self.profile.prompts, dialogue.turns, items, self.room, self.overflow
         )
 
     def target_ids(self, asin: str) -> list[int]:
@@ -148,13 +142,11 @@ class Recommender(training.Stage):
 
 
 class RecommendationTrainer(training.StageTrainer):
-    def __init__(self, **options) -> None:
-        super().__init__(**options)
-        self.add_callback(training.Reseeded())  # rows are ordered by the global random state
+    """Rows alike in length make a step of all processes together."""
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
-        if hasattr(sampler, "batch_size"):  # rows alike in length over the step of all processes
+        if hasattr(sampler, "batch_size"):
             sampler.batch_size *= self.args.world_size
         return sampler
 
@@ -186,7 +178,6 @@ def fine_tune(
     `folder/adapter`. Returns the loss log: [{"step", "loss"}]."""
     torch.manual_seed(seed)
     settings = profile.recommendation
-    tuned = training.add_adapter(Recommender(model), settings.lora, LANGUAGE_LINEAR)
     arguments = training.training_arguments(
         folder / "checkpoints",
         settings,
@@ -199,11 +190,12 @@ def fine_tune(
         save_steps=settings.save_steps or 500,
     )
     trainer = RecommendationTrainer(
-        model=tuned,
+        model=training.add_adapter(Recommender(model), settings.lora, LANGUAGE_LINEAR),
         processing_class=prompter.tokenizer,
         train_dataset=[prompter.row(example) for example in examples],
         data_collator=collator(prompter),
         args=arguments,
+        callbacks=[training.Reseeded()],  # rows are ordered by the global random state
     )
     trainer.fit(folder / "adapter")
     model.eval()
@@ -218,10 +210,11 @@ def generate_answers(
 ) -> list[Answer]:
     """Greedy answers in the dialogues' order; prompts are batched by length. With `scored`, the two
     other readings and every candidate's likelihood too."""
-    prompts, answers = [], [Answer("", candidates=getattr(d, which)) for d in dialogues]
-    for dialogue, answer in zip(dialogues, answers, strict=True):
-        prompts.append(prompter.prompt(dialogue, answer.candidates))
-        answer.refused = prompts[-1].refused
+    prompts, answers = [], []
+    for dialogue in dialogues:
+        ten = getattr(dialogue, which)
+        prompts.append(prompter.prompt(dialogue, ten))
+        answers.append(Answer("", candidates=ten, refused=prompts[-1].refused))
     asked = [i for i, answer in enumerate(answers) if not answer.refused]
     asked.sort(key=lambda i: len(prompts[i].ids))
     for group in vision.batched(asked, prompter.profile.recommendation.eval_batch_size):
@@ -259,18 +252,14 @@ def _answer_batch(
 
 
 class Read:
-    """Prompts read once (all but their last token): greedy answers and scores of given ids share
-    that cache.
-
-    A fully cached prefix goes silently wrong in some versions, so one token stays uncached;
-    equality with the plain forward and with `generate` is tested.
-    """
+    """Prompts read once: greedy answers and scores of given ids share that cache. It lacks the last
+    token, since a fully cached prefix goes silently wrong in some versions of transformers."""
 
     def __init__(self, model, embeds: Tensor, mask: Tensor) -> None:
         """`embeds` (rows, length, hidden size), `mask` (rows, length), padded on the left."""
         if not mask[:, -1].all():
             raise ValueError(
-                "prompts must be padded on the left: an answer follows the last column"
+                "an answer follows the last column: prompts must be padded on the left"
             )
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.language = getattr(core.model, "language_model", core.model)  # or a plain one
@@ -283,14 +272,8 @@ class Read:
 
     def _hidden(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """The language model on what the cache does not hold yet: (rows, tokens, hidden size)."""
-        out = self.language(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state
+        where = {"attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
+        return self.language(inputs_embeds=embeds, use_cache=True, **where).last_hidden_state
 
     def _back_to_the_prompt(self) -> None:
         self.cache.crop(self.length - self.cache.get_seq_length())
@@ -347,8 +330,7 @@ class Read:
 
 
 def constrained_choice(table: Tensor, targets: Sequence[Sequence[int]]) -> int:
-    """The candidate that greedy decoding over the candidates' ids alone would write, token by
-    token."""
+    """The candidate that greedy decoding over the candidates' ids alone would write."""
     alive = list(range(len(targets)))
     for position in range(table.shape[1]):
         alive = [i for i in alive if position < len(targets[i])] or alive[:1]
