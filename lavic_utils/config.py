@@ -156,25 +156,10 @@ def results_dir(profile: Profile) -> Path:
     return Path(os.environ.get("LAVIC_RESULTS", ROOT / "results")) / profile.name
 
 
-def figures_dir(profile: Profile) -> Path:
-    """`results/<profile>/figures/`; the committed `figures/` only while `notebooks execute` says so
-    by LAVIC_COMMIT, so that a run of your own changes none of them."""
-    committed = os.environ.get("LAVIC_COMMIT") == "1"
-    return (ROOT if committed else results_dir(profile)) / "figures"
-
-
 def real_data_dir() -> Path | None:
     """The folder with the published Reddit-Amazon files (LAVIC_DATA), or None where it is unset."""
     found = os.environ.get("LAVIC_DATA")
     return Path(found) if found else None
-
-
-def use_data(folder: Path | None) -> None:
-    """Let a folder given on the command line stand for LAVIC_DATA, for child processes too."""
-    if folder:
-        if not folder.is_dir():
-            raise UserError(f"--data {folder}: no such folder; give that of the published files")
-        os.environ["LAVIC_DATA"] = str(folder.resolve())
 
 
 def replications_dir() -> Path | None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -104,7 +103,6 @@ def read_rows(
 
     Only "\\n" ends a line: texts may hold U+2028 and others that `str.splitlines` takes for line
     ends. A row equal to an earlier one in all that `kind` reads is a bad one: it would count twice.
-    (Five dialogues of the published files come again with candidates in another order: no such.)
     """
     names = [name for name in kind.model_fields if name not in ("line", *extra)]
     found: list[AnyRow] = []
@@ -124,16 +122,6 @@ def read_rows(
             bad = {"field": error.field, "kind": error.kind, "problem": error.problem}
             set_aside.append({"file": f"{path.parent.name}/{path.name}", "line": line, **bad})
     return found
-
-
-def set_aside_report(bad: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rows that `read_rows` set aside, JSON-able: how many `rows`, `counts` by file, kind of
-    fault and field, and what was `found`."""
-    counts = Counter((one["file"], one["kind"], one["field"].split(".")[0]) for one in bad)
-    named = []
-    for (file, kind, field), rows in counts.items():
-        named.append({"file": file, "kind": kind, "field": field, "rows": rows})
-    return {"rows": len(bad), "counts": named, "found": list(bad)}
 
 
 # ------------------------------------------------------------------------ the fields of the files
@@ -272,17 +260,6 @@ def open_image(path: Path | str) -> Image.Image | None:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
         return None
-
-
-def image_report(paths: Iterable[Path]) -> dict[str, Any]:
-    """Decode every image, once: how many are `present`; names of `missing` and `corrupt` ones."""
-    found: dict[str, Any] = {"present": 0, "missing": [], "corrupt": []}
-    for path in dict.fromkeys(paths):
-        if open_image(path) is not None:
-            found["present"] += 1
-        else:
-            found["corrupt" if path.is_file() else "missing"].append(path.name)
-    return found
 
 
 def data_hash(root: Path | str) -> str:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
 
 from lavic_utils import training, vision
 from lavic_utils.config import Profile, UserError
+from lavic_utils.data import open_image
 from lavic_utils.prompts import describe_prompt, encode
 from lavic_utils.training import IGNORE, pad_left, target_loss
 
@@ -44,15 +44,8 @@ class Picture:
 class Student(training.Stage):
     """The loss of the teacher's description, given the title and each tile's [CLS]."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor,
-        pixel_values: Tensor,
-        image_sizes: Tensor,
-    ) -> dict[str, Tensor]:
-        """A batch of `StudentCollator`: ids, labels and mask (batch, length), pixels (batch, tiles,
+    def forward(self, input_ids, labels, attention_mask, pixel_values, image_sizes) -> dict:
+        """Tensors of `StudentCollator`: ids, labels and mask (batch, length), pixels (batch, tiles,
         3, side, side), sizes (batch, 2)."""
         # v = projector([CLS] of each tile): per image (tiles, hidden size)
         visual = vision.cls_tokens(self.llava, pixel_values, image_sizes)
@@ -70,8 +63,7 @@ class Pictures:
     def __call__(self, path: Path) -> tuple[Tensor, Tensor]:
         if path in self.memory:
             return self.memory[path]
-        with Image.open(path) as image:
-            found = vision.pixels(self.processor, [image.convert("RGB")])
+        found = vision.pixels(self.processor, [open_image(path)])
         if self.keep:
             self.memory[path] = found
         return found
@@ -155,9 +147,8 @@ def distil(
     seed: int,
     on_epoch: Callable | None = None,
 ) -> list[dict]:
-    """Train the student and leave the best epoch's adapter in `folder/adapter`. Returns one record
-    an epoch; `on_epoch(model) -> dict` adds measurements to it. A killed run continues from its
-    last checkpoint."""
+    """Train the student and leave the best epoch's adapter in `folder/adapter`; a killed run goes
+    on. Returns one record an epoch, to which `on_epoch(model) -> dict` adds measurements."""
     torch.manual_seed(seed)
     settings = profile.distillation
     pictures = Pictures(processor, settings.keep_pixels)
@@ -182,9 +173,8 @@ def distil(
         eval_dataset=list(valid),
         data_collator=StudentCollator(model, processor, profile, pictures),
         args=arguments,
+        callbacks=[_EachEpoch(on_epoch, model)] if on_epoch else None,
     )
-    if on_epoch:
-        trainer.add_callback(_EachEpoch(on_epoch, model))
     trainer.fit(folder / "adapter")
     return epoch_history(trainer.state.log_history)
 
@@ -200,17 +190,16 @@ class _EachEpoch(TrainerCallback):
 
 
 def epoch_history(log: Sequence[dict]) -> list[dict]:
-    """One record an epoch: mean training loss, validation loss, validation perplexity, and what
-    `on_epoch` added."""
+    """One record an epoch: mean training loss, validation loss and perplexity, and what `on_epoch`
+    added."""
     history, losses = [], []
     for entry in log:
         if "loss" in entry:
             losses.append(entry["loss"])
         if "eval_loss" in entry:
-            record = {"epoch": round(entry["epoch"])}
-            record["train_loss"] = sum(losses) / max(1, len(losses))
-            record["valid_loss"] = entry["eval_loss"]
-            record["valid_perplexity"] = math.exp(entry["eval_loss"])
+            train, valid = sum(losses) / max(1, len(losses)), entry["eval_loss"]
+            record = {"epoch": round(entry["epoch"]), "train_loss": train, "valid_loss": valid}
+            record["valid_perplexity"] = math.exp(valid)
             record |= {k: v for k, v in entry.items() if k.startswith("accuracy")}
             history.append(record)
             losses = []
@@ -219,5 +208,4 @@ def epoch_history(log: Sequence[dict]) -> list[dict]:
 
 def load_student(model, folder: Path):
     """The base model with the stage-1 adapter of `folder/adapter`, merged where that is exact."""
-    tuned = training.merged(training.load_adapter(model, folder / "adapter"))
-    return tuned.eval().requires_grad_(False)
+    return training.merged(training.load_adapter(model, folder / "adapter"))

@@ -1,7 +1,6 @@
 """Scoring: the id that an answer names, HR@1 over both denominators, VR, intervals, paired tests.
 
-An invalid or missing answer is a miss and stays in every denominator. A ground-truth id that a
-row repeats counts once.
+An invalid or missing answer is a miss, in every denominator; a truth given twice counts once.
 """
 
 from __future__ import annotations
@@ -24,12 +23,10 @@ ASIN = re.compile(r"(?<![A-Z0-9])(?:B(?=[A-Z]{0,8}[0-9])[A-Z0-9]{9}|[0-9]{9}[0-9
 
 def parse_answer(text: str, candidates: Sequence[str] = ()) -> str | None:
     """The id that an answer names, or None: the first candidate, or the first text that has the
-    form of an ASIN or ISBN-10, whichever comes first.
-
-    To skip an invented id for a candidate named later would credit a model for listing ids, and
-    blind VR. A candidate of another form ("item17") must begin a word, and text may follow, but no
-    digit after a digit and no letter after a letter: "item170" names no "item17". Case counts.
-    """
+    form of an ASIN or ISBN-10, whichever comes first: who skips an invented id for a candidate
+    named later credits a model for listing ids, and blinds VR. A candidate of another form
+    ("item17") must begin a word, and text may follow, but no digit after a digit and no letter
+    after a letter: "item170" names no "item17". Case counts."""
     patterns = []
     for one in sorted(candidates, key=len, reverse=True):  # "item1a" is tried before "item1"
         if not ASIN.fullmatch(one):
@@ -112,9 +109,7 @@ def paired_difference(
     """HR@1 of a minus b on the same conversations in the same order: (mean, low, high), 95 %
     bootstrap percentiles. ValueError unless the lists are equally long, and not empty.
 
-    Resamples conversations 10,000 times; the differences are -1, 0 or 1, so their counts are
-    multinomial (exact).
-    """
+    10,000 resamples; differences are -1, 0 or 1, so their counts are multinomial (exact)."""
     a, b = np.asarray(a_hits), np.asarray(b_hits)
     if a.shape != b.shape or not a.size or not np.isin([a, b], (0, 1)).all():
         raise ValueError("two equally long, not empty lists of True and False are expected")
@@ -137,9 +132,8 @@ def summary_by_seed(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     Wilson intervals of HR@1. ValueError: no rows, or a method, domain and seed twice.
 
     `pooled_low/high` takes every (seed, dialogue) for an independent trial, which is too narrow:
-    seeds answer the same dialogues. `low/high` puts the mean ratio over the dialogues of one seed:
-    right if seeds always agree, else too wide, so it is the safe one. Neither covers what all
-    dialogues share in one seed (a good or bad training run): see min and max.
+    seeds answer the same dialogues. `low/high`, of the mean ratio over one seed's dialogues, is the
+    safe one: right if seeds always agree, else too wide. For good and bad runs see min and max.
     """
     table = pd.DataFrame([dict(row) for row in rows])
     if table.empty or table.duplicated(["method", "domain", "seed"]).any():
@@ -151,10 +145,10 @@ def summary_by_seed(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         dialogues = int(part["conversations"].min())  # of one seed
         low, high = wilson(round(right / total * dialogues), dialogues)
         pooled_low, pooled_high = wilson(right, total)
+        pairs, valid = part["hit_ratio_pairs"], pd.to_numeric(part["validity_ratio"])
         line = {"method": method, "domain": domain, "seeds": len(part)}
         line |= {"mean": ratio.mean(), "min": ratio.min(), "max": ratio.max()}
-        line |= {"hit_ratio_pairs": part["hit_ratio_pairs"].mean()}
-        line |= {"validity_ratio": pd.to_numeric(part["validity_ratio"]).mean()}
+        line |= {"hit_ratio_pairs": pairs.mean(), "validity_ratio": valid.mean()}
         line |= {"pooled_conversations": total, "pooled_hits": right, "low": low, "high": high}
         lines.append(line | {"pooled_low": pooled_low, "pooled_high": pooled_high})
     return pd.DataFrame(lines)

@@ -7,10 +7,9 @@ The vision side stays as stage 1 left it, so every item's visual tokens are cons
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +43,10 @@ class Example:
 class Answer:
     """What a method said to one dialogue, read three ways.
 
-    `recommended`: the id in the text it wrote; `constrained`: the id it would write if it could
-    write candidates' ids alone; `scored`: the likeliest id. `log_likelihoods`: mean over an id's
-    tokens, which ranks ids of different lengths fairly; `probabilities`: of whole ids, among the
-    ten; both in the order of `candidates`. `refused`: the tokens of a prompt that was not asked,
-    since it does not fit: a miss, and an invalid answer.
+    `recommended`: the id in the text it wrote; `constrained`: the one it would write if it could
+    write candidates' ids alone; `scored`: the likeliest. In the order of `candidates`:
+    `log_likelihoods`, mean over an id's tokens; `probabilities` of whole ids among the ten.
+    `refused`: the tokens of a prompt too long to be asked: a miss, and an invalid answer.
     """
 
     response: str
@@ -81,9 +79,8 @@ def training_examples(dialogues: Sequence[Dialogue], which: str, seed: int) -> l
 
 
 class Prompter:
-    """Dialogues to encoded prompts, with the items' visual tokens (None: without images). With
-    `window`, a prompt that does not fit this many tokens with all its images is refused, instead of
-    shortened to the profile's `max_length`."""
+    """Dialogues to prompts with the items' `visual` tokens (None: without images), shortened to the
+    profile's `max_length`; with a `window`, what does not fit it with all images is refused."""
 
     def __init__(
         self,
@@ -95,18 +92,16 @@ class Prompter:
     ) -> None:
         settings = profile.recommendation
         self.tokenizer, self.profile, self.titles = tokenizer, profile, titles
-        self.visual: Mapping[str, Tensor] = {} if visual is None else visual
+        self.visual = {} if visual is None else visual
         self.lengths = vision.lengths(self.visual)
         self.room = (window or settings.max_length) - settings.max_new_tokens
-        self.overflow: Literal["shorten", "refuse"] = "refuse" if window else "shorten"
-        # what training prompts lost for being too long
-        self.cut = {"prompts": 0, "dialogue_tokens": 0, "images": 0}
+        self.refuse = window is not None
+        self.cut = {"prompts": 0, "dialogue_tokens": 0, "images": 0}  # lost in training prompts
 
     def prompt(self, dialogue: Dialogue, candidates: Sequence[str]) -> Encoded:
         items = [Candidate(a, self.titles[a], self.lengths.get(a, 0)) for a in candidates]
-        return recommend_prompt(
-            self.tokenizer, self.profile.prompts, dialogue.turns, items, self.room, self.overflow
-        )
+        text, turns = self.profile.prompts, dialogue.turns
+        return recommend_prompt(self.tokenizer, text, turns, items, self.room, self.refuse)
 
     def target_ids(self, asin: str) -> list[int]:
         """The target: the id and the end of the sequence."""
@@ -123,6 +118,16 @@ class Prompter:
         labels = [IGNORE] * len(prompt.ids) + target
         return {"input_ids": prompt.ids + target, "labels": labels, "visual": prompt.visual}
 
+    def collate(self, rows: Sequence[dict]) -> dict:
+        """Results of `row` to a batch for `Recommender.forward`."""
+        ids = [row["input_ids"] for row in rows]
+        return {
+            "input_ids": pad_left(ids, self.tokenizer.pad_token_id),
+            "labels": pad_left([row["labels"] for row in rows], IGNORE),
+            "attention_mask": pad_left([[1] * len(row) for row in ids], 0),
+            "visual": [self.visual[asin] for row in rows for asin in row["visual"]],
+        }
+
     def tokens(self, prompts: Sequence[Encoded]) -> list[Tensor]:
         """Visual tokens in the order of the prompts' placeholders, an item each."""
         return [self.visual[asin] for prompt in prompts for asin in prompt.visual]
@@ -131,11 +136,9 @@ class Prompter:
 class Recommender(training.Stage):
     """The loss of the right id, given the dialogue and ten candidates with their [CLS] tokens."""
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, visual: list[Tensor]
-    ) -> dict[str, Tensor]:
-        """A batch of `collator`: ids, labels and mask (batch, length); `visual`: (tokens, hidden
-        size) of each item shown."""
+    def forward(self, input_ids, labels, attention_mask, visual) -> dict:
+        """Tensors of `Prompter.collate`: ids, labels and mask (batch, length); of each item shown
+        (tokens, hidden size)."""
         embeds = vision.place(self.llava, input_ids, visual)  # (batch, length, hidden size)
         # -log p(id | dialogue, candidates), mean over its tokens
         return {"loss": target_loss(self.llava, embeds, attention_mask, labels)}
@@ -151,28 +154,8 @@ class RecommendationTrainer(training.StageTrainer):
         return sampler
 
 
-def collator(prompter: Prompter) -> Callable[[Sequence[dict]], dict]:
-    """Rows of `Prompter.row` to a batch."""
-    pad = prompter.tokenizer.pad_token_id
-
-    def collate(rows: Sequence[dict]) -> dict:
-        return {
-            "input_ids": pad_left([row["input_ids"] for row in rows], pad),
-            "labels": pad_left([row["labels"] for row in rows], IGNORE),
-            "attention_mask": pad_left([[1] * len(row["input_ids"]) for row in rows], 0),
-            "visual": [prompter.visual[asin] for row in rows for asin in row["visual"]],
-        }
-
-    return collate
-
-
 def fine_tune(
-    profile: Profile,
-    model,
-    prompter: Prompter,
-    examples: Sequence[Example],
-    folder: Path,
-    seed: int,
+    profile: Profile, model, prompter: Prompter, examples: list[Example], folder: Path, seed: int
 ) -> list[dict]:
     """Fine-tune one domain's adapter, put into `model` and saved as a standard peft folder,
     `folder/adapter`. Returns the loss log: [{"step", "loss"}]."""
@@ -193,7 +176,7 @@ def fine_tune(
         model=training.add_adapter(Recommender(model), settings.lora, LANGUAGE_LINEAR),
         processing_class=prompter.tokenizer,
         train_dataset=[prompter.row(example) for example in examples],
-        data_collator=collator(prompter),
+        data_collator=prompter.collate,
         args=arguments,
         callbacks=[training.Reseeded()],  # rows are ordered by the global random state
     )
@@ -223,9 +206,7 @@ def generate_answers(
     return answers
 
 
-def _answer_batch(
-    model, prompter: Prompter, prompts: list[Encoded], answers: list[Answer], scored: bool
-) -> None:
+def _answer_batch(model, prompter: Prompter, prompts: list, answers: list, scored: bool) -> None:
     """Fill in the answers to one batch of prompts."""
     tokenizer, pad = prompter.tokenizer, prompter.tokenizer.pad_token_id
     ids = pad_left([p.ids for p in prompts], pad).to(model.device)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from lavic_utils import vision
 from lavic_utils.config import Lora, UserError
 
 IGNORE = -100  # the label of a token that is not scored
@@ -76,9 +75,8 @@ class Stage(nn.Module):
 
 # ------------------------------------------------------------ adapters
 def lora_config(lora: Lora, target: str) -> LoraConfig:
-    return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target
-    )
+    sizes = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    return LoraConfig(**sizes, target_modules=target)
 
 
 def add_adapter(model, lora: Lora, target: str):
@@ -87,8 +85,6 @@ def add_adapter(model, lora: Lora, target: str):
     RuntimeError where anything else would be trained."""
     tuned = get_peft_model(model, lora_config(lora, target))
     check_trainable(tuned, target)
-    if (kernel := vision.attention(model.dtype)) != "sdpa":
-        model.set_attn_implementation(kernel)
     return tuned
 
 
@@ -157,9 +153,7 @@ def merged(tuned):
 
 
 # ------------------------------------------------------------ the Trainer
-def training_arguments(
-    folder: Path, stage, seed: int, dtype: torch.dtype, **more
-) -> TrainingArguments:
+def training_arguments(folder: Path, stage, seed: int, dtype, **more) -> TrainingArguments:
     """AdamW and the profile's settings. On a card a model in half precision (`dtype`) trains under
     autocast in the same, one in float32 without."""
     cuda = torch.cuda.is_available()
@@ -267,18 +261,18 @@ class Finite(TrainerCallback):
     def __init__(self, accelerator) -> None:
         self.accelerator, self.skipped = accelerator, 0
 
+    def stop(self, step: int, why: str) -> None:
+        raise UserError(
+            f"training stopped at step {step}: {why}; lower the learning rate, or use dtype "
+            "float32 or a card that computes in bfloat16"
+        )
+
     def on_step_end(self, args, state, control, **_):
         self.skipped += bool(self.accelerator.optimizer_step_was_skipped)
         if self.skipped > 20 + state.global_step // 10:
-            raise UserError(
-                f"training stopped at step {state.global_step}: float16 gradients overflow; lower "
-                "the learning rate, or use a card that computes in bfloat16"
-            )
+            self.stop(state.global_step, "float16 gradients overflow")
 
     def on_log(self, args, state, control, logs, **_):
         for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0)):
-                raise UserError(
-                    f"training stopped at step {state.global_step}: {name} is {logs[name]}; lower "
-                    "the learning rate, or use dtype float32 or a card that computes in bfloat16"
-                )
+                self.stop(state.global_step, f"{name} is {logs[name]}")

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.models import llava_next
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import is_bitsandbytes_available, logging
 
 from lavic_utils.config import Profile, UserError
 from lavic_utils.data import open_image
@@ -43,14 +43,6 @@ def half() -> torch.dtype:
 
 def dtype(profile: Profile) -> torch.dtype:
     return half() if profile.dtype == "half" else torch.float32
-
-
-def attention(dtype: torch.dtype) -> str:
-    """Kernel for training: FlashAttention 2 where it is installed and card and dtype allow it, else
-    torch's own. Inference stays with torch's, whose masks may hide candidates from each other."""
-    able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-    fast = able and dtype != torch.float32 and is_flash_attn_2_available()
-    return "flash_attention_2" if fast else "sdpa"
 
 
 def source(profile: Profile) -> tuple[str, str | None]:
@@ -95,9 +87,6 @@ def load(kind, profile: Profile, path: str, revision: str | None):
 
 def _four_bits(profile: Profile):
     """NF4 for the language model's layers, not for the vision side, whose [CLS] are the method."""
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
         raise UserError(
             f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and "
@@ -139,7 +128,7 @@ def real_tiles(model, pixel_values: Tensor, sizes: Tensor) -> tuple[Tensor, list
     """Drop the zero padding: (all tiles, 3, side, side) and the number of tiles of each image."""
     counts = [tile_count(model, size) for size in sizes]
     tiles = [image[:count] for image, count in zip(pixel_values, counts, strict=True)]
-    return torch.cat(tiles), counts
+    return torch.cat(tiles).to(model.device, model.dtype), counts
 
 
 def full_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
@@ -152,7 +141,7 @@ def full_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
 def cls_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
     """LaViC's visual tokens, the [CLS] of every tile: per image (tiles, hidden size), with
     gradients for stage 1 (paper, section 4.1)."""
-    tiles, counts = real_tiles(model, pixel_values.to(model.device, model.dtype), sizes)
+    tiles, counts = real_tiles(model, pixel_values, sizes)
     cls = inner(model).vision_tower(tiles).last_hidden_state[:, 0]  # (all tiles, vision size)
     projected = inner(model).multi_modal_projector(cls)  # section 4.1: one vector v a tile
     return list(projected.split(counts))

@@ -111,7 +111,7 @@ def test_tokens_are_the_same_in_any_batch(processor, model):
 
 # ---------------------------------------------------------------- losses
 def batch_of(prompter, examples):
-    return rec.collator(prompter)([prompter.row(e) for e in examples])
+    return prompter.collate([prompter.row(e) for e in examples])
 
 
 def loss_of(model, batch):

@@ -308,17 +308,12 @@ def test_four_bits_without_a_card_is_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "kernel"),
-    [((7, 5), torch.float16, "sdpa"), ((8, 0), torch.bfloat16, "flash_attention_2")],
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
 )
-def test_precision_and_attention_follow_the_card(monkeypatch, capability, dtype, kernel):
+def test_half_precision_follows_the_card(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(vision, "is_flash_attn_2_available", lambda: True)
-    assert vision.half() == dtype and vision.attention(dtype) == kernel
-    assert vision.attention(torch.float32) == "sdpa"
-    monkeypatch.setattr(vision, "is_flash_attn_2_available", lambda: False)
-    assert vision.attention(dtype) == "sdpa"
+    assert vision.half() == dtype
 
 
 def test_the_mini_profile_keeps_its_settings():

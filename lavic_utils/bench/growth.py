@@ -17,7 +17,7 @@ from torch import Tensor
 from lavic_utils import data, store, vision
 from lavic_utils.bench.reference import autocast
 from lavic_utils.bench.stages import DOMAIN, Bench, peak_bytes, spread, timed
-from lavic_utils.recommendation import Example, Prompter, answer, collator
+from lavic_utils.recommendation import Example, Prompter, answer
 
 REPEATS = 3
 MIB = 2**20
@@ -63,7 +63,7 @@ def series(bench: Bench, how, what: str, points: Sequence[int]) -> list[dict]:
         )
         shown = dialogue.model_copy(update={"context": context, bench.which: candidates})
         batch = bench.moved(
-            collator(prompter)([prompter.row(Example(shown, candidates, candidates[0]))])
+            prompter.collate([prompter.row(Example(shown, candidates, candidates[0]))])
         )
 
         def step(batch=batch) -> None:

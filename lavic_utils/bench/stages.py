@@ -311,7 +311,7 @@ class Bench:
 
     def stage2_batch(self, examples) -> dict:
         return self.moved(
-            recommendation.collator(self.prompter)([self.prompter.row(e) for e in examples])
+            self.prompter.collate([self.prompter.row(e) for e in examples])
         )
 
     def stage1_batch(self, rows) -> dict:
