@@ -153,7 +153,7 @@ def test_swapped_images_move_the_scores_with_the_item(run, tmp_path):
 
 def test_what_training_prompts_lost_is_in_the_result_of_stage_two(run, monkeypatch):
     def train(profile, model, prompter, examples, folder, seed):
-        return None, [len(prompter.row(e)["input_ids"]) for e in examples]
+        return [len(prompter.row(e)["input_ids"]) for e in examples]
 
     monkeypatch.setattr(recommendation, "fine_tune", train)
     visual = run.visual("distilled", ("train",))

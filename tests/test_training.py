@@ -295,7 +295,7 @@ def test_the_7b_profiles_name_a_pinned_model_and_the_papers_batch(name):
 
 
 def test_a_model_that_cannot_be_had_is_one_line_with_size_and_command(monkeypatch):
-    monkeypatch.setattr("lavic_utils.hub._hub_answers", lambda: False)
+    monkeypatch.setattr("lavic_utils.hub.HubModel.cached", lambda self: False)
     for load in (vision.load_model, vision.load_processor):
         with pytest.raises(UserError, match=r"15.1 GB.*hf download .*52320fb52229"):
             load(load_profile("paper"))
