@@ -51,7 +51,7 @@ def run(tmp_path_factory):
     patch.setenv("LAVIC_RESULTS", str(folder / "results"))
     patch.setenv("LAVIC_WORLD", str(folder / "data"))
     patch.setattr(Experiment, "distil", lambda self: {})
-    made = Experiment(str(folder / "small.yaml"))
+    made = Experiment(str(folder / "small.yaml")).prepare()
     torch.manual_seed(0)
     tuned = training.add_adapter(made.model(), made.profile.distillation.lora, VISION_LINEAR)
     for name, parameter in tuned.named_parameters():
