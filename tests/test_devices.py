@@ -1,4 +1,4 @@
-"""Code that meets a model on a device that is not the processor: here the meta device, where values do not matter."""
+"""Code that meets a model on another device: here the meta device, where values do not matter."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What both stages share, on a random tiny model: adapters checked when saved and loaded, checkpointing, accumulation,
-runs that half precision broke, models that cannot be had."""
+"""What both stages share, on a random tiny model: adapters checked when saved and loaded,
+checkpointing, accumulation, runs that half precision broke, models that cannot be had."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_a_nan_loss_stops_a_real_run(processor, tmp_path):
 def test_float32_on_a_card_trains_without_autocast(
     monkeypatch, tmp_path, name, capability, precision
 ):
-    """A faked card: `bf16` and `fp16` of the arguments follow the profile's dtype; the processor has neither."""
+    """A faked card: `bf16` and `fp16` follow the profile's dtype; the processor has neither."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(training, "TrainingArguments", lambda **options: SimpleNamespace(**options))
@@ -262,7 +262,8 @@ def test_float32_on_a_card_trains_without_autocast(
 
 
 def test_an_adapter_of_a_stage_is_saved_as_the_models_own(model, processor, tmp_path):
-    """Trained around a `Recommender`, opened by peft alone on a LLaVA-NeXT; the model given answers with it, too."""
+    """Trained around a `Recommender`, opened by peft alone on a LLaVA-NeXT; the model given answers
+    with it, too."""
     plain = model(input_ids=IDS).logits
     tuned = training.add_adapter(rec.Recommender(model), LORA, rec.LANGUAGE_LINEAR)
     for name, p in tuned.named_parameters():
