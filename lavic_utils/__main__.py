@@ -6,6 +6,7 @@ Bad input ends in one line on stderr and exit code 2. Rooms are imported by the 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ except ModuleNotFoundError:  # the one place where nothing can be said with a Us
     print("python -m pip install -r requirements.lock", file=sys.stderr)
     sys.exit(2)
 
-from lavic_utils.config import UserError, load_profile, use_data
+from lavic_utils.config import UserError, load_profile
 
 plain = {"add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
 app = Typer(help="LaViC companion: the paper's stages, tables and figures.", **plain)
@@ -52,6 +53,14 @@ def _print_rows(rows: list[dict], columns: list[str], note: str, as_json: bool) 
     for text, group in frame.groupby(note, sort=False):
         if text:
             print(f"{', '.join(group.iloc[:, 0].unique())}: {text}")
+
+
+def use_data(folder: Path | None) -> None:
+    """Let a folder given on the command line stand for LAVIC_DATA, for child processes too."""
+    if folder:
+        if not folder.is_dir():
+            raise UserError(f"--data {folder}: no such folder; give that of the published files")
+        os.environ["LAVIC_DATA"] = str(folder.resolve())
 
 
 @app.command()
@@ -280,8 +289,7 @@ def data_stats(
     """Table 1 of the paper beside the files here, and counts, lengths and recall of each."""
     import pandas as pd
 
-    from lavic_utils.audit.inspection import real_data_summary, table_1
-    from lavic_utils.data import set_aside_report
+    from lavic_utils.audit.inspection import real_data_summary, set_aside_report, table_1
     from lavic_utils.remote.download import data_dir
 
     root, bad = data_dir(folder), [] if lenient else None

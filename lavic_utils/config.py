@@ -37,7 +37,7 @@ class Prompts(Section):
 
 
 class World(Section):
-    """Sizes and probabilities of the rendered mini world (absent in profiles with real data)."""
+    """Sizes and probabilities of the rendered mini world (none in profiles with real data)."""
 
     seed: int = 7
     image_side: int = Field(144, ge=48)
@@ -66,7 +66,7 @@ class Lora(Section):
 class Stage(Section):
     """What both stages set."""
 
-    # Settings of time and memory alone: changing one of them throws no result away.
+    # settings of time and memory alone: changing one of them throws no result away
     ONLY_SPEED: ClassVar = ("gradient_checkpointing", "eval_batch_size")
 
     lora: Lora = Lora()
@@ -93,14 +93,11 @@ class Distillation(Stage):
 
     teacher_batch_size: int = Field(48, ge=1)  # images described at once
     eval_batch_size: int = Field(64, ge=1)
-    descriptions: Literal["write", "published"] = (
-        "write"  # by the base model now, or as they stand in the data
-    )
+    # written by the base model now, or as they stand in the data
+    descriptions: Literal["write", "published"] = "write"
     images_per_item: int | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
-    keep_pixels: bool = (
-        False  # hold all pixel tensors in memory instead of decoding images every epoch
-    )
+    keep_pixels: bool = False  # in memory, instead of decoding every image in every epoch
 
 
 class Recommendation(Stage):
@@ -119,9 +116,7 @@ class Profile(Section):
     model: str  # a folder inside the package, a path, or a hub id
     revision: str | None = None  # a commit of the hub's repository
     download_gb: float = Field(0, ge=0)
-    models: dict[
-        str, str
-    ] = {}  # method -> your own folder with its checkpoint, instead of the hub's
+    models: dict[str, str] = {}  # method -> a folder of yours with its checkpoint, not the hub's
     quantize_4bit: bool = False
     dtype: Literal["float32", "half"] = "float32"  # half: what `vision.half` says of the card
     seed: int = 42
@@ -143,18 +138,17 @@ def load_profile(name: str = "mini") -> Profile:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (PACKAGE / "profiles").glob("*.yaml")))
         raise UserError(
-            f"profile {name!r} not found at {path}; use one of {known}, or a path to a .yaml file"
+            f"profile {name!r} not found at {path}; use one of {known}, or a .yaml file"
         )
     try:
         return Profile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
-        raise UserError(
-            f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the file"
-        ) from None
+        problem = f"not valid YAML ({' '.join(str(error).split())})"
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise UserError(f"{path}: field {field}: {first['msg']}; correct the file") from None
+        problem = f"field {field}: {first['msg']}"
+    raise UserError(f"{path}: {problem}; correct the file")
 
 
 def results_dir(profile: Profile) -> Path:
@@ -162,29 +156,13 @@ def results_dir(profile: Profile) -> Path:
     return Path(os.environ.get("LAVIC_RESULTS", ROOT / "results")) / profile.name
 
 
-def figures_dir(profile: Profile) -> Path:
-    """Where figures go: `results/<profile>/figures/`, or the committed `figures/` while `notebooks
-    execute` says so by LAVIC_COMMIT: a run of your own changes none of the committed pictures."""
-    if os.environ.get("LAVIC_COMMIT") == "1":
-        return ROOT / "figures"
-    return results_dir(profile) / "figures"
-
-
 def real_data_dir() -> Path | None:
     """The folder with the published Reddit-Amazon files (LAVIC_DATA), or None where it is unset."""
-    value = os.environ.get("LAVIC_DATA")
-    return Path(value) if value else None
-
-
-def use_data(folder: Path | None) -> None:
-    """Let a folder given on the command line stand for LAVIC_DATA, for child processes too."""
-    if folder and not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder; give the one with the published files")
-    if folder:
-        os.environ["LAVIC_DATA"] = str(folder.resolve())
+    found = os.environ.get("LAVIC_DATA")
+    return Path(found) if found else None
 
 
 def replications_dir() -> Path | None:
     """The folder with answers of real 7B models (LAVIC_REPLICATIONS), or None where it is unset."""
-    value = os.environ.get("LAVIC_REPLICATIONS")
-    return Path(value) if value else None
+    found = os.environ.get("LAVIC_REPLICATIONS")
+    return Path(found) if found else None

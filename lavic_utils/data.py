@@ -1,7 +1,6 @@
 """Reading Reddit-Amazon, or the mini world in the same layout: dialogues, catalogue, images.
 
-Nothing is repaired in silence: a row is read exactly as it stands, or `RowError` names file, line
-and field. An image is whole or it is None.
+Nothing is repaired in silence: a row is read as it stands, or `RowError` names file, line, field.
 """
 
 from __future__ import annotations
@@ -9,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -24,7 +22,7 @@ SPLITS = ("train", "valid", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # not every reader of Pillow: one starts Ghostscript
 TURN = re.compile(r"<(submission|comment)>(.*?)</\1>", re.DOTALL)
 TAG = re.compile(r"</?(?:submission|comment)>")
-SPEAKERS = {"submission": "seeker", "comment": "helper"}
+SPEAKERS = {"submission": "seeker", "comment": "helper"}  # who wrote a turn of this tag
 GET_DATA = "get jeon185/LaViC's files (`python -m lavic_utils data fetch`) and set LAVIC_DATA"
 
 
@@ -49,49 +47,42 @@ class RowError(UserError):
 def check_row(kind: type[AnyRow], row: Any, where: str, **extra: Any) -> AnyRow:
     """The JSON object `row` as a `kind`; RowError names the place and the first wrong field."""
     if not isinstance(row, dict):
-        problem = f"a JSON object is expected, found {type(row).__name__}"
-        raise RowError(where, "(all)", "not an object", problem)
+        raise RowError(where, "(all)", "not an object", "a JSON object is expected")
     try:
         return kind.model_validate({**row, **extra})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         fault = "missing" if first["type"] == "missing" else "bad value"
-        problem = first["msg"].removeprefix("Value error, ")
-        raise RowError(where, field, fault, problem) from None
+        raise RowError(where, field, fault, first["msg"].removeprefix("Value error, ")) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
+    if len(set(names)) < len(names):
         raise KeyError(max(names, key=names.count))
     return dict(pairs)
-
-
-def _last_field(begun: str, kind: type[Row]) -> str:
-    """The last field of `kind` that a broken row names before its fault."""
-    known = {field.alias or name for name, field in kind.model_fields.items()}
-    named = [name for name in re.findall(r'"(\w+)"\s*:', begun) if name in known]
-    return named[-1] if named else "(before the first)"
 
 
 def _load_json(raw: bytes, where: str, kind: type[Row]) -> Any:
     """The JSON value in `raw`; RowError with the last field of `kind` named before the fault."""
     try:
-        # No field that is read is a number: as a float, one of thousands of digits is refused
-        # where it stands, by its field.
+        # No field is a number: as a float, one of thousands of digits is refused by its field.
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=float)
     except UnicodeDecodeError as error:
-        field = _last_field(raw[: error.start].decode("utf-8"), kind)
         fault, problem = "bad UTF-8", f"not valid UTF-8 at byte {error.start + 1}"
+        begun = raw[: error.start].decode("utf-8")
     except json.JSONDecodeError as error:
-        field = _last_field(error.doc[: error.pos], kind)
         fault, problem = "bad JSON", f"not valid JSON at character {error.pos + 1} ({error.msg})"
+        begun = error.doc[: error.pos]
     except KeyError as twice:
-        field, fault, problem = ascii(twice.args[0][:40])[1:-1], "field twice", "it stands twice"
+        name = ascii(twice.args[0][:40])[1:-1]
+        raise RowError(where, name, "field twice", "it stands twice") from None
     except RecursionError:
-        field, fault, problem = "(all)", "bad JSON", "not valid JSON: nested too deep"
-    raise RowError(where, field, fault, problem)
+        raise RowError(where, "(all)", "bad JSON", "not valid JSON: nested too deep") from None
+    known = {field.alias or name for name, field in kind.model_fields.items()}
+    named = [name for name in re.findall(r'"(\w+)"\s*:', begun) if name in known]
+    raise RowError(where, named[-1] if named else "(before the first)", fault, problem)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -110,11 +101,8 @@ def read_rows(
     raises RowError; or, where a list `set_aside` is given, bad lines are left out and described
     there (`file`, `line`, `field`, `kind`, `problem`).
 
-    Only "\\n" ends a line: texts may hold U+2028, U+0085 and others that `str.splitlines` takes for
-    line ends. A duplicate row, equal to an earlier one in every field that `kind` reads, is a bad
-    one: it would count twice. A dialogue that comes again with its candidates in another order is
-    none, since the prompt is another one (five rows of the published valid and test files), nor is
-    a context with another answer.
+    Only "\\n" ends a line: texts may hold U+2028 and others that `str.splitlines` takes for line
+    ends. A row equal to an earlier one in all that `kind` reads is a bad one: it would count twice.
     """
     names = [name for name in kind.model_fields if name not in ("line", *extra)]
     found: list[AnyRow] = []
@@ -136,17 +124,6 @@ def read_rows(
     return found
 
 
-def set_aside_report(bad: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rows that `read_rows` set aside, JSON-able: how many `rows`, `counts` by file, kind of
-    fault and field, and what was `found`."""
-    counts = Counter((one["file"], one["kind"], one["field"].split(".")[0]) for one in bad)
-    named = [
-        {"file": file, "kind": kind, "field": field, "rows": rows}
-        for (file, kind, field), rows in counts.items()
-    ]
-    return {"rows": len(bad), "counts": named, "found": list(bad)}
-
-
 # ------------------------------------------------------------------------ the fields of the files
 def _closed(text: str) -> str:
     if TURN.sub("", text).strip() or any(TAG.search(inner) for _, inner in TURN.findall(text)):
@@ -155,11 +132,9 @@ def _closed(text: str) -> str:
 
 
 def _ten(ids: tuple[str, ...]) -> tuple[str, ...]:
-    different = len(set(ids))
-    if len(ids) != 10 or different != 10:
-        raise ValueError(
-            f"10 different candidates are expected, found {different} different in {len(ids)}"
-        )
+    if not len(set(ids)) == len(ids) == 10:
+        found = f"{len(set(ids))} different in {len(ids)}"
+        raise ValueError(f"10 different candidates are expected, found {found}")
     return ids
 
 
@@ -185,8 +160,7 @@ ByImage = Annotated[dict[str, str], BeforeValidator(lambda value: {} if value is
 
 
 class Dialogue(Row):
-    """One row of a dialogue file. `line` counts from 1; the ids stand as in the file (`gt_items`
-    may repeat one)."""
+    """One row of a dialogue file. `line` counts from 1; ids stand as in the file (some twice)."""
 
     domain: str
     split: str
@@ -205,7 +179,7 @@ class Dialogue(Row):
 
 
 class Item(Row):
-    """One product. `images[k]` is the link of ASIN_k.jpg ("" where none is given), `descriptions`
+    """One product. `images[k]`: the link of ASIN_k.jpg ("" where there is none); `descriptions`:
     what LLaVA wrote about the looks of an image, by file name."""
 
     asin: Id
@@ -218,8 +192,7 @@ class Item(Row):
 
 
 class ValidImage(Row):
-    """One image with its description ("" where no teacher has written yet): a stage-1 example.
-    `asin` and `k` are read from `image_name`, ASIN_k.jpg."""
+    """An image with its description ("" where no teacher has written yet): a stage-1 example."""
 
     title: str
     image_name: ImageName
@@ -233,10 +206,8 @@ class ValidImage(Row):
 def dialogue_file(root: Path | str, domain: str, split: str) -> Path:
     """Path of one dialogue file; UserError for a domain or split that does not exist."""
     if domain not in DOMAINS or split not in SPLITS:
-        raise UserError(
-            f"no dialogues {domain}/{split}; use one of {', '.join(DOMAINS)} "
-            f"and of {', '.join(SPLITS)}"
-        )
+        known = f"{', '.join(DOMAINS)} and of {', '.join(SPLITS)}"
+        raise UserError(f"no dialogues {domain}/{split}; use one of {known}")
     return Path(root) / DOMAINS[domain] / f"{split}.jsonl"
 
 
@@ -254,14 +225,11 @@ def read_catalogue(root: Path | str) -> dict[str, Item]:
     rows = _load_json(_read_bytes(path), str(path), Item)
     if not isinstance(rows, dict) or not rows:
         raise UserError(f"{path}: an object of items by id is expected; {GET_DATA}")
-    return {
-        asin: check_row(Item, row, f"{path}, item {asin!a}", asin=asin)
-        for asin, row in rows.items()
-    }
+    return {a: check_row(Item, row, f"{path}, item {a!a}", asin=a) for a, row in rows.items()}
 
 
 def read_stage1_valid(root: Path | str) -> list[ValidImage]:
-    """The stage-1 validation images, from item2meta_valid.jsonl, in file order."""
+    """The stage-1 validation images, of item2meta_valid.jsonl, in file order."""
     return read_rows(Path(root) / "item2meta_valid.jsonl", ValidImage)
 
 
@@ -294,25 +262,17 @@ def open_image(path: Path | str) -> Image.Image | None:
         return None
 
 
-def image_report(paths: Iterable[Path]) -> dict[str, Any]:
-    """Decode every image, once: how many are `present`; names of `missing` and `corrupt` ones."""
-    every = list(dict.fromkeys(paths))
-    missing = [path.name for path in every if not path.is_file()]
-    corrupt = [path.name for path in every if path.is_file() and open_image(path) is None]
-    present = len(every) - len(missing) - len(corrupt)
-    return {"present": present, "missing": missing, "corrupt": corrupt}
-
-
 def data_hash(root: Path | str) -> str:
     """12 hex of SHA-256 over names and contents of a data folder's .json and .jsonl files."""
-    base = Path(root)
-    folders = (base, *(base / name for name in DOMAINS.values()))
-    files = [path for folder in folders for path in folder.glob("*.json*")]
-    files = [path for path in files if path.suffix in (".json", ".jsonl")]
+    files = {}  # name inside the folder -> path
+    for folder in ("", *DOMAINS.values()):
+        for path in Path(root, folder).glob("*.json*"):
+            if path.suffix in (".json", ".jsonl"):
+                files[path.relative_to(root).as_posix()] = path
     if not files:
-        raise UserError(f"{base}: no .json or .jsonl file; {GET_DATA}")
+        raise UserError(f"{root}: no .json or .jsonl file; {GET_DATA}")
     digest = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.relative_to(base).as_posix()):
+    for name, path in sorted(files.items()):
         content = hashlib.sha256(_read_bytes(path)).hexdigest()
-        digest.update(f"{path.relative_to(base).as_posix()}\0{content}\n".encode())
+        digest.update(f"{name}\0{content}\n".encode())
     return digest.hexdigest()[:12]

@@ -14,24 +14,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
 
-from lavic_utils import vision
+from lavic_utils import training, vision
 from lavic_utils.config import Profile, UserError
+from lavic_utils.data import open_image
 from lavic_utils.prompts import describe_prompt, encode
-from lavic_utils.training import (
-    IGNORE,
-    Stage,
-    StageTrainer,
-    add_adapter,
-    load_adapter,
-    merged,
-    pad_left,
-    target_loss,
-    training_arguments,
-)
+from lavic_utils.training import IGNORE, pad_left, target_loss
 
 # Every linear layer of the vision tower and of the projector (section 4.1). Anchored: "model."
 # keeps the language model's layers, whose names end alike, out.
@@ -51,18 +41,11 @@ class Picture:
     description: str = ""
 
 
-class Student(Stage):
+class Student(training.Stage):
     """The loss of the teacher's description, given the title and each tile's [CLS]."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor,
-        pixel_values: Tensor,
-        image_sizes: Tensor,
-    ) -> dict[str, Tensor]:
-        """A batch of `StudentCollator`: ids, labels and mask (batch, length), pixels (batch, tiles,
+    def forward(self, input_ids, labels, attention_mask, pixel_values, image_sizes) -> dict:
+        """Tensors of `StudentCollator`: ids, labels and mask (batch, length), pixels (batch, tiles,
         3, side, side), sizes (batch, 2)."""
         # v = projector([CLS] of each tile): per image (tiles, hidden size)
         visual = vision.cls_tokens(self.llava, pixel_values, image_sizes)
@@ -72,7 +55,7 @@ class Student(Stage):
 
 
 class Pictures:
-    """Image files to pixel tensors; kept in memory where the profile says so."""
+    """Image files to (pixel values, size), as `vision.pixels` gives them; `keep`: in memory."""
 
     def __init__(self, processor, keep: bool) -> None:
         self.processor, self.keep, self.memory = processor, keep, {}
@@ -80,11 +63,10 @@ class Pictures:
     def __call__(self, path: Path) -> tuple[Tensor, Tensor]:
         if path in self.memory:
             return self.memory[path]
-        with Image.open(path) as image:
-            values, size = vision.pixels(self.processor, [image.convert("RGB")])
+        found = vision.pixels(self.processor, [open_image(path)])
         if self.keep:
-            self.memory[path] = (values, size)
-        return values, size
+            self.memory[path] = found
+        return found
 
 
 def stack_pixels(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -106,8 +88,7 @@ def describe(
 ) -> list[str]:
     """Greedy descriptions of items from their full tokens (the teacher) or, with
     `how=vision.cls_tokens`, from their [CLS] (the student)."""
-    tokenizer, texts = processor.tokenizer, []
-    pad = tokenizer.pad_token_id
+    tokenizer, pad, texts = processor.tokenizer, processor.tokenizer.pad_token_id, []
     for rows in vision.batched(range(len(titles)), profile.distillation.teacher_batch_size):
         visual = how(model, *stack_pixels([pictures[i] for i in rows]))
         prompts = []
@@ -126,8 +107,8 @@ def describe(
 
 
 class StudentCollator:
-    """Title and [CLS] placeholders in, the teacher's description out; nothing is ever shortened:
-    what is longer than `max_length` raises UserError."""
+    """Title and [CLS] placeholders, then the teacher's description, which alone is scored. What is
+    longer than `max_length` is never shortened: UserError."""
 
     def __init__(self, model, processor, profile: Profile, pictures: Pictures) -> None:
         self.model, self.tokenizer = model, processor.tokenizer
@@ -140,14 +121,13 @@ class StudentCollator:
             tiles = vision.tile_count(self.model, size)
             prompt = describe_prompt(self.tokenizer, self.profile.prompts, row.title, tiles)
             target = encode(self.tokenizer, " " + row.description) + [self.tokenizer.eos_token_id]
-            length, most = len(prompt) + len(target), self.profile.distillation.max_length
-            if length > most:
-                raise UserError(
-                    f"{row.path.name}: title, [CLS] and description take {length} tokens, more "
-                    f"than max_length {most} of stage 1; raise it in the profile"
-                )
             ids.append(prompt + target)
             labels.append([IGNORE] * len(prompt) + target)
+            if len(ids[-1]) > (most := self.profile.distillation.max_length):
+                raise UserError(
+                    f"{row.path.name}: title, [CLS] and description take {len(ids[-1])} tokens, "
+                    f"more than max_length {most} of stage 1; raise it in the profile"
+                )
         return {
             "input_ids": pad_left(ids, self.tokenizer.pad_token_id),
             "labels": pad_left(labels, IGNORE),
@@ -167,13 +147,12 @@ def distil(
     seed: int,
     on_epoch: Callable | None = None,
 ) -> list[dict]:
-    """Train the student and leave the best epoch's adapter in `folder/adapter`. Returns one record
-    an epoch; `on_epoch(model) -> dict` adds measurements to it. A killed run continues from its
-    last checkpoint."""
+    """Train the student and leave the best epoch's adapter in `folder/adapter`; a killed run goes
+    on. Returns one record an epoch, to which `on_epoch(model) -> dict` adds measurements."""
     torch.manual_seed(seed)
     settings = profile.distillation
     pictures = Pictures(processor, settings.keep_pixels)
-    arguments = training_arguments(
+    arguments = training.training_arguments(
         folder / "checkpoints",
         settings,
         seed,
@@ -187,16 +166,15 @@ def distil(
         logging_steps=10,
         per_device_eval_batch_size=settings.eval_batch_size,
     )
-    trainer = StageTrainer(
-        model=add_adapter(Student(model), settings.lora, VISION_LINEAR),
+    trainer = training.StageTrainer(
+        model=training.add_adapter(Student(model), settings.lora, VISION_LINEAR),
         processing_class=processor.tokenizer,
         train_dataset=list(train),
         eval_dataset=list(valid),
         data_collator=StudentCollator(model, processor, profile, pictures),
         args=arguments,
+        callbacks=[_EachEpoch(on_epoch, model)] if on_epoch else None,
     )
-    if on_epoch:
-        trainer.add_callback(_EachEpoch(on_epoch, model))
     trainer.fit(folder / "adapter")
     return epoch_history(trainer.state.log_history)
 
@@ -212,19 +190,16 @@ class _EachEpoch(TrainerCallback):
 
 
 def epoch_history(log: Sequence[dict]) -> list[dict]:
-    """One record an epoch: mean training loss, validation loss, validation perplexity, and what
-    `on_epoch` added."""
+    """One record an epoch: mean training loss, validation loss and perplexity, and what `on_epoch`
+    added."""
     history, losses = [], []
     for entry in log:
         if "loss" in entry:
             losses.append(entry["loss"])
         if "eval_loss" in entry:
-            record = {
-                "epoch": round(entry["epoch"]),
-                "train_loss": sum(losses) / max(1, len(losses)),
-                "valid_loss": entry["eval_loss"],
-                "valid_perplexity": math.exp(entry["eval_loss"]),
-            }
+            train, valid = sum(losses) / max(1, len(losses)), entry["eval_loss"]
+            record = {"epoch": round(entry["epoch"]), "train_loss": train, "valid_loss": valid}
+            record["valid_perplexity"] = math.exp(valid)
             record |= {k: v for k, v in entry.items() if k.startswith("accuracy")}
             history.append(record)
             losses = []
@@ -233,4 +208,4 @@ def epoch_history(log: Sequence[dict]) -> list[dict]:
 
 def load_student(model, folder: Path):
     """The base model with the stage-1 adapter of `folder/adapter`, merged where that is exact."""
-    return merged(load_adapter(model, folder / "adapter")).eval().requires_grad_(False)
+    return training.merged(training.load_adapter(model, folder / "adapter"))

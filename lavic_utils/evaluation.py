@@ -1,7 +1,6 @@
 """Scoring: the id that an answer names, HR@1 over both denominators, VR, intervals, paired tests.
 
-An invalid or missing answer is a miss and stays in every denominator. A ground-truth id that a
-row repeats counts once.
+An invalid or missing answer is a miss, in every denominator; a truth given twice counts once.
 """
 
 from __future__ import annotations
@@ -18,21 +17,16 @@ from scipy.stats import binomtest
 from lavic_utils.data import Dialogue
 
 # An ASIN is B and 9 more, with a digit somewhere (so "BREATHABLE" is none); books carry an ISBN-10
-# instead. No boundary is asked for after the id: a model that writes on past it ("B00HO5EE9W0HO")
-# has still answered.
+# instead. A model that writes on past the id ("B00HO5EE9W0HO") has still answered.
 ASIN = re.compile(r"(?<![A-Z0-9])(?:B(?=[A-Z]{0,8}[0-9])[A-Z0-9]{9}|[0-9]{9}[0-9X])")
-LISTS = ("candidates_st", "candidates_gpt_large")
 
 
 def parse_answer(text: str, candidates: Sequence[str] = ()) -> str | None:
     """The id that an answer names, or None: the first candidate, or the first text that has the
-    form of an ASIN or ISBN-10, whichever comes first.
-
-    The candidates serve to recognise an id, never to choose one: to skip an invented id for a
-    candidate named later would credit a model for listing ids, and blind VR. A candidate of another
-    form ("item17") must begin a word, and text may follow, but no digit after a digit and no letter
-    after a letter: "item170" names no "item17". Case counts.
-    """
+    form of an ASIN or ISBN-10, whichever comes first: who skips an invented id for a candidate
+    named later credits a model for listing ids, and blinds VR. A candidate of another form
+    ("item17") must begin a word, and text may follow, but no digit after a digit and no letter
+    after a letter: "item170" names no "item17". Case counts."""
     patterns = []
     for one in sorted(candidates, key=len, reverse=True):  # "item1a" is tried before "item1"
         if not ASIN.fullmatch(one):
@@ -81,14 +75,11 @@ def score(
     """HR@1 and VR, the paper's two measures, of parsed answers, one a conversation. `candidates`
     None (retrieval): VR is None. ValueError: lengths differ, nothing to score, or a conversation
     without ground truth."""
-    count = len(answers)
-    lists = truths if candidates is None else candidates
+    count, lists = len(answers), truths if candidates is None else candidates
     if not count or len(truths) != count or len(lists) != count:
         raise ValueError(f"{count} answers, {len(truths)} truths, {len(lists)} candidate lists")
-    if not all(truths):
-        raise ValueError("a conversation without a ground-truth item")
-    if any(isinstance(one, str) for one in (*truths, *lists)):
-        raise ValueError("a string stands where a list of ids is expected")
+    if not all(truths) or any(isinstance(one, str) for one in (*truths, *lists)):
+        raise ValueError("a conversation without truth, or a string instead of a list of ids")
     right = sum(hits(answers, truths))
     valid = None
     if candidates is not None:
@@ -108,9 +99,7 @@ def score(
 
 def candidate_recall(dialogues: Sequence[Dialogue], which: str = "candidates_st") -> float:
     """Share of dialogues whose list `which` holds a ground-truth item: the ceiling of HR@1 over
-    conversations. ValueError for another list, or no dialogue."""
-    if which not in LISTS or not dialogues:
-        raise ValueError(f"which must be one of {LISTS}, and there must be dialogues")
+    conversations."""
     return sum(bool(set(d.gt_items) & set(getattr(d, which))) for d in dialogues) / len(dialogues)
 
 
@@ -118,14 +107,11 @@ def paired_difference(
     a_hits: Sequence[bool], b_hits: Sequence[bool], seed: int = 0
 ) -> tuple[float, float, float]:
     """HR@1 of a minus b on the same conversations in the same order: (mean, low, high), 95 %
-    bootstrap percentiles. ValueError unless two equally long lists of True and False are given.
+    bootstrap percentiles. ValueError unless the lists are equally long, and not empty.
 
-    Resamples conversations 10,000 times; the differences are -1, 0 or 1, so their counts are
-    multinomial (exact).
-    """
+    10,000 resamples; differences are -1, 0 or 1, so their counts are multinomial (exact)."""
     a, b = np.asarray(a_hits), np.asarray(b_hits)
-    two_lists = a.shape == b.shape and a.ndim == 1 and a.size > 0
-    if not (two_lists and np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+    if a.shape != b.shape or not a.size or not np.isin([a, b], (0, 1)).all():
         raise ValueError("two equally long, not empty lists of True and False are expected")
     difference = a.astype(int) - b.astype(int)
     shares = [float((difference == value).mean()) for value in (1, -1, 0)]
@@ -145,11 +131,9 @@ def summary_by_seed(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     conversations, mean of HR@1 over pairs and of VR, pooled conversations and hits, and two 95 %
     Wilson intervals of HR@1. ValueError: no rows, or a method, domain and seed twice.
 
-    `pooled_low/high` takes every (seed, dialogue) for an independent trial. Seeds answer the same
-    test dialogues, whose outcomes go together, so for "how would new dialogues go?" it is too
-    narrow. `low/high` therefore puts the mean ratio over the dialogues of one seed only: right if
-    seeds always agree on a dialogue, else too wide, so it is the safe one. Neither covers what all
-    dialogues share in one seed (a good or bad training run): see min and max.
+    `pooled_low/high` takes every (seed, dialogue) for an independent trial, which is too narrow:
+    seeds answer the same dialogues. `low/high`, of the mean ratio over one seed's dialogues, is the
+    safe one: right if seeds always agree, else too wide. For good and bad runs see min and max.
     """
     table = pd.DataFrame([dict(row) for row in rows])
     if table.empty or table.duplicated(["method", "domain", "seed"]).any():
@@ -161,10 +145,10 @@ def summary_by_seed(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         dialogues = int(part["conversations"].min())  # of one seed
         low, high = wilson(round(right / total * dialogues), dialogues)
         pooled_low, pooled_high = wilson(right, total)
+        pairs, valid = part["hit_ratio_pairs"], pd.to_numeric(part["validity_ratio"])
         line = {"method": method, "domain": domain, "seeds": len(part)}
         line |= {"mean": ratio.mean(), "min": ratio.min(), "max": ratio.max()}
-        line |= {"hit_ratio_pairs": part["hit_ratio_pairs"].mean()}
-        line |= {"validity_ratio": pd.to_numeric(part["validity_ratio"]).mean()}
+        line |= {"hit_ratio_pairs": pairs.mean(), "validity_ratio": valid.mean()}
         line |= {"pooled_conversations": total, "pooled_hits": right, "low": low, "high": high}
         lines.append(line | {"pooled_low": pooled_low, "pooled_high": pooled_high})
     return pd.DataFrame(lines)

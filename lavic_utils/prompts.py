@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from lavic_utils.config import Prompts, UserError
 
 KEEP_WORDS = 32  # of the dialogue's end, kept before any image is given up
 IMAGE = "<image>"  # the token that stands where an image's visual tokens come
-Turns = Sequence[tuple[str, str]]
+Turns = Sequence[tuple[str, str]]  # (role, text)
+Items = Sequence["Candidate"]
 
 
 class Candidate(NamedTuple):
@@ -24,8 +25,8 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt for `vision.place`: `visual` names the items whose tokens fill the placeholders, in
-    order. `refused`: the tokens it would need, where it is not to be asked (no `ids` then)."""
+    """A prompt for `vision.place`: `visual` names the items whose tokens fill its placeholders, in
+    order. `refused`: the tokens it would need, where it is too long (no `ids` then)."""
 
     ids: list[int]
     visual: tuple[str, ...]
@@ -44,13 +45,11 @@ def dialogue_text(prompts: Prompts, turns: Turns) -> str:
     return "".join(forms[role].format(text=text) for role, text in turns)
 
 
-def recommend_message(
-    prompts: Prompts, turns: Turns, candidates: Sequence[Candidate], image: str = ""
-) -> str:
-    """What a model is asked in stage 2, without its chat form: the dialogue, then title, `image`
-    (of those that have visual tokens) and id of each candidate, and the request for one id."""
+def recommend_message(prompts: Prompts, turns: Turns, items: Items, image: str = "") -> str:
+    """What a model is asked in stage 2, without its chat form: the dialogue, each candidate's
+    title, `image` (where it has visual tokens) and id, and the request for one id."""
     lines = ""
-    for one in candidates:
+    for one in items:
         form = prompts.candidate if one.tokens else prompts.candidate_without_image
         lines += form.format(title=one.title, id=one.id, image=image)
     return prompts.recommend.format(dialogue=dialogue_text(prompts, turns), candidates=lines)
@@ -76,18 +75,11 @@ def shortened(turns: Turns, step: int) -> Turns:
     return kept
 
 
-def _most_cuts(turns: Turns) -> int:
-    """How many cuts `shortened` may make: KEEP_WORDS words stay."""
-    comments = sum(role != "seeker" for role, _ in turns[:-1])
-    words = sum(len(text.split()) for _, text in shortened(turns, comments))
-    return comments + max(0, words - KEEP_WORDS)
-
-
-def _ids(tokenizer, prompts: Prompts, turns: Turns, candidates: Sequence[Candidate]) -> list[int]:
+def _ids(tokenizer, prompts: Prompts, turns: Turns, items: Items) -> list[int]:
     """A whole prompt's token ids, an image's placeholder as often as it has visual tokens."""
-    message = recommend_message(prompts, turns, candidates, IMAGE)
+    message = recommend_message(prompts, turns, items, IMAGE)
     text = encode(tokenizer, prompts.chat.format(message=message), start=True)
-    counts = [one.tokens for one in candidates if one.tokens]
+    counts = [one.tokens for one in items if one.tokens]
     if not counts:
         return text
     ids, slot = [], tokenizer.convert_tokens_to_ids(IMAGE)
@@ -99,34 +91,32 @@ def _ids(tokenizer, prompts: Prompts, turns: Turns, candidates: Sequence[Candida
 
 
 def recommend_prompt(
-    tokenizer,
-    prompts: Prompts,
-    turns: Turns,
-    candidates: Sequence[Candidate],
-    max_length: int,
-    overflow: Literal["shorten", "refuse"] = "shorten",
+    tokenizer, prompts: Prompts, turns: Turns, items: Items, max_length: int, refuse: bool = False
 ) -> Encoded:
     """Stage 2 (paper, section 4.2): dialogue, then each candidate's title, visual tokens and id.
 
     Over `max_length` tokens: first the dialogue is `shortened`, no more than it must be, down to
-    its last KEEP_WORDS words; then candidates lose their images, the last first, or (overflow
-    "refuse") the prompt is refused: all counted in the result. UserError where even that is long.
+    its last KEEP_WORDS words; then candidates lose their images, the last first, or (`refuse`) the
+    prompt is refused: all counted in the result. UserError where even that is too long.
     """
-    whole = _ids(tokenizer, prompts, turns, candidates)
-    with_image = [one.id for one in candidates if one.tokens]
+    whole = _ids(tokenizer, prompts, turns, items)
+    with_image = [one.id for one in items if one.tokens]
     if len(whole) <= max_length:
         return Encoded(whole, tuple(with_image))
-    most, kept, shown = _most_cuts(turns), list(candidates), list(with_image)
+    comments = sum(role != "seeker" for role, _ in turns[:-1])
+    words = sum(len(text.split()) for _, text in shortened(turns, comments))
+    most = comments + max(0, words - KEEP_WORDS)  # cuts that `shortened` may make
+    kept, shown = list(items), list(with_image)
     while (least := len(_ids(tokenizer, prompts, shortened(turns, most), kept))) > max_length:
         if not shown:
             raise UserError(
                 f"a prompt needs {least} tokens for its candidates' titles and ids and the last "
                 f"{KEEP_WORDS} words of the dialogue, more than max_length {max_length}: raise it"
             )
-        if overflow == "refuse":
+        if refuse:
             return Encoded([], (), refused=len(whole))
         shown.pop()
-        kept = [one if one.id in shown else one._replace(tokens=0) for one in candidates]
+        kept = [one if one.id in shown else one._replace(tokens=0) for one in items]
 
     def fits(cuts: int) -> bool:
         return len(_ids(tokenizer, prompts, shortened(turns, cuts), kept)) <= max_length

@@ -1,17 +1,15 @@
 """Stage 2, recommendation fine-tuning (paper, section 4.2), and inference with three readings.
 
-The vision side is as stage 1 left it and frozen, so every item's visual tokens are constants,
-computed once (`store`); LoRA trains the language model to answer a dialogue and ten candidates with
-one id.
+The vision side stays as stage 1 left it, so every item's visual tokens are constants, computed once
+(`store`); LoRA trains the language model to answer a dialogue and ten candidates with one id.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,11 +43,10 @@ class Example:
 class Answer:
     """What a method said to one dialogue, read three ways.
 
-    `recommended`: the id in the text it wrote; `constrained`: the id it would write if it could
-    write candidates' ids alone; `scored`: the likeliest id. `log_likelihoods`: mean over an id's
-    tokens, which ranks ids of different lengths fairly; `probabilities`: of whole ids, among the
-    ten; both in the order of `candidates`, as they were shown. `refused`: the tokens a prompt would
-    have needed that was not asked, since it does not fit: a miss, and an invalid answer.
+    `recommended`: the id in the text it wrote; `constrained`: the one it would write if it could
+    write candidates' ids alone; `scored`: the likeliest. In the order of `candidates`:
+    `log_likelihoods`, mean over an id's tokens; `probabilities` of whole ids among the ten.
+    `refused`: the tokens of a prompt too long to be asked: a miss, and an invalid answer.
     """
 
     response: str
@@ -82,9 +79,8 @@ def training_examples(dialogues: Sequence[Dialogue], which: str, seed: int) -> l
 
 
 class Prompter:
-    """Dialogues to encoded prompts, with the items' visual tokens (none for a method without
-    images). With `window`, a prompt that does not fit this many tokens with all its images is
-    refused, instead of shortened to the profile's `max_length`."""
+    """Dialogues to prompts with the items' `visual` tokens (None: without images), shortened to the
+    profile's `max_length`; with a `window`, what does not fit it with all images is refused."""
 
     def __init__(
         self,
@@ -96,23 +92,16 @@ class Prompter:
     ) -> None:
         settings = profile.recommendation
         self.tokenizer, self.profile, self.titles = tokenizer, profile, titles
-        self.visual: Mapping[str, Tensor] = {} if visual is None else visual
+        self.visual = {} if visual is None else visual
         self.lengths = vision.lengths(self.visual)
         self.room = (window or settings.max_length) - settings.max_new_tokens
-        self.overflow: Literal["shorten", "refuse"] = "refuse" if window else "shorten"
-        # what training prompts lost for being too long
-        self.cut = {"prompts": 0, "dialogue_tokens": 0, "images": 0}
+        self.refuse = window is not None
+        self.cut = {"prompts": 0, "dialogue_tokens": 0, "images": 0}  # lost in training prompts
 
     def prompt(self, dialogue: Dialogue, candidates: Sequence[str]) -> Encoded:
         items = [Candidate(a, self.titles[a], self.lengths.get(a, 0)) for a in candidates]
-        return recommend_prompt(
-            self.tokenizer,
-            self.profile.prompts,
-            dialogue.turns,
-            items,
-            self.room,
-            self.overflow,
-        )
+        text, turns = self.profile.prompts, dialogue.turns
+        return recommend_prompt(self.tokenizer, text, turns, items, self.room, self.refuse)
 
     def target_ids(self, asin: str) -> list[int]:
         """The target: the id and the end of the sequence."""
@@ -129,6 +118,16 @@ class Prompter:
         labels = [IGNORE] * len(prompt.ids) + target
         return {"input_ids": prompt.ids + target, "labels": labels, "visual": prompt.visual}
 
+    def collate(self, rows: Sequence[dict]) -> dict:
+        """Results of `row` to a batch for `Recommender.forward`."""
+        ids = [row["input_ids"] for row in rows]
+        return {
+            "input_ids": pad_left(ids, self.tokenizer.pad_token_id),
+            "labels": pad_left([row["labels"] for row in rows], IGNORE),
+            "attention_mask": pad_left([[1] * len(row) for row in ids], 0),
+            "visual": [self.visual[asin] for row in rows for asin in row["visual"]],
+        }
+
     def tokens(self, prompts: Sequence[Encoded]) -> list[Tensor]:
         """Visual tokens in the order of the prompts' placeholders, an item each."""
         return [self.visual[asin] for prompt in prompts for asin in prompt.visual]
@@ -137,56 +136,31 @@ class Prompter:
 class Recommender(training.Stage):
     """The loss of the right id, given the dialogue and ten candidates with their [CLS] tokens."""
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, visual: list[Tensor]
-    ) -> dict[str, Tensor]:
-        """A batch of `collator`: ids, labels and mask (batch, length); `visual`: (tokens, hidden
-        size) of each item shown."""
+    def forward(self, input_ids, labels, attention_mask, visual) -> dict:
+        """Tensors of `Prompter.collate`: ids, labels and mask (batch, length); of each item shown
+        (tokens, hidden size)."""
         embeds = vision.place(self.llava, input_ids, visual)  # (batch, length, hidden size)
         # -log p(id | dialogue, candidates), mean over its tokens
         return {"loss": target_loss(self.llava, embeds, attention_mask, labels)}
 
 
 class RecommendationTrainer(training.StageTrainer):
-    def __init__(self, **options) -> None:
-        super().__init__(**options)
-        self.add_callback(training.Reseeded())  # rows are ordered by the global random state
+    """Rows alike in length make a step of all processes together."""
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
-        if hasattr(sampler, "batch_size"):  # rows alike in length over the step of all processes
+        if hasattr(sampler, "batch_size"):
             sampler.batch_size *= self.args.world_size
         return sampler
 
 
-def collator(prompter: Prompter) -> Callable[[Sequence[dict]], dict]:
-    """Rows of `Prompter.row` to a batch."""
-    pad = prompter.tokenizer.pad_token_id
-
-    def collate(rows: Sequence[dict]) -> dict:
-        return {
-            "input_ids": pad_left([row["input_ids"] for row in rows], pad),
-            "labels": pad_left([row["labels"] for row in rows], IGNORE),
-            "attention_mask": pad_left([[1] * len(row["input_ids"]) for row in rows], 0),
-            "visual": [prompter.visual[asin] for row in rows for asin in row["visual"]],
-        }
-
-    return collate
-
-
 def fine_tune(
-    profile: Profile,
-    model,
-    prompter: Prompter,
-    examples: Sequence[Example],
-    folder: Path,
-    seed: int,
+    profile: Profile, model, prompter: Prompter, examples: list[Example], folder: Path, seed: int
 ) -> list[dict]:
     """Fine-tune one domain's adapter, put into `model` and saved as a standard peft folder,
     `folder/adapter`. Returns the loss log: [{"step", "loss"}]."""
     torch.manual_seed(seed)
     settings = profile.recommendation
-    tuned = training.add_adapter(Recommender(model), settings.lora, LANGUAGE_LINEAR)
     arguments = training.training_arguments(
         folder / "checkpoints",
         settings,
@@ -199,11 +173,12 @@ def fine_tune(
         save_steps=settings.save_steps or 500,
     )
     trainer = RecommendationTrainer(
-        model=tuned,
+        model=training.add_adapter(Recommender(model), settings.lora, LANGUAGE_LINEAR),
         processing_class=prompter.tokenizer,
         train_dataset=[prompter.row(example) for example in examples],
-        data_collator=collator(prompter),
+        data_collator=prompter.collate,
         args=arguments,
+        callbacks=[training.Reseeded()],  # rows are ordered by the global random state
     )
     trainer.fit(folder / "adapter")
     model.eval()
@@ -218,10 +193,11 @@ def generate_answers(
 ) -> list[Answer]:
     """Greedy answers in the dialogues' order; prompts are batched by length. With `scored`, the two
     other readings and every candidate's likelihood too."""
-    prompts, answers = [], [Answer("", candidates=getattr(d, which)) for d in dialogues]
-    for dialogue, answer in zip(dialogues, answers, strict=True):
-        prompts.append(prompter.prompt(dialogue, answer.candidates))
-        answer.refused = prompts[-1].refused
+    prompts, answers = [], []
+    for dialogue in dialogues:
+        ten = getattr(dialogue, which)
+        prompts.append(prompter.prompt(dialogue, ten))
+        answers.append(Answer("", candidates=ten, refused=prompts[-1].refused))
     asked = [i for i, answer in enumerate(answers) if not answer.refused]
     asked.sort(key=lambda i: len(prompts[i].ids))
     for group in vision.batched(asked, prompter.profile.recommendation.eval_batch_size):
@@ -230,9 +206,7 @@ def generate_answers(
     return answers
 
 
-def _answer_batch(
-    model, prompter: Prompter, prompts: list[Encoded], answers: list[Answer], scored: bool
-) -> None:
+def _answer_batch(model, prompter: Prompter, prompts: list, answers: list, scored: bool) -> None:
     """Fill in the answers to one batch of prompts."""
     tokenizer, pad = prompter.tokenizer, prompter.tokenizer.pad_token_id
     ids = pad_left([p.ids for p in prompts], pad).to(model.device)
@@ -259,18 +233,14 @@ def _answer_batch(
 
 
 class Read:
-    """Prompts read once (all but their last token): greedy answers and scores of given ids share
-    that cache.
-
-    A fully cached prefix goes silently wrong in some versions, so one token stays uncached;
-    equality with the plain forward and with `generate` is tested.
-    """
+    """Prompts read once: greedy answers and scores of given ids share that cache. It lacks the last
+    token, since a fully cached prefix goes silently wrong in some versions of transformers."""
 
     def __init__(self, model, embeds: Tensor, mask: Tensor) -> None:
         """`embeds` (rows, length, hidden size), `mask` (rows, length), padded on the left."""
         if not mask[:, -1].all():
             raise ValueError(
-                "prompts must be padded on the left: an answer follows the last column"
+                "an answer follows the last column: prompts must be padded on the left"
             )
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.language = getattr(core.model, "language_model", core.model)  # or a plain one
@@ -283,14 +253,8 @@ class Read:
 
     def _hidden(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """The language model on what the cache does not hold yet: (rows, tokens, hidden size)."""
-        out = self.language(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state
+        where = {"attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
+        return self.language(inputs_embeds=embeds, use_cache=True, **where).last_hidden_state
 
     def _back_to_the_prompt(self) -> None:
         self.cache.crop(self.length - self.cache.get_seq_length())
@@ -347,8 +311,7 @@ class Read:
 
 
 def constrained_choice(table: Tensor, targets: Sequence[Sequence[int]]) -> int:
-    """The candidate that greedy decoding over the candidates' ids alone would write, token by
-    token."""
+    """The candidate that greedy decoding over the candidates' ids alone would write."""
     alive = list(range(len(targets)))
     for position in range(table.shape[1]):
         alive = [i for i in alive if position < len(targets[i])] or alive[:1]

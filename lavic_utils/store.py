@@ -1,9 +1,9 @@
 """Visual store: every image file is encoded once; after that its vectors are read memory-mapped.
 
-A store is a folder named by all that makes its vectors what they are (`key_of`). It holds them as
-they leave the projector, in chunks of at most CHUNK images, `<the chunk's sha256>.safetensors`: one
-tensor (tokens, hidden size) an image, named by the image file's sha256, empty where that cannot be
-decoded. A chunk appears whole or not at all: a killed run loses one; a damaged one is made again.
+A store is a folder named by all that makes its vectors what they are (`key_of`). It holds them in
+chunks of at most CHUNK images, `<the chunk's sha256>.safetensors`: a tensor (tokens, hidden size)
+an image, named by the image file's sha256, empty where that cannot be decoded. A chunk appears
+whole or not at all: a killed run loses one; a damaged one is made again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def key_of(
     model: str, revision: str | None, adapter: Path | None, processor, dtype: torch.dtype, kind: str
 ) -> str:
     """Name of the store's folder. `model`: a hub id or a checkpoint's folder; `adapter`: a peft
-    folder; `kind`: "cls" or "full". Of the code the functions count, without their comments."""
+    folder; `kind`: "cls" or "full". Comments in the code do not count."""
     code = [ast.unparse(ast.parse(inspect.getsource(function))) for function in MAKE_VECTORS]
     return key(
         model=folder_hash(model) or [model, revision],
@@ -54,9 +54,9 @@ def key_of(
 
 
 class Store(vision.Lazy):
-    """Items' visual tokens, {item id: (tokens, hidden size)} float32, mapped from their files, in
-    the order asked for. `missing`, `corrupt`: items that have none, since there is no image file or
-    it cannot be decoded; `counted`: how many there are of each."""
+    """Items' visual tokens, {item id: (tokens, hidden size)} float32, mapped from their files.
+    `missing`, `corrupt`: items that have none, since there is no image file or it cannot be
+    decoded; `counted`: how many there are of each."""
 
     def __init__(self, shards: Shards, items: Mapping[str, str | None]) -> None:
         images = {item: image for item, image in items.items() if image}

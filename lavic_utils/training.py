@@ -1,8 +1,7 @@
 """What both training stages share: batches, the loss, adapters, and the Trainer.
 
 A stage is a module whose `forward(batch)` is its mathematics: `distillation.Student`,
-`recommendation.Recommender`. PEFT and the Trainer wrap that module, so that autocast and DDP hold
-all of it.
+`recommendation.Recommender`. PEFT and the Trainer wrap it, so autocast and DDP hold all of it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from lavic_utils import vision
 from lavic_utils.config import Lora, UserError
 
 IGNORE = -100  # the label of a token that is not scored
@@ -40,10 +38,8 @@ def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 def mean_row_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over rows of each row's mean token cross-entropy: a batch equals the mean of its rows.
-
     logits (batch, kept, vocabulary) of the last `kept` positions; labels (batch, kept - 1), IGNORE
-    where not scored. ValueError for a row without a target.
-    """
+    where not scored. ValueError for a row without a target."""
     predicted = logits[:, :-1].float().flatten(0, 1)  # position i predicts token i + 1
     token_loss = F.cross_entropy(predicted, labels.flatten(), ignore_index=IGNORE, reduction="none")
     counts = (labels != IGNORE).sum(1)
@@ -79,20 +75,16 @@ class Stage(nn.Module):
 
 # ------------------------------------------------------------ adapters
 def lora_config(lora: Lora, target: str) -> LoraConfig:
-    return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target
-    )
+    sizes = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    return LoraConfig(**sizes, target_modules=target)
 
 
 def add_adapter(model, lora: Lora, target: str):
     """The model (a LLaVA-NeXT, or a stage around one) with a fresh float32 adapter on every linear
-    layer that `target` names, ready to train. The layers are put into the model given, which can
-    still be asked by itself. Raises RuntimeError where anything else would be trained."""
+    layer that `target` names, put into the model given, which can still be asked by itself.
+    RuntimeError where anything else would be trained."""
     tuned = get_peft_model(model, lora_config(lora, target))
     check_trainable(tuned, target)
-    kernel = vision.attention(model.dtype)
-    if kernel != "sdpa":
-        model.set_attn_implementation(kernel)
     return tuned
 
 
@@ -108,15 +100,13 @@ def check_trainable(tuned, target: str) -> None:
             expected |= {f"{name}.lora_A.default.weight", f"{name}.lora_B.default.weight"}
     wrong = sorted(expected ^ set(trainable_names(tuned)))
     if wrong or not expected:
-        raise RuntimeError(
-            f"trained and intended parameters differ in {len(wrong)} of {len(expected)} names: "
-            f"{wrong[:3]}"
-        )
+        differ = f"{len(wrong)} of {len(expected)} names: {wrong[:3]}"
+        raise RuntimeError(f"trained and intended parameters differ in {differ}")
 
 
 def save_adapter(tuned, folder: Path) -> None:
-    """A standard peft folder, which `PeftModel.from_pretrained` opens on a LLaVA-NeXT: no name says
-    that a stage was around it. UserError where some B is still zero: nothing was learnt there."""
+    """A standard peft folder, which `PeftModel.from_pretrained` opens on a LLaVA-NeXT. UserError
+    where some B is still zero: nothing was learnt there."""
     tensors = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     zero = [name for name, p in tensors.items() if "lora_B" in name and not p.any()]
     if zero:
@@ -127,18 +117,16 @@ def save_adapter(tuned, folder: Path) -> None:
     config = copy.copy(tuned.peft_config["default"])
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     config.save_pretrained(folder)
-    plain = {}
+    plain = {}  # no name says that a stage was around the model
     for name, tensor in tensors.items():
         plain[name.replace("base_model.model.llava.", "base_model.model.")] = tensor.contiguous()
     save_file(plain, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def load_adapter(model, folder: Path):
-    """The model with the adapter in `folder`, frozen and in eval mode (a PeftModel).
-
-    UserError unless the file holds every adapter weight of this model and nothing else: keys have
-    changed across versions of the libraries, and one not found would silently stay as initialised.
-    """
+    """The model with the adapter in `folder`, frozen and in eval mode (a PeftModel). UserError
+    unless the file holds every adapter weight of this model and nothing else: keys change across
+    versions of the libraries, and one not found would silently stay as initialised."""
     file, again = folder / "adapter_model.safetensors", "run the stage that makes it again"
     if not file.is_file():
         raise UserError(f"{file}: there is no adapter; {again}")
@@ -159,25 +147,18 @@ def load_adapter(model, folder: Path):
 
 
 def merged(tuned):
-    """A plain model with the adapter in its weights where that is exact to rounding (float32); half
-    precision would round what was learnt and 4 bits would lose it: there the adapter stays beside
-    them."""
+    """A plain model with the adapter in its weights where that is exact (float32); half precision
+    would round what was learnt and 4 bits would lose it: there the adapter stays beside them."""
     return tuned.merge_and_unload() if tuned.dtype == torch.float32 else tuned
 
 
 # ------------------------------------------------------------ the Trainer
-def training_arguments(
-    folder: Path, stage, seed: int, dtype: torch.dtype, **more
-) -> TrainingArguments:
+def training_arguments(folder: Path, stage, seed: int, dtype, **more) -> TrainingArguments:
     """AdamW and the profile's settings. On a card a model in half precision (`dtype`) trains under
-    autocast in the same, one in float32 without.
-
-    The adapters have 21 million parameters at most: 8-bit states would save 0.1 GB of 8.
-    Checkpointing is non-reentrant: the other kind needs inputs that carry gradients.
-    """
+    autocast in the same, one in float32 without."""
     cuda = torch.cuda.is_available()
     if stage.gradient_checkpointing:
-        more["gradient_checkpointing"] = True
+        more["gradient_checkpointing"] = True  # the reentrant kind needs inputs with gradients
         more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     return TrainingArguments(
         output_dir=str(folder),
@@ -200,7 +181,6 @@ def training_arguments(
         ddp_broadcast_buffers=False,
         remove_unused_columns=False,
         label_names=["labels"],
-        logging_strategy="steps",
         logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
@@ -210,8 +190,7 @@ def training_arguments(
 
 class StageTrainer(Trainer):
     """transformers' Trainer, but a broken run stops, and a killed one goes on as if nothing had
-    been: it ends with the same adapter to the bit. A stage's loss is a mean over rows, and of
-    accumulated batches the Trainer takes the mean."""
+    been: it ends with the same adapter to the bit."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -264,8 +243,7 @@ class Resumed(TrainerCallback):
             self.trainer._tr_loss += kept["loss"]
             self.trainer._globalstep_last_logged = kept["since"]
         if state.best_global_step:
-            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-            state.best_model_checkpoint = str(best)
+            state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.best_global_step}"
 
 
 class Reseeded(TrainerCallback):
@@ -283,19 +261,18 @@ class Finite(TrainerCallback):
     def __init__(self, accelerator) -> None:
         self.accelerator, self.skipped = accelerator, 0
 
+    def stop(self, step: int, why: str) -> None:
+        raise UserError(
+            f"training stopped at step {step}: {why}; lower the learning rate, or use dtype "
+            "float32 or a card that computes in bfloat16"
+        )
+
     def on_step_end(self, args, state, control, **_):
         self.skipped += bool(self.accelerator.optimizer_step_was_skipped)
         if self.skipped > 20 + state.global_step // 10:
-            raise UserError(
-                f"training stopped at step {state.global_step}: {self.skipped} steps were skipped "
-                "because float16 gradients overflow; lower the learning rate, or use a card that "
-                "computes in bfloat16"
-            )
+            self.stop(state.global_step, "float16 gradients overflow")
 
     def on_log(self, args, state, control, logs, **_):
         for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0)):
-                raise UserError(
-                    f"training stopped at step {state.global_step}: {name} is {logs[name]}; lower "
-                    "the learning rate, or use dtype float32 or a card that computes in bfloat16"
-                )
+                self.stop(state.global_step, f"{name} is {logs[name]}")

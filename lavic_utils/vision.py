@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.models import llava_next
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import is_bitsandbytes_available, logging
 
 from lavic_utils.config import Profile, UserError
 from lavic_utils.data import open_image
@@ -27,9 +27,7 @@ from lavic_utils.hub import HubModel
 logging.disable_progress_bar()  # loading bars would stand in every notebook's output
 # Kept out of the 4 bits; the names replace transformers' default list, and are whole prefixes.
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
-
-# Images encoded at once on a card: 64 of the 7B model's take 9.4 GiB beside the weights, too much
-# for a T4, and are no faster (measured on an H200).
+# Images encoded at once on a card: 64 of the 7B model's take 9.4 GiB, and are no faster (H200).
 ON_CARD = 16
 
 
@@ -47,14 +45,6 @@ def dtype(profile: Profile) -> torch.dtype:
     return half() if profile.dtype == "half" else torch.float32
 
 
-def attention(dtype: torch.dtype) -> str:
-    """Kernel for training: FlashAttention 2 where it is installed and the card and dtype allow it,
-    else torch's own. Inference stays with torch's, whose masks may hide candidates from others."""
-    able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-    fast = able and dtype != torch.float32 and is_flash_attn_2_available()
-    return "flash_attention_2" if fast else "sdpa"
-
-
 def source(profile: Profile) -> tuple[str, str | None]:
     """(folder or hub id, revision) of the profile's model; UserError where it cannot be had."""
     folder = profile.model_path if Path(profile.model_path).is_dir() else None
@@ -67,9 +57,8 @@ def load_processor(profile: Profile) -> llava_next.LlavaNextProcessor:
     images = llava_next.LlavaNextImageProcessorPil.from_pretrained(path, revision=revision)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     patch = AutoConfig.from_pretrained(path, revision=revision).vision_config.patch_size
-    return llava_next.LlavaNextProcessor(
-        images, tokenizer, patch, "default", num_additional_image_tokens=1
-    )
+    options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return llava_next.LlavaNextProcessor(images, tokenizer, patch, **options)
 
 
 def load_model(profile: Profile) -> llava_next.LlavaNextForConditionalGeneration:
@@ -91,16 +80,13 @@ def load(kind, profile: Profile, path: str, revision: str | None):
     except OSError as error:
         why = str(error).splitlines()[0]
         raise UserError(f"model {path!r} cannot be loaded ({why}); download it whole") from None
-    model = model if profile.quantize_4bit else model.to(device())
+    if not profile.quantize_4bit:  # those are on the card already
+        model = model.to(device())
     return model.eval().requires_grad_(False)
 
 
 def _four_bits(profile: Profile):
-    """NF4 for the language model's layers; not for the head, nor for the vision side, whose [CLS]
-    vectors are the method."""
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
+    """NF4 for the language model's layers, not for the vision side, whose [CLS] are the method."""
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
         raise UserError(
             f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and "
@@ -131,8 +117,8 @@ def pixels(processor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
 
 
 def tile_count(model, size: Sequence[int] | Tensor) -> int:
-    """Tiles of an image of (height, width): never assume five. LLaVA-NeXT takes the grid that keeps
-    most of it with least waste: for LLaVA-v1.6 1 + 2 (wide, tall or small), 1 + 3 (very), 1 + 4."""
+    """Tiles of an image of (height, width), never assumed to be five: for LLaVA-v1.6 1 + 2 (wide,
+    tall or small), 1 + 3 (very) or 1 + 4."""
     size = torch.as_tensor(size).tolist()
     grids, side = model.config.image_grid_pinpoints, model.config.vision_config.image_size
     return llava_next.modeling_llava_next.image_size_to_num_patches(size, grids, side)
@@ -142,22 +128,20 @@ def real_tiles(model, pixel_values: Tensor, sizes: Tensor) -> tuple[Tensor, list
     """Drop the zero padding: (all tiles, 3, side, side) and the number of tiles of each image."""
     counts = [tile_count(model, size) for size in sizes]
     tiles = [image[:count] for image, count in zip(pixel_values, counts, strict=True)]
-    return torch.cat(tiles), counts
+    return torch.cat(tiles).to(model.device, model.dtype), counts
 
 
 def full_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
     """What LLaVA-NeXT itself feeds its language model: per image (tokens, hidden size)."""
     tiles = pixel_values.to(model.device, model.dtype)
-    parts = inner(model).get_image_features(
-        tiles, sizes, vision_feature_layer=-2, vision_feature_select_strategy="default"
-    )
-    return list(parts.pooler_output)
+    how = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    return list(inner(model).get_image_features(tiles, sizes, **how).pooler_output)
 
 
 def cls_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
     """LaViC's visual tokens, the [CLS] of every tile: per image (tiles, hidden size), with
     gradients for stage 1 (paper, section 4.1)."""
-    tiles, counts = real_tiles(model, pixel_values.to(model.device, model.dtype), sizes)
+    tiles, counts = real_tiles(model, pixel_values, sizes)
     cls = inner(model).vision_tower(tiles).last_hidden_state[:, 0]  # (all tiles, vision size)
     projected = inner(model).multi_modal_projector(cls)  # section 4.1: one vector v a tile
     return list(projected.split(counts))
@@ -177,7 +161,8 @@ def file_encoder(model, processor, how=cls_tokens) -> Callable:
     def encode_files(files: Sequence[Path]) -> list[Tensor | None]:
         found: dict[Path, Tensor] = {}
         for group in batched(files, ON_CARD if model.device.type == "cuda" else len(files)):
-            images = {path: image for path in group if (image := open_image(path)) is not None}
+            opened = {path: open_image(path) for path in group}
+            images = {path: image for path, image in opened.items() if image is not None}
             if images:
                 values, sizes = pixels(processor, list(images.values()))
                 found |= encode(model, list(images), values, sizes, how)
@@ -187,8 +172,8 @@ def file_encoder(model, processor, how=cls_tokens) -> Callable:
 
 
 def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int = 0) -> Tensor:
-    """Token ids (batch, length), on any device -> input embeddings (batch, length, hidden size), the rows of
-    `visual` where the image token stands. An item's placeholders stand together, others apart:
+    """Token ids (batch, length), on any device -> input embeddings (batch, length, hidden size),
+    the rows of `visual` where the image token stands. An item's placeholders stand together:
     ValueError unless each such run is as long as its item has visual tokens, so none is lost."""
     table, image_token = model.get_input_embeddings(), getattr(model.config, "image_token_id", None)
     ids = ids.to(table.weight.device)
@@ -212,7 +197,7 @@ def batched(items: Sequence, size: int) -> Iterable[Sequence]:
 
 class Lazy(Mapping[str, Tensor]):
     """Visual tokens encoded when they are asked for, the last few kept: a 7B model's full ones take
-    47 MB an item. `sizes`: how many there will be of each item."""
+    47 MB an item. `sizes`: how many each item has."""
 
     def __init__(self, sizes: Mapping[str, int], encode_one: Callable[[str], Tensor]) -> None:
         self.sizes = sizes

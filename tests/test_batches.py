@@ -113,7 +113,7 @@ def stage_one(model, processor, prompter, folder):
 
 
 def stage_two(model, processor, prompter, folder):
-    return rec.collator(prompter), [
+    return prompter.collate, [
         prompter.row(rec.Example(dialogue(text), IDS[i : i + 10], IDS[2 * i]))
         for i, text in enumerate(TEXTS)
     ]

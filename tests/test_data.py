@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lavic_utils import data
+from lavic_utils.audit import inspection
 from lavic_utils.config import DOMAINS, UserError, real_data_dir
 
 real = pytest.mark.skipif(real_data_dir() is None, reason=data.GET_DATA)
@@ -117,7 +118,7 @@ def test_bad_rows_are_set_aside_in_a_report_with_counts(tmp_path: Path) -> None:
     write(tmp_path, lines(ROW, changed(gt_items=[]), second, ROW) + broken)
     bad: list[dict] = []
     assert [d.line for d in data.read_dialogues(tmp_path, "beauty", "test", bad)] == [1, 3]
-    report = data.set_aside_report(bad)
+    report = inspection.set_aside_report(bad)
     assert report["rows"] == 5 and [(one["line"], one["kind"]) for one in report["found"]] == [
         (2, "bad value"),
         (4, "duplicate row"),
@@ -132,7 +133,7 @@ def test_bad_rows_are_set_aside_in_a_report_with_counts(tmp_path: Path) -> None:
     assert all(one["file"] == name for one in report["found"]) and "red mug" not in json.dumps(
         report
     )
-    assert data.set_aside_report([]) == {"rows": 0, "counts": [], "found": []}
+    assert inspection.set_aside_report([]) == {"rows": 0, "counts": [], "found": []}
     write(tmp_path, b"{\n")
     assert data.read_dialogues(tmp_path, "beauty", "test", bad) == [] and len(bad) == 6
 
@@ -456,7 +457,7 @@ def test_images_are_whole_or_none(tmp_path: Path) -> None:
     # negative control: the header of the cut file is fine, opening without decoding would pass it
     assert Image.open(tmp_path / "train_images" / names[2]).size == (64, 48)
     files = [data.image_file(tmp_path, asin) for asin in TEN[:4]]
-    assert data.image_report([*files, files[0]]) == {
+    assert inspection.image_report([*files, files[0]]) == {
         "present": 2,
         "missing": [names[3]],
         "corrupt": [names[2]],

@@ -1,4 +1,5 @@
-"""Two processes of `accelerate launch` on the CPU (DDP) train as one does with the same global batch, and write once."""
+"""Two processes of `accelerate launch` on the CPU (DDP) train as one does with the same global
+batch, and write once."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def work(place: Path, results: Path, batch: int, what: str) -> None:
-    """What each process does: both stages and the answers; then its own copy of each adapter, and what it was told."""
+    """What each process does: both stages and the answers; then its own copy of each adapter, and
+    what it was told."""
     from peft import get_peft_model_state_dict
 
     from lavic_utils import experiment, report, training
@@ -75,7 +77,7 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
 
     training.StageTrainer.fit = watched
     results.mkdir(exist_ok=True)
-    run = experiment.Experiment(load_profile("mini").model_validate(profile))
+    run = experiment.Experiment(load_profile("mini").model_validate(profile)).prepare()
     told = {"said": bool(report.run_method(run, "LaViC", "beauty"))} if what == "run" else {}
     told |= {
         "history": run.distil()["history"],
@@ -136,8 +138,8 @@ def two(place) -> Path:
 
 
 def test_two_processes_train_as_one_with_their_batch(place, two):
-    """Losses of both stages equal to 5e-4: float32 sums in another order, which Adam divides by their size (4e-5 where this was
-    written)."""
+    """Losses of both stages equal to 5e-4: float32 sums in another order, which Adam divides by
+    their size (4e-5 where this was written)."""
     one, other = launched(place, "one", "tune", 8, 1), launched(place, "other", "distil", 4, 1)
     assert len(losses(one)) == len(losses(two)) == 8
     assert (losses(one) - losses(two)).abs().max() < 5e-4

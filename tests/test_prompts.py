@@ -53,7 +53,7 @@ def test_a_long_prompt_loses_words_first_then_images_from_the_last_on(processor)
         assert room - 15 < len(found.ids) <= room  # no more is lost than must be
         assert found.visual == whole.visual[: 3 - found.dropped_images]
         seen.append((found.dropped_images, found.dropped_dialogue_tokens))
-        refused = recommend_prompt(tokenizer, PROMPTS, TURNS, ITEMS, room, "refuse")
+        refused = recommend_prompt(tokenizer, PROMPTS, TURNS, ITEMS, room, refuse=True)
         assert (refused.refused == len(whole.ids)) == (found.dropped_images > 0)
     assert {images for images, _ in seen} == {0, 1, 2, 3} and seen[0][1] > 0
     assert [images for images, _ in seen] == sorted(images for images, _ in seen)

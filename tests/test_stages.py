@@ -1,5 +1,5 @@
-"""Stages 1 and 2 on a random tiny model: equality with hand-written forwards, and each defect of the released scripts
-shown on the defective way beside ours (shared facts: the method's list of defects)."""
+"""Stages 1 and 2 on a random tiny model: equality with hand-written forwards, and each defect of
+the released scripts shown on the defective way beside ours."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_tiles_follow_the_aspect_ratio(processor, model):
     values, sizes = vision.pixels(processor, [picture(96, 96), picture(96, 48), picture(48, 96)])
     tokens = vision.cls_tokens(model, values, sizes)
     assert [len(t) for t in tokens] == [5, 3, 3]
-    # The defective way takes five tiles of everything: two of them are zero padding with a made-up [CLS].
+    # The defective way takes five tiles of everything: two are zero padding with a made-up [CLS].
     assert values[1, 3:].abs().sum() == 0 and len(values[1]) == 5
 
 
@@ -111,7 +111,7 @@ def test_tokens_are_the_same_in_any_batch(processor, model):
 
 # ---------------------------------------------------------------- losses
 def batch_of(prompter, examples):
-    return rec.collator(prompter)([prompter.row(e) for e in examples])
+    return prompter.collate([prompter.row(e) for e in examples])
 
 
 def loss_of(model, batch):
@@ -147,7 +147,7 @@ def test_loss_of_a_batch_is_the_mean_over_single_rows(model, prompter):
     rows = examples(3)
     single = torch.stack([loss_of(model, batch_of(prompter, [e])) for e in rows])
     assert torch.allclose(loss_of(model, batch_of(prompter, rows)), single.mean(), atol=1e-4)
-    # Negative control: hiding part of a target, as a mask from padded lengths does, gives another loss.
+    # Negative control: hiding part of a target, as a mask from padded lengths does, changes it.
     wrong = batch_of(prompter, rows)
     wrong["labels"][0, -2:] = dist.IGNORE
     assert not torch.allclose(loss_of(model, wrong), single.mean(), atol=1e-4)
@@ -190,7 +190,7 @@ def test_stage_two_trains_every_linear_layer_of_the_language_model(model):
     assert len(names) == 2 * 6 * 7 and all(".language_model.layers." in n for n in names)
 
 
-# ---------------------------------------------------------------- stage 2: examples, prompts, answers
+# ------------------------------------------------------ stage 2: examples, prompts, answers
 def test_truth_is_inserted_into_a_copy():
     row = dialogue(truths=(IDS[11], IDS[0], IDS[11]))
     made = rec.training_examples([row], "candidates_st", seed=3)

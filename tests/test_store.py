@@ -51,7 +51,7 @@ def run(tmp_path_factory):
     patch.setenv("LAVIC_RESULTS", str(folder / "results"))
     patch.setenv("LAVIC_WORLD", str(folder / "data"))
     patch.setattr(Experiment, "distil", lambda self: {})
-    made = Experiment(str(folder / "small.yaml"))
+    made = Experiment(str(folder / "small.yaml")).prepare()
     torch.manual_seed(0)
     tuned = training.add_adapter(made.model(), made.profile.distillation.lora, VISION_LINEAR)
     for name, parameter in tuned.named_parameters():
@@ -153,7 +153,7 @@ def test_swapped_images_move_the_scores_with_the_item(run, tmp_path):
 
 def test_what_training_prompts_lost_is_in_the_result_of_stage_two(run, monkeypatch):
     def train(profile, model, prompter, examples, folder, seed):
-        return None, [len(prompter.row(e)["input_ids"]) for e in examples]
+        return [len(prompter.row(e)["input_ids"]) for e in examples]
 
     monkeypatch.setattr(recommendation, "fine_tune", train)
     visual = run.visual("distilled", ("train",))

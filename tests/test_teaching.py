@@ -73,7 +73,7 @@ def test_token_losses_add_up_to_the_training_loss(run, example):
     model, visual = run.model(), {example.candidates[0]: torch.ones(5, 128)}
     prompter = run.prompter(visual)
     losses = prompt_anatomy.token_losses(model, prompter, [example])[0]
-    batch = recommendation.collator(prompter)([prompter.row(example)])
+    batch = prompter.collate([prompter.row(example)])
     loss = recommendation.Recommender(model)(**batch)["loss"]
     assert sum(losses) / len(losses) == pytest.approx(loss.item(), abs=1e-4)
     assert len(losses) == len(prompter.target_ids(example.target))

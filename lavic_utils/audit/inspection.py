@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,27 @@ def present(root: Path | str) -> list[tuple[str, str]]:
     found = [one for one in every if data.dialogue_file(root, *one).is_file()]
     if not found:
         raise UserError(f"{root}: no dialogue file; {data.GET_DATA}")
+    return found
+
+
+def set_aside_report(bad: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows that `data.read_rows` set aside, JSON-able: how many `rows`, `counts` by file, kind
+    of fault and field, and what was `found`."""
+    counts = Counter((one["file"], one["kind"], one["field"].split(".")[0]) for one in bad)
+    named = []
+    for (file, kind, field), rows in counts.items():
+        named.append({"file": file, "kind": kind, "field": field, "rows": rows})
+    return {"rows": len(bad), "counts": named, "found": list(bad)}
+
+
+def image_report(paths: Iterable[Path]) -> dict[str, Any]:
+    """Decode every image, once: how many are `present`; names of `missing` and `corrupt` ones."""
+    found: dict[str, Any] = {"present": 0, "missing": [], "corrupt": []}
+    for path in dict.fromkeys(paths):
+        if data.open_image(path) is not None:
+            found["present"] += 1
+        else:
+            found["corrupt" if path.is_file() else "missing"].append(path.name)
     return found
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from base64 import b64encode
 from collections.abc import Collection, Mapping, Sequence
 from io import BytesIO
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -15,7 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from lavic_utils import data
-from lavic_utils.config import DOMAINS, Profile, figures_dir
+from lavic_utils.config import DOMAINS, ROOT, Profile, results_dir
 from lavic_utils.evaluation import summary_by_seed
 from lavic_utils.figures import style
 from lavic_utils.provenance import save_figure
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment
 
 style.use()
+
+
+def figures_dir(profile: Profile) -> Path:
+    """`results/<profile>/figures/`; the committed `figures/` only while `notebooks execute` says so
+    by LAVIC_COMMIT, so that a run of your own changes none of them."""
+    committed = os.environ.get("LAVIC_COMMIT") == "1"
+    return (ROOT if committed else results_dir(profile)) / "figures"
 
 
 class Kept:
