@@ -23,7 +23,8 @@ from typing import Any
 from PIL import Image
 
 from lavic_utils.config import ROOT, UserError, load_profile, results_dir
-from lavic_utils.provenance import profile_data_hash, provenance, save_figure, write_json
+from lavic_utils.data import profile_data_hash
+from lavic_utils.provenance import provenance, save_figure, write_json
 from lavic_utils.remote.crawl import Settings, crawl
 
 LATENCY = 0.1  # seconds
