@@ -124,6 +124,7 @@ class Experiment:
 
     @property
     def folder(self) -> Path:
+        """Where results of this seed go."""
         return self.place / f"seed{self.seed}"
 
     @cached_property
@@ -288,9 +289,8 @@ class Experiment:
         else:
             chosen = self.items["train"] if settings.training_items_only else sorted(self.titles)
             for asin in chosen:
-                rows += [
-                    (asin, k, self.titles[asin]) for k in range(len(self.catalogue[asin].images))
-                ]
+                count = len(self.catalogue[asin].images)
+                rows += [(asin, k, self.titles[asin]) for k in range(count)]
         for asin, k, title in rows:
             path = data.image_file(self.root, asin, k)
             if settings.images_per_item is not None and k >= settings.images_per_item:
@@ -322,14 +322,10 @@ class Experiment:
 
         def make() -> dict:
             model, read = self.model(), distillation.Pictures(self.processor, keep=False)
-            found: dict[str, list[str]] = {}
+            found: dict[str, list[str]] = {split: [] for split in splits}
             for split in splits:
-                found[split] = []
-                for group in vision.batched(self.pictures(split), 256):
-                    shown = [p.title for p in group], [read(p.path) for p in group]
-                    found[split] += distillation.describe(
-                        model, self.processor, self.profile, *shown
-                    )
+                for some in vision.batched(self.pictures(split), 256):
+                    found[split] += self._described(model, vision.full_tokens, some, read)
             return found
 
         reads = {
@@ -347,9 +343,11 @@ class Experiment:
 
     def accuracy(self, model, how: Callable, rows: Sequence[distillation.Picture]) -> dict:
         """Attribute accuracy of descriptions from `how` (full or [CLS] tokens); mini world only."""
-        titles, pixels = [p.title for p in rows], [self.read_picture(p.path) for p in rows]
-        texts = distillation.describe(model, self.processor, self.profile, titles, pixels, how)
-        return self._attributes(texts, rows)
+        return self._attributes(self._described(model, how, rows, self.read_picture), rows)
+
+    def _described(self, model, how: Callable, rows, read: distillation.Pictures) -> list[str]:
+        titles, pixels = [p.title for p in rows], [read(p.path) for p in rows]
+        return distillation.describe(model, self.processor, self.profile, titles, pixels, how)
 
     def _attributes(self, texts: Sequence[str], rows: Sequence[distillation.Picture]) -> dict:
         from lavic_utils.mini.accuracy import attribute_accuracy
@@ -576,8 +574,8 @@ def _begin(folder: Path, begun: Mapping) -> float:
     place = folder / BEGUN
     if place.is_file():
         found = json.loads(place.read_text(encoding="utf-8"))
-        places = [place for place in (folder, folder / "checkpoints") if place.is_dir()]
-        costly = max(p.stat().st_mtime for p in places) - found["started"] >= QUICK
+        last = max(one.stat().st_mtime for one in (folder, *folder.glob("checkpoints")))
+        costly = last - found["started"] >= QUICK
         asks = ("key", "processes") if costly else begun  # long work is kept though code changed
         if all(found[name] == begun[name] for name in asks):
             return found["started"]

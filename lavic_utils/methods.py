@@ -38,12 +38,13 @@ Control = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a table. `chooses`: it picks one of the ten candidates; False: it ranks the domain's
-    whole catalogue."""
+    """A row of a table. `hub`: the model it needs that is not the profile's. `chooses`: it picks
+    one of the ten candidates; False: it ranks the domain's whole catalogue."""
 
     name: str
     inputs: str = TITLE
     family: str = "generative"
+    hub: HubModel | None = None
     chooses: ClassVar[bool] = True
 
     @property
@@ -53,10 +54,12 @@ class Method:
 
     def needs(self, run: Experiment) -> str:
         """What must be there for it to run, in words."""
-        return "nothing beyond the installed packages"
+        return str(self.hub) if self.hub else "nothing beyond the installed packages"
 
     def check(self, run: Experiment) -> None:
         """UserError where it cannot run here and now: why, and the command that helps."""
+        if self.hub:
+            self.hub.source(run.profile.models.get(self.name))
 
     def reason(self, run: Experiment) -> str | None:
         """What `check` says; None where the method can run."""
@@ -91,17 +94,6 @@ class Retrieval(Method):
     """BM25 or a sentence encoder over the domain's catalogue by title; the first is the answer."""
 
     chooses: ClassVar[bool] = False
-
-    @property
-    def hub(self) -> HubModel | None:
-        return retrieval.ENCODERS[self.name].model if self.name in retrieval.ENCODERS else None
-
-    def needs(self, run):
-        return str(self.hub) if self.hub else super().needs(run)
-
-    def check(self, run):
-        if self.hub:
-            self.hub.source(run.profile.models.get(self.name))
 
     def reads(self, run, domain, split):
         folder = run.profile.models.get(self.name)
@@ -148,14 +140,7 @@ class Open(Method):
     """Another open model of the hub as it comes, in its own `chat` form: a language model (Vicuna)
     reads titles; a LLaVA 1.5 reads titles, or titles and its own full image tokens."""
 
-    hub: HubModel = HubModel("", None, 0)
     chat: str = "{message}"
-
-    def needs(self, run):
-        return str(self.hub)
-
-    def check(self, run):
-        self.hub.source(run.profile.models.get(self.name))
 
     def reads(self, run, domain, split):
         folder = run.profile.models.get(self.name)
@@ -315,10 +300,8 @@ def _registry(*methods: Method) -> dict[str, Method]:
 
 METHODS = _registry(
     Retrieval("BM25", family="retrieval"),
-    Retrieval("SBERT", family="retrieval"),
-    Retrieval("RoBERTa-Large", family="retrieval"),
-    Retrieval("SimCSE-Large", family="retrieval"),
-    Retrieval("BLaIR-Base", family="retrieval"),
+    # SBERT, RoBERTa-Large, SimCSE-Large, BLaIR-Base
+    *(Retrieval(n, TITLE, "retrieval", one.model) for n, one in retrieval.ENCODERS.items()),
     Open("Vicuna-v1.5", hub=VICUNA_7B, chat=VICUNA),
     Open("LLaVA-v1.5 (title)", hub=LLAVA_15, chat=LLAVA),
     Base("LLaVA-v1.6 (title)"),
@@ -329,9 +312,9 @@ METHODS = _registry(
     Proprietary("GPT-4o (title)", TITLE, "proprietary"),
     Proprietary("GPT-4o-mini (title+image)", BOTH, "proprietary"),
     Proprietary("GPT-4o (title+image)", BOTH, "proprietary"),
-    Trained("Entire tokens (5x577)", BOTH, "ablation", "full", examples=0.15),
-    Trained("LaViC w/o images", TITLE, "ablation", None),
-    Trained("LaViC w/o self-distillation", BOTH, "ablation", "base"),
+    Trained("Entire tokens (5x577)", BOTH, "ablation", tokens="full", examples=0.15),
+    Trained("LaViC w/o images", TITLE, "ablation", tokens=None),
+    Trained("LaViC w/o self-distillation", BOTH, "ablation", tokens="base"),
     Trained("LaViC", BOTH, "proposed"),
 )
 # Beyond the paper (notebook 05, `reproduce --extended`): one [CLS] an image, and fewer dialogues.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 from lavic_utils.config import DOMAINS, PACKAGE, UserError, results_dir
 from lavic_utils.data import dialogue_file
-from lavic_utils.evaluation import summary_by_seed
+from lavic_utils.evaluation import Score, summary_by_seed
 from lavic_utils.methods import Trained, find, slug
 from lavic_utils.provenance import write_json, write_text
 from lavic_utils.ranking import ranking_scores
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment
 
 NOT_RUN = "not run here"
-ROW_FIELDS = (
-    *("method", "domain", "seed", "conversations", "pairs", "hits", "valid", "hit_ratio_pairs"),
-    *("hit_ratio_conversations", "validity_ratio", "ci95"),
-)
+ROW_FIELDS = ("method", "domain", "seed", *(field.name for field in fields(Score)))
 
 
 # ------------------------------------------------------------ published
@@ -119,16 +117,14 @@ def upsert_metrics(
     """Put rows into metrics.json, one for each (method, domain, seed); returns what was written.
 
     Other rows stay only where the file is of the same code and data, so that one file never mixes
-    two states. A row without one of ROW_FIELDS raises ValueError.
+    two states. A row without one of ROW_FIELDS raises KeyError.
     """
     found: dict[tuple, dict] = {}
     old = read_metrics(path) if Path(path).is_file() else {"provenance": {}, "rows": []}
     kept = old["rows"] if _same_state(old["provenance"], provenance) else []
     for row in [*kept, *rows]:
-        if missing := [field for field in ROW_FIELDS if field not in row]:
-            raise ValueError(f"metrics row of {row.get('method')!r}: missing {', '.join(missing)}")
-        fields = (*ROW_FIELDS, *sorted(set(row) - set(ROW_FIELDS)))
-        found[row["method"], row["domain"], row["seed"]] = {name: row[name] for name in fields}
+        names = (*ROW_FIELDS, *sorted(set(row) - set(ROW_FIELDS)))
+        found[row["method"], row["domain"], row["seed"]] = {name: row[name] for name in names}
     seeds = sorted({seed for _, _, seed in found})
     written = [found[place] for place in sorted(found)]
     out = {"provenance": {**provenance, "seeds": seeds}, "rows": written}

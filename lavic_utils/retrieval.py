@@ -24,6 +24,7 @@ from lavic_utils.config import UserError
 from lavic_utils.hub import HubModel, Unavailable
 from lavic_utils.provenance import file_hash, folder_hash, key
 from lavic_utils.store import read_shards, write_shard
+from lavic_utils.vision import batched
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -252,13 +253,12 @@ def embed(
         known |= load_file(path)
     keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     new = {k: text for k, text in zip(keys, texts, strict=True) if k not in known}
-    step = CHUNK if kept else max(1, len(new))
-    for part in (list(new)[i : i + step] for i in range(0, len(new), step)):
+    for part in batched(list(new), CHUNK if kept else max(1, len(new))):
         vectors = _encode(encoder, folder, identity, [new[k] for k in part])
         made = dict(zip(part, vectors, strict=True))
+        known |= made
         if kept:
             write_shard(kept, made)
-        known |= made
     if not keys:
         return _encode(encoder, folder, identity, [""])[:0].numpy()
     return torch.stack([known[k] for k in keys]).numpy()
