@@ -637,12 +637,16 @@ def recommend(
         raise UserError('dialogue: give a text, or pairs of "seeker" or "helper" and a text')
     pictures: dict[str, Image.Image] = {}
     for asin, _, image in candidates:
-        if isinstance(image, Image.Image):
-            pictures[asin] = image.convert("RGB")
-        elif image is not None and (read := data.open_image(image)):
-            pictures[asin] = read
-        elif image is not None:
-            raise UserError(f"{image}: no readable image (candidate {asin}); correct it, or None")
+        if image is None:
+            continue
+        try:
+            given = isinstance(image, Image.Image)
+            picture = image.convert("RGB") if given else data.open_image(image)
+        except OSError:
+            picture = None
+        if picture is None:
+            raise UserError(f"candidate {asin}: {image} is no readable image; give another or None")
+        pictures[asin] = picture
     run, model = _trained(profile, domain)
     visual: dict[str, Tensor] = {}  # item -> its [CLS] tokens (tiles, hidden size)
     for asin, picture in pictures.items():

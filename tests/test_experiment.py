@@ -301,8 +301,11 @@ def test_a_request_that_cannot_be_answered_is_one_line(shop, tmp_path, monkeypat
         with pytest.raises(UserError, match="at least one, and each its own id"):
             lavic_utils.recommend("a mug", candidates)
     (tmp_path / "no.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="no.jpg: no readable image"):
-        lavic_utils.recommend("a mug", [("B000000001", "mug", tmp_path / "no.jpg")])
+    whole = items[0][2].read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    for image in (tmp_path / "no.jpg", tmp_path / "half.jpg", Image.open(tmp_path / "half.jpg")):
+        with pytest.raises(UserError, match="B000000001: .* is no readable image"):
+            lavic_utils.recommend("a mug", [("B000000001", "mug", image)])
     for dialogue in ([], [("teacher", "a mug")]):
         with pytest.raises(UserError, match="dialogue: give a text"):
             lavic_utils.recommend(dialogue, items)
