@@ -1,5 +1,5 @@
-"""LaViC, a companion of the KDD 2025 paper: adapting large vision-language models to visually-aware
-conversational recommendation.
+"""LaViC, a companion of the KDD 2025 paper: adapting large vision-language models to
+visually-aware conversational recommendation.
 
     import lavic_utils as lavic
 
@@ -8,16 +8,15 @@ conversational recommendation.
     run.tune("LaViC", "beauty")               # stage 2: answer a dialogue with one candidate's id
     run.score("LaViC", "beauty")              # HR@1 and VR on the test dialogues
 
-The same, step by step and without anything kept: `cls_tokens`, `full_tokens`, `describe`,
-`distil` (stage 1), `fine_tune` (stage 2), `score`, `comparison` (the paper's tables
-beside ours). For a request of your own: `recommend(dialogue, candidates)`.
+The same, step by step and without anything kept: `cls_tokens`, `full_tokens`, `describe`, `distil`
+(stage 1), `fine_tune` (stage 2), `score`, `comparison` (the paper's tables beside ours). For a
+request of your own: `recommend(dialogue, candidates)`.
 
 The package reads from top to bottom, each file importing only files before it: config, provenance,
 hub, data, vision, store, prompts, training, distillation, recommendation, evaluation, retrieval,
-ranking, methods, experiment, report, figures. Rooms beside it hold what is not the method: mini (a
-rendered world and its model), audit (files, answers, published figures), remote (what comes over a
-network), bench (measuring), demo (a page), teaching (what notebooks show of prompts), repro (to run
-it all again).
+ranking, methods, experiment, report. Rooms beside it hold what is not the method: mini (a rendered
+world and its model), audit (files, answers, published figures), remote (what comes over a network),
+bench (measuring), figures (plots), demo (a page), repro (to run it all again).
 """
 
 import importlib

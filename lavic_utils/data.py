@@ -16,7 +16,8 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic import StringConstraints as Text
 
-from lavic_utils.config import DOMAINS, UserError
+from lavic_utils.config import DOMAINS, Profile, UserError, real_data_dir
+from lavic_utils.provenance import world_dir
 
 SPLITS = ("train", "valid", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # not every reader of Pillow: one starts Ghostscript
@@ -276,3 +277,9 @@ def data_hash(root: Path | str) -> str:
         content = hashlib.sha256(_read_bytes(path)).hexdigest()
         digest.update(f"{name}\0{content}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def profile_data_hash(profile: Profile) -> str:
+    """`data_hash` of the profile's data folder; 'none' while that folder does not exist."""
+    root = world_dir(profile) if profile.world else real_data_dir()
+    return data_hash(root) if root is not None and root.is_dir() else "none"

@@ -10,6 +10,7 @@ Of several processes (`accelerate launch`) all train; the first alone does the r
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -17,24 +18,19 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
+from PIL import Image
 from torch import Tensor
 
 from lavic_utils import data, distillation, methods, recommendation, store, training, vision
-from lavic_utils.config import (
-    DOMAINS,
-    Profile,
-    UserError,
-    load_profile,
-    real_data_dir,
-    results_dir,
-)
+from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
 from lavic_utils.evaluation import Score, score
 from lavic_utils.provenance import (
     code_of,
@@ -45,7 +41,6 @@ from lavic_utils.provenance import (
     versions,
     world_dir,
     write_json,
-    write_text,
 )
 from lavic_utils.retrieval import candidate_lists
 
@@ -79,10 +74,8 @@ class Experiment:
         self.data_folder, self.api, self.force = data_folder, api, force
         self.lists = methods.find(lists) if lists else None
         if self.lists and self.lists.chooses:
-            raise UserError(
-                f"{self.lists.name} ranks no catalogue, so it makes no candidate lists; use a "
-                "retrieval method"
-            )
+            why = "ranks no catalogue, so it makes no candidate lists; use a retrieval method"
+            raise UserError(f"{self.lists.name} {why}")
         self.rank = int(os.environ.get("RANK", "0"))
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
         self._dialogues: dict[tuple[str, str, bool], list[data.Dialogue]] = {}
@@ -110,19 +103,16 @@ class Experiment:
         """The data folder: the one given, the mini world, or the published data (LAVIC_DATA)."""
         if self.data_folder:
             return self.data_folder
-        if self.profile.world:
-            if not world_dir(self.profile).is_dir():
-                raise UserError(
-                    f"{world_dir(self.profile)}: the mini world is not there; call prepare(), or "
-                    "run `python -m lavic_utils world`"
-                )
-            return world_dir(self.profile)
-        found = real_data_dir()
-        if found is None:
-            raise UserError(
-                f"profile {self.profile.name} needs the published data: set LAVIC_DATA to it"
-            )
-        return found
+        if not self.profile.world:
+            if found := real_data_dir():
+                return found
+            name = self.profile.name
+            raise UserError(f"profile {name} needs the published data: set LAVIC_DATA to it")
+        place = world_dir(self.profile)
+        if not place.is_dir():
+            todo = "call prepare(), or run `python -m lavic_utils world`"
+            raise UserError(f"{place}: the mini world is not there; {todo}")
+        return place
 
     @property
     def place(self) -> Path:
@@ -134,6 +124,7 @@ class Experiment:
 
     @property
     def folder(self) -> Path:
+        """Where results of this seed go."""
         return self.place / f"seed{self.seed}"
 
     @cached_property
@@ -161,19 +152,24 @@ class Experiment:
     ) -> list[data.Dialogue]:
         """A split's dialogues. Candidates stand as in the file (`as_read`, or without `lists`), for
         `order` 1, 2, ... in the order of a seeded shuffle."""
-        listed = self.lists is not None and not as_read
+        which, listed = self.profile.candidates, self.lists is not None and not as_read
         if (domain, split, listed) not in self._dialogues:
             found = data.read_dialogues(self.root, domain, split)
             if listed:
-                asins, _ = self.domain_catalogue(domain)
                 ranked = self.lists.order(self, domain, found)
-                tens = candidate_lists(ranked, asins, seed=self.seed)
+                tens = candidate_lists(ranked, self.domain_catalogue(domain)[0], seed=self.seed)
                 for i, ten in enumerate(tens):
-                    update = {self.profile.candidates: tuple(ten)}
-                    found[i] = found[i].model_copy(update=update)
+                    found[i] = found[i].model_copy(update={which: tuple(ten)})
             self._dialogues[domain, split, listed] = found
         found = self._dialogues[domain, split, listed]
-        return [shuffled_list(d, self.profile.candidates, order) for d in found] if order else found
+        if not order:
+            return found
+        shuffled = []
+        for dialogue in found:
+            names = list(getattr(dialogue, which))
+            random.Random(f"order-{order}/{domain}/{split}/{dialogue.line}").shuffle(names)
+            shuffled.append(dialogue.model_copy(update={which: tuple(names)}))
+        return shuffled
 
     def _ids(self, domains: Iterable[str], split: str, as_read: bool = False) -> set[str]:
         """Ids that the lists or truths of these domains' dialogues name."""
@@ -195,10 +191,9 @@ class Experiment:
         for split in data.SPLITS:
             asins |= self._ids([domain], split, as_read=True)
         if missing := sorted(asins - set(self.titles)):
-            raise UserError(
-                f"{self.root}: {len(missing)} items of the {domain} dialogues are not in "
-                f"item2meta_train.json, e.g. {missing[0]}; {data.GET_DATA}"
-            )
+            what = f"{len(missing)} items of the {domain} dialogues, e.g. {missing[0]}"
+            why = f"are not in item2meta_train.json; {data.GET_DATA}"
+            raise UserError(f"{self.root}: {what}, {why}")
         return sorted(asins), [self.titles[asin] for asin in sorted(asins)]
 
     def need_training_data(self) -> None:
@@ -221,12 +216,9 @@ class Experiment:
     def base(self) -> dict:
         """What of the base model decides a result: its content (or hub revision) and precision."""
         profile = self.profile
-        return {
-            "model": folder_hash(profile.model_path) or [profile.model, profile.revision],
-            "dtype": profile.dtype,
-            "quantize_4bit": profile.quantize_4bit,
-            "chat": profile.prompts.chat,
-        }
+        model = folder_hash(profile.model_path) or [profile.model, profile.revision]
+        precision = {"dtype": profile.dtype, "quantize_4bit": profile.quantize_4bit}
+        return {"model": model, **precision, "chat": profile.prompts.chat}
 
     # ------------------------------------------------------------ keeping results
     def stamp(self) -> dict:
@@ -270,39 +262,35 @@ class Experiment:
     def scan(self, paths: Iterable[Path]) -> dict[Path, str | None]:
         """sha256 of image files, None for one that is missing or cannot be decoded. Kept in
         `images.json`: a file is looked at again only where its size or time has changed."""
-        file, found, known = self.place / "images.json", {}, self._scanned
+        file, known, found, looked = self.place / "images.json", self._scanned, {}, False
         if not known and file.is_file():
             known.update(json.loads(file.read_text(encoding="utf-8")))
-        before = len(known)
         for path in paths:
-            name, about = f"{path.parent.name}/{path.name}", path.stat() if path.is_file() else None
-            mark = about and [about.st_size, about.st_mtime_ns]
-            if mark and known.get(name, [None])[0] != mark:
-                readable = data.open_image(path) is not None
-                known.pop(name, None)
-                known[name] = [mark, file_hash(path) if readable else None]
-                before = -1
-            found[path] = known[name][1] if mark else None
-        if len(known) != before and self.rank == 0:
+            found[path] = None
+            if path.is_file():
+                name, about = f"{path.parent.name}/{path.name}", path.stat()
+                mark = [about.st_size, about.st_mtime_ns]
+                if known.get(name, [None])[0] != mark:
+                    readable, looked = data.open_image(path) is not None, True
+                    known[name] = [mark, file_hash(path) if readable else None]
+                found[path] = known[name][1]
+        if looked and self.rank == 0:
             write_json(file, known)
         return found
 
     # ------------------------------------------------------------ stage 1
     def pictures(self, split: str) -> list[distillation.Picture]:
         """Readable stage-1 images of the training items, or of the separate validation items."""
-        if split not in self._pictures:
-            self._pictures[split] = self._find_pictures(split)
-        return self._pictures[split]
-
-    def _find_pictures(self, split: str) -> list[distillation.Picture]:
+        if split in self._pictures:
+            return self._pictures[split]
         settings, rows, found = self.profile.distillation, [], []
         if split == "valid":
             rows = [(v.asin, v.k, v.title) for v in data.read_stage1_valid(self.root)]
         else:
             chosen = self.items["train"] if settings.training_items_only else sorted(self.titles)
             for asin in chosen:
-                for k in range(len(self.catalogue[asin].images)):
-                    rows.append((asin, k, self.titles[asin]))
+                count = len(self.catalogue[asin].images)
+                rows += [(asin, k, self.titles[asin]) for k in range(count)]
         for asin, k, title in rows:
             path = data.image_file(self.root, asin, k)
             if settings.images_per_item is not None and k >= settings.images_per_item:
@@ -311,7 +299,8 @@ class Experiment:
                 continue
             found.append(distillation.Picture(asin, title, path))
         readable = self.scan([picture.path for picture in found])
-        return [picture for picture in found if readable[picture.path]]
+        self._pictures[split] = [picture for picture in found if readable[picture.path]]
+        return self._pictures[split]
 
     @cached_property
     def published(self) -> dict[str, str]:
@@ -333,14 +322,10 @@ class Experiment:
 
         def make() -> dict:
             model, read = self.model(), distillation.Pictures(self.processor, keep=False)
-            found: dict[str, list[str]] = {}
+            found: dict[str, list[str]] = {split: [] for split in splits}
             for split in splits:
-                found[split] = []
-                for group in vision.batched(self.pictures(split), 256):
-                    titles, pixels = [p.title for p in group], [read(p.path) for p in group]
-                    found[split] += distillation.describe(
-                        model, self.processor, self.profile, titles, pixels
-                    )
+                for some in vision.batched(self.pictures(split), 256):
+                    found[split] += self._described(model, vision.full_tokens, some, read)
             return found
 
         reads = {
@@ -353,19 +338,20 @@ class Experiment:
 
     def taught(self, split: str) -> list[distillation.Picture]:
         """The pictures of a split with what the teacher said of them."""
-        found = []
-        for picture, text in zip(self.pictures(split), self.teach()[split], strict=True):
-            found.append(distillation.Picture(picture.asin, picture.title, picture.path, text))
-        return found
+        pairs = zip(self.pictures(split), self.teach()[split], strict=True)
+        return [replace(picture, description=text) for picture, text in pairs]
 
-    def accuracy(
-        self, model, how: Callable, rows: Sequence[distillation.Picture]
-    ) -> dict[str, float]:
+    def accuracy(self, model, how: Callable, rows: Sequence[distillation.Picture]) -> dict:
         """Attribute accuracy of descriptions from `how` (full or [CLS] tokens); mini world only."""
+        return self._attributes(self._described(model, how, rows, self.read_picture), rows)
+
+    def _described(self, model, how: Callable, rows, read: distillation.Pictures) -> list[str]:
+        titles, pixels = [p.title for p in rows], [read(p.path) for p in rows]
+        return distillation.describe(model, self.processor, self.profile, titles, pixels, how)
+
+    def _attributes(self, texts: Sequence[str], rows: Sequence[distillation.Picture]) -> dict:
         from lavic_utils.mini.accuracy import attribute_accuracy
 
-        titles, pixels = [p.title for p in rows], [self.read_picture(p.path) for p in rows]
-        texts = distillation.describe(model, self.processor, self.profile, titles, pixels, how)
         return attribute_accuracy(texts, [self.facts["items"][p.asin] for p in rows])
 
     @cached_property
@@ -383,19 +369,17 @@ class Experiment:
             return {f"accuracy_{name}": value for name, value in found.items()}
 
         def make() -> dict:
-            history = distillation.distil(
-                self.profile,
-                self.model(),
-                self.processor,
-                train,
-                valid,
-                folder,
-                self.seed,
-                measure if mini else None,
-            )
+            what = self.profile, self.model(), self.processor, train, valid
+            on_epoch = measure if mini else None
+            history = distillation.distil(*what, folder, self.seed, on_epoch)
             found = {"history": history, "train_images": len(train), "valid_images": len(valid)}
-            if mini:
-                found["accuracy"] = self._accuracies(valid, folder)
+            if mini:  # what can be read off each kind of visual tokens, on items never trained on
+                base, texts = self.model(), [p.description for p in valid]
+                read = {"teacher (full tokens)": self._attributes(texts, valid)}
+                read["raw [CLS]"] = self.accuracy(base, vision.cls_tokens, valid)
+                student = distillation.load_student(base, folder)
+                read["distilled [CLS]"] = self.accuracy(student, vision.cls_tokens, valid)
+                found["accuracy"] = read
             return found
 
         reads = {
@@ -406,19 +390,6 @@ class Experiment:
             "pictures": [self.contents(train), self.contents(valid)],
         }
         return self.stage("distil", folder, "distillation", reads, make, together=True)
-
-    def _accuracies(
-        self, valid: Sequence[distillation.Picture], folder: Path
-    ) -> dict[str, dict[str, float]]:
-        """What can be read off each kind of visual tokens, on items never trained on."""
-        from lavic_utils.mini.accuracy import attribute_accuracy
-
-        base, truths = self.model(), [self.facts["items"][p.asin] for p in valid]
-        teacher = attribute_accuracy([p.description for p in valid], truths)
-        raw = self.accuracy(base, vision.cls_tokens, valid)
-        student = distillation.load_student(base, folder)
-        distilled = self.accuracy(student, vision.cls_tokens, valid)
-        return {"teacher (full tokens)": teacher, "raw [CLS]": raw, "distilled [CLS]": distilled}
 
     # ------------------------------------------------------------ visual tokens
     def image_files(self, splits: Sequence[str]) -> dict[str, Path]:
@@ -447,14 +418,9 @@ class Experiment:
             how = vision.full_tokens if tokens == "full" else vision.cls_tokens
             return vision.file_encoder(model, self.processor, how)
 
-        name = store.key_of(
-            self.profile.model_path,
-            self.profile.revision,
-            adapter,
-            self.processor,
-            vision.dtype(self.profile),
-            "full" if tokens == "full" else "cls",
-        )
+        profile, kind = self.profile, "full" if tokens == "full" else "cls"
+        base = profile.model_path, profile.revision, adapter, self.processor
+        name = store.key_of(*base, vision.dtype(profile), kind)
         return store.open_store(self.place / "tokens" / name, paths, encoder)
 
     def visual_reads(self, tokens: str | None, split: str) -> dict:
@@ -471,8 +437,8 @@ class Experiment:
     def prompter(
         self, visual: Mapping[str, Tensor] | None, window: int | None = None
     ) -> recommendation.Prompter:
-        tokenizer = self.processor.tokenizer
-        return recommendation.Prompter(tokenizer, self.profile, self.titles, visual, window)
+        about = self.processor.tokenizer, self.profile, self.titles
+        return recommendation.Prompter(*about, visual, window)
 
     def asked(self, dialogues: Sequence[data.Dialogue]) -> dict:
         """What of dialogues, their candidates and the profile decides what a model is asked."""
@@ -496,14 +462,14 @@ class Experiment:
         examples = examples[: round(len(examples) * variant.examples)]
 
         def make() -> dict:
-            visual = variant.visual(self, "train")
+            visual, model = variant.visual(self, "train"), self.model()
             prompter = self.prompter(visual)
             log = recommendation.fine_tune(
-                self.profile, self.model(), prompter, examples, folder, self.seed
+                self.profile, model, prompter, examples, folder, self.seed
             )
             images = visual.counted if isinstance(visual, store.Store) else None
-            cut = prompter.cut
-            return {"log": log, "examples": len(examples), "cut": cut, "images": images}
+            about = {"examples": len(examples), "cut": prompter.cut, "images": images}
+            return {"log": log, **about}
 
         reads = {
             "base": self.base(),
@@ -548,21 +514,16 @@ class Experiment:
             chosen.prepare(self, domain, split)
             if self.rank:
                 return {}
-            start = time.monotonic()
-            scored = control is None and not order
+            start, scored = time.monotonic(), control is None and not order
             found = chosen.answer(self, domain, split, dialogues, control, scored)
-            rows = []
-            for dialogue, answer in zip(dialogues, found, strict=True):
-                rows.append({"line": dialogue.line, **asdict(answer)})
+            pairs = zip(dialogues, found, strict=True)
+            rows = [{"line": dialogue.line, **asdict(answer)} for dialogue, answer in pairs]
             return {"rows": rows, "cost": cost(found, time.monotonic() - start)}
 
         if limit is not None:
             return make()
-        reads = {
-            "method": chosen.reads(self, domain, split),
-            "asked": self.asked(dialogues),
-            "control": name,
-        }
+        reads = {"method": chosen.reads(self, domain, split), "asked": self.asked(dialogues)}
+        reads["control"] = name
         return self.stage("answers", folder, "methods", reads, make, together=True)
 
     def answers(self, method: str, domain: str, split: str = "test", **how) -> list[dict]:
@@ -580,13 +541,11 @@ class Experiment:
     ) -> Score:
         """HR@1 and VR of a method's answers; `reading` is "recommended" (generated), "constrained"
         or "scored"; `keep(i)` chooses dialogues."""
-        dialogues = self.dialogues(domain, split)
         rows = self.answers(method, domain, split) if rows is None else rows
-        kept = [i for i in range(len(dialogues)) if keep(i)]
-        chooses = methods.find(method).chooses
-        lists = [rows[i]["candidates"] for i in kept] if chooses else None
-        truths = [dialogues[i].gt_items for i in kept]
-        return score([rows[i][reading] for i in kept], truths, lists)
+        pairs = list(zip(rows, self.dialogues(domain, split), strict=True))
+        kept = [pair for i, pair in enumerate(pairs) if keep(i)]
+        lists = [row["candidates"] for row, _ in kept] if methods.find(method).chooses else None
+        return score([row[reading] for row, _ in kept], [d.gt_items for _, d in kept], lists)
 
 
 # ------------------------------------------------------------ keeping results: the files
@@ -603,10 +562,9 @@ def _kept(path: Path, wanted: str, made_by: Mapping) -> dict | None:
     for kind in ("code", "versions"):
         old, new = found["made_by"][kind], made_by[kind]
         changed += sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    print(
-        f"{path.parent.name}: kept ({found['seconds'] / 3600:.1f} h of work), though "
-        f"{', '.join(changed)} changed since; `run --force` makes it again"
-    )
+    hours, what = found["seconds"] / 3600, ", ".join(changed)
+    why = f"though {what} changed since; `run --force` makes it again"
+    print(f"{path.parent.name}: kept ({hours:.1f} h of work), {why}")
     return found
 
 
@@ -616,46 +574,31 @@ def _begin(folder: Path, begun: Mapping) -> float:
     place = folder / BEGUN
     if place.is_file():
         found = json.loads(place.read_text(encoding="utf-8"))
-        started, last = found["started"], folder.stat().st_mtime
-        if (folder / "checkpoints").is_dir():
-            last = max(last, (folder / "checkpoints").stat().st_mtime)
-        same = {name: found[name] for name in begun} == dict(begun)
-        costly = last - started >= QUICK and found["key"] == begun["key"]
-        if same or (costly and found["processes"] == begun["processes"]):
-            return started
+        last = max(one.stat().st_mtime for one in (folder, *folder.glob("checkpoints")))
+        costly = last - found["started"] >= QUICK
+        asks = ("key", "processes") if costly else begun  # long work is kept though code changed
+        if all(found[name] == begun[name] for name in asks):
+            return found["started"]
     if folder.is_dir() and any(folder.iterdir()):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
             number += 1
         folder.rename(aside)
     started = time.time()
-    write_text(place, json.dumps({**begun, "started": started}))
+    write_json(place, {**begun, "started": started})
     return started
-
-
-def shuffled_list(dialogue: data.Dialogue, which: str, order: int) -> data.Dialogue:
-    """The dialogue with its candidates in the order of shuffle number `order`, everywhere alike."""
-    names = list(getattr(dialogue, which))
-    place = f"order-{order}/{dialogue.domain}/{dialogue.split}/{dialogue.line}"
-    random.Random(place).shuffle(names)
-    return dialogue.model_copy(update={which: tuple(names)})
 
 
 def cost(answers: Sequence[recommendation.Answer], seconds: float) -> dict[str, float]:
     """What answering took: seconds in all (training and encoding apart, loading the model in),
     tokens, dollars, and the peak memory so far of the process (of the GPU, where there is one)."""
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "seconds": round(seconds, 2),
-        "dialogues": len(answers),
-        "prompt_tokens": sum(a.prompt_tokens for a in answers),
-        "new_tokens": sum(a.new_tokens for a in answers),
-        "usd": sum(a.usd for a in answers),
-        "peak_mb": round(peak / 2**20),
-    }
+    about = {"seconds": round(seconds, 2), "dialogues": len(answers)}
+    for name in ("prompt_tokens", "new_tokens", "usd"):
+        about[name] = sum(getattr(answer, name) for answer in answers)
+    return {**about, "peak_mb": round(peak / 2**20)}
 
 
 # ------------------------------------------------------------ negative controls
@@ -669,3 +612,64 @@ def shuffled(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def zeroed(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Visual tokens of the same number that carry nothing."""
     return {asin: torch.zeros_like(tokens) for asin, tokens in visual.items()}
+
+
+# ------------------------------------------------------------ a request of one's own
+def recommend(
+    dialogue: str | Sequence[tuple[str, str]],
+    candidates: Sequence[tuple[str, str, Path | str | Image.Image | None]],
+    profile: str = "mini",
+    domain: str = "beauty",
+) -> list[tuple[str, float]]:
+    """How likely the trained LaViC of a profile and domain finds each candidate for a request:
+    [(id, probability)], likeliest first.
+
+    `dialogue`: what the seeker says, or [(speaker, text)], a speaker "seeker" or "helper";
+    `candidates`: [(id, title, image)], one or more, an image a file, a PIL image, or None.
+    UserError where these are something else, or (but for the mini world) nothing is trained yet.
+    """
+    ids = [asin for asin, _, _ in candidates]
+    if not ids or len(set(ids)) < len(ids):
+        found = f"{len(ids)} candidates with {len(set(ids))} different ids"
+        raise UserError(f"candidates: {found}; give at least one, and each its own id")
+    turns = [("seeker", dialogue)] if isinstance(dialogue, str) else list(dialogue)
+    if not turns or not {speaker for speaker, _ in turns} <= {"seeker", "helper"}:
+        raise UserError('dialogue: give a text, or pairs of "seeker" or "helper" and a text')
+    pictures: dict[str, Image.Image] = {}
+    for asin, _, image in candidates:
+        if image is None:
+            continue
+        try:
+            given = isinstance(image, Image.Image)
+            picture = image.convert("RGB") if given else data.open_image(image)
+        except OSError:
+            picture = None
+        if picture is None:
+            raise UserError(f"candidate {asin}: {image} is no readable image; give another or None")
+        pictures[asin] = picture
+    run, model = _trained(profile, domain)
+    visual: dict[str, Tensor] = {}  # item -> its [CLS] tokens (tiles, hidden size)
+    for asin, picture in pictures.items():
+        visual |= vision.encode(model, [asin], *vision.pixels(run.processor, [picture]))
+    titles = {asin: title for asin, title, _ in candidates}
+    prompter = recommendation.Prompter(run.processor.tokenizer, run.profile, titles, visual)
+    asked = SimpleNamespace(turns=turns, candidates=tuple(ids))
+    (answer,) = recommendation.generate_answers(model, prompter, [asked], "candidates")
+    return sorted(zip(ids, answer.probabilities, strict=True), key=lambda pair: -pair[1])
+
+
+@functools.lru_cache(maxsize=1)
+def _trained(profile: str, domain: str):
+    """(Experiment, its model with the adapters of both stages, which are on different layers)."""
+    data.dialogue_file("", domain, "test")  # says which domains there are
+    run = Experiment(profile)
+    tuned = run.tuned_folder("LaViC", domain)
+    if run.profile.world:
+        run.prepare().tune("LaViC", domain)
+    elif not (tuned / "result.json").is_file():
+        todo = f"python -m lavic_utils run LaViC --domain {domain} --profile {profile}"
+        raise UserError(f"LaViC is not trained for {domain} here: {todo}")
+    model = training.load_adapter(run.model(), run.folder / "stage1" / "adapter")
+    model.load_adapter(str(tuned / "adapter"), adapter_name="recommendation")
+    model.base_model.set_adapter(["default", "recommendation"])
+    return run, model.eval().requires_grad_(False)

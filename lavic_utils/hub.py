@@ -36,17 +36,13 @@ class HubModel:
         Raises Unavailable where it is in neither, UserError for a folder with no checkpoint."""
         if folder:
             if not (Path(folder) / "config.json").is_file():
-                raise UserError(
-                    f"{folder}: no config.json in it, so no checkpoint of {self.id}; correct the "
-                    "profile's `models`"
-                )
+                why = f"no config.json in it, so no checkpoint of {self.id}"
+                raise UserError(f"{folder}: {why}; correct the profile's `models`")
             return folder, None
         if self.cached():
             return self.id, self.revision
-        raise Unavailable(
-            f"needs {self}, which is not in the local cache; nothing is downloaded unasked. "
-            f"With a network: {self.command}"
-        )
+        why = "which is not in the local cache; nothing is downloaded unasked"
+        raise Unavailable(f"needs {self}, {why}. With a network: {self.command}")
 
     def cached(self) -> bool:
         from huggingface_hub import try_to_load_from_cache

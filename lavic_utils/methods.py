@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -39,20 +38,28 @@ Control = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a table. `chooses`: it picks one of the ten candidates; False: it ranks the domain's
-    whole catalogue."""
+    """A row of a table. `hub`: the model it needs that is not the profile's. `chooses`: it picks
+    one of the ten candidates; False: it ranks the domain's whole catalogue."""
 
     name: str
     inputs: str = TITLE
     family: str = "generative"
+    hub: HubModel | None = None
     chooses: ClassVar[bool] = True
+
+    @property
+    def full(self) -> str | None:
+        """The visual tokens of a model that comes as it is: all of an image, or none."""
+        return "full" if self.inputs == BOTH else None
 
     def needs(self, run: Experiment) -> str:
         """What must be there for it to run, in words."""
-        return "nothing beyond the installed packages"
+        return str(self.hub) if self.hub else "nothing beyond the installed packages"
 
     def check(self, run: Experiment) -> None:
         """UserError where it cannot run here and now: why, and the command that helps."""
+        if self.hub:
+            self.hub.source(run.profile.models.get(self.name))
 
     def reason(self, run: Experiment) -> str | None:
         """What `check` says; None where the method can run."""
@@ -88,17 +95,6 @@ class Retrieval(Method):
 
     chooses: ClassVar[bool] = False
 
-    @property
-    def hub(self) -> HubModel | None:
-        return retrieval.ENCODERS[self.name].model if self.name in retrieval.ENCODERS else None
-
-    def needs(self, run):
-        return str(self.hub) if self.hub else super().needs(run)
-
-    def check(self, run):
-        if self.hub:
-            self.hub.source(run.profile.models.get(self.name))
-
     def reads(self, run, domain, split):
         folder = run.profile.models.get(self.name)
         return [str(self.hub), folder and folder_hash(folder), run.domain_catalogue(domain)]
@@ -130,17 +126,13 @@ class Base(Method):
         vision.source(run.profile)
 
     def reads(self, run, domain, split):
-        tokens = "full" if self.inputs == BOTH else None
-        return [run.base(), run.visual_reads(tokens, split)]
+        return [run.base(), run.visual_reads(self.full, split)]
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
-        model, visual, window = run.model(), None, None
-        if self.inputs == BOTH:
-            visual, window = run.visual("full", (split,)), vision.context_window(model)
-        prompter = run.prompter(visual, window)
-        return recommendation.generate_answers(
-            model, prompter, dialogues, run.profile.candidates, scored
-        )
+        model, which = run.model(), run.profile.candidates
+        visual = run.visual(self.full, (split,))
+        prompter = run.prompter(visual, vision.context_window(model) if self.full else None)
+        return recommendation.generate_answers(model, prompter, dialogues, which, scored)
 
 
 @dataclass(frozen=True)
@@ -148,36 +140,26 @@ class Open(Method):
     """Another open model of the hub as it comes, in its own `chat` form: a language model (Vicuna)
     reads titles; a LLaVA 1.5 reads titles, or titles and its own full image tokens."""
 
-    hub: HubModel = HubModel("", None, 0)
     chat: str = "{message}"
-
-    def needs(self, run):
-        return str(self.hub)
-
-    def check(self, run):
-        self.hub.source(run.profile.models.get(self.name))
 
     def reads(self, run, domain, split):
         folder = run.profile.models.get(self.name)
         model = folder_hash(folder) if folder else [self.hub.id, self.hub.revision]
-        tokens = "full" if self.inputs == BOTH else None
-        return [model, self.chat, run.profile.dtype, run.visual_reads(tokens, split)]
+        return [model, self.chat, run.profile.dtype, run.visual_reads(self.full, split)]
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
         chat = run.profile.prompts.model_copy(update={"chat": self.chat})
-        profile = run.profile.model_copy(update={"prompts": chat})
+        profile, which = run.profile.model_copy(update={"prompts": chat}), run.profile.candidates
         model, processor = load_open(profile, *self.hub.source(profile.models.get(self.name)))
         visual, window = None, None
-        if self.inputs == BOTH:
-            asins = {a for d in dialogues for a in getattr(d, profile.candidates)}
-            paths = {a: image_file(run.root, a) for a in sorted(asins)}
+        if self.full:
+            asins = {asin for dialogue in dialogues for asin in getattr(dialogue, which)}
+            paths = {asin: image_file(run.root, asin) for asin in sorted(asins)}
             visual = vision.lazy_full_tokens(model, processor, paths)
             window = vision.context_window(model)
         tokenizer = getattr(processor, "tokenizer", processor)
         prompter = recommendation.Prompter(tokenizer, profile, run.titles, visual, window)
-        return recommendation.generate_answers(
-            model, prompter, dialogues, profile.candidates, scored
-        )
+        return recommendation.generate_answers(model, prompter, dialogues, which, scored)
 
 
 def load_open(profile: Profile, source: str, revision: str | None):
@@ -207,10 +189,9 @@ class Proprietary(Method):
         from lavic_utils.remote import chat_api
 
         model = chat_api.MODELS[self.name]
-        return (
-            f"{model.served} (at OpenAI until {model.until}) or another at an OpenAI-compatible "
-            f"service: key in {chat_api.KEY}, or --base-url and --served"
-        )
+        service = f"another at an OpenAI-compatible service: key in {chat_api.KEY}"
+        here = f"{model.served} (at OpenAI until {model.until})"
+        return f"{here} or {service}, or --base-url and --served"
 
     def check(self, run):
         from lavic_utils.remote import chat_api
@@ -225,14 +206,10 @@ class Proprietary(Method):
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
         from lavic_utils.remote import chat_api
 
-        which = run.profile.candidates
-        replies = chat_api.ask_all(
-            Requests(run, dialogues, self.inputs == BOTH),
-            chat_api.MODELS[self.name],
-            run.api,
-            results_dir(run.profile) / "api_answers.sqlite",
-        )
-        answers = []
+        which, model = run.profile.candidates, chat_api.MODELS[self.name]
+        kept = results_dir(run.profile) / "api_answers.sqlite"
+        requests = Requests(run, dialogues, self.inputs == BOTH)
+        answers, replies = [], chat_api.ask_all(requests, model, run.api, kept)
         for dialogue, reply in zip(dialogues, replies, strict=True):
             text, ten = reply.text or "", getattr(dialogue, which)
             answer = Answer(text, parse_answer(text, ten), ten, new_tokens=reply.output_tokens)
@@ -262,9 +239,7 @@ class Requests(Sequence):
         ten = getattr(self.dialogues[i], run.profile.candidates)
         items = [prompts.Candidate(asin, run.titles[asin]) for asin in ten]
         text = prompts.recommend_message(run.profile.prompts, turns, items)
-        pictures: list[tuple[str, Path]] = []
-        if self.images:
-            pictures = [(asin, image_file(run.root, asin)) for asin in ten]
+        pictures = [(asin, image_file(run.root, asin)) for asin in ten if self.images]
         return chat_api.build_messages(text, pictures)
 
 
@@ -292,10 +267,10 @@ class Trained(Method):
 
     def visual(self, run: Experiment, split: str) -> Mapping[str, Tensor] | None:
         """Visual tokens of a split's items, as its prompts carry them."""
-        tokens = run.visual(self.tokens, (split,))
+        visual = run.visual(self.tokens, (split,))
         if self.tiles is None:
-            return tokens
-        return {asin: found[: self.tiles] for asin, found in tokens.items()}
+            return visual
+        return {asin: tokens[: self.tiles] for asin, tokens in visual.items()}
 
     def prepare(self, run, domain, split):
         run.tune(self.name, domain)
@@ -304,10 +279,8 @@ class Trained(Method):
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
         visual = self.visual(run, split)
         prompter = run.prompter(control(visual) if control else visual)
-        tuned = run.tuned(self.name, domain)
-        return recommendation.generate_answers(
-            tuned, prompter, dialogues, run.profile.candidates, scored
-        )
+        tuned, which = run.tuned(self.name, domain), run.profile.candidates
+        return recommendation.generate_answers(tuned, prompter, dialogues, which, scored)
 
 
 VICUNA = (  # the form Vicuna v1.5 was trained with
@@ -327,10 +300,8 @@ def _registry(*methods: Method) -> dict[str, Method]:
 
 METHODS = _registry(
     Retrieval("BM25", family="retrieval"),
-    Retrieval("SBERT", family="retrieval"),
-    Retrieval("RoBERTa-Large", family="retrieval"),
-    Retrieval("SimCSE-Large", family="retrieval"),
-    Retrieval("BLaIR-Base", family="retrieval"),
+    # SBERT, RoBERTa-Large, SimCSE-Large, BLaIR-Base
+    *(Retrieval(n, TITLE, "retrieval", one.model) for n, one in retrieval.ENCODERS.items()),
     Open("Vicuna-v1.5", hub=VICUNA_7B, chat=VICUNA),
     Open("LLaVA-v1.5 (title)", hub=LLAVA_15, chat=LLAVA),
     Base("LLaVA-v1.6 (title)"),
@@ -341,9 +312,9 @@ METHODS = _registry(
     Proprietary("GPT-4o (title)", TITLE, "proprietary"),
     Proprietary("GPT-4o-mini (title+image)", BOTH, "proprietary"),
     Proprietary("GPT-4o (title+image)", BOTH, "proprietary"),
-    Trained("Entire tokens (5x577)", BOTH, "ablation", "full", examples=0.15),
-    Trained("LaViC w/o images", TITLE, "ablation", None),
-    Trained("LaViC w/o self-distillation", BOTH, "ablation", "base"),
+    Trained("Entire tokens (5x577)", BOTH, "ablation", tokens="full", examples=0.15),
+    Trained("LaViC w/o images", TITLE, "ablation", tokens=None),
+    Trained("LaViC w/o self-distillation", BOTH, "ablation", tokens="base"),
     Trained("LaViC", BOTH, "proposed"),
 )
 # Beyond the paper (notebook 05, `reproduce --extended`): one [CLS] an image, and fewer dialogues.

@@ -11,24 +11,17 @@ import os
 import platform
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lavic_utils.config import PACKAGE, ROOT, Profile, real_data_dir
+from lavic_utils.config import PACKAGE, ROOT, Profile
 
 # The libraries that can change a number: recorded beside every result.
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "accelerate",
-    "sentence-transformers",
-    "numpy",
-    "pillow",
+PACKAGES = tuple(
+    "torch transformers peft datasets accelerate sentence-transformers numpy pillow".split()
 )
 
 
@@ -82,16 +75,6 @@ def tree_hash(folder: Path | None) -> str:
 def world_dir(profile: Profile) -> Path:
     """Folder of the profile's rendered world: data/<profile>/, or under LAVIC_WORLD."""
     return Path(os.environ.get("LAVIC_WORLD", ROOT / "data")) / profile.name
-
-
-def profile_data_hash(profile: Profile) -> str:
-    """`data.data_hash` of the profile's data folder; 'none' while that folder does not exist."""
-    root = world_dir(profile) if profile.world is not None else real_data_dir()
-    if root is None or not root.is_dir():
-        return "none"
-    from lavic_utils.data import data_hash
-
-    return data_hash(root)
 
 
 # ------------------------------------------------------------ hashes of code
@@ -149,9 +132,7 @@ def code_hash(package: Path = PACKAGE) -> str:
     """12 hex over the whole package: its code, its profiles and the mini model's files."""
     digest = hashlib.sha256()
     files = [
-        *package.rglob("*.py"),
-        *package.glob("profiles/*.yaml"),
-        *package.glob("mini_model/*"),
+        path for kind in ("*.py", "profiles/*.yaml", "mini_model/*") for path in package.rglob(kind)
     ]
     for path in sorted(files, key=lambda p: p.relative_to(package).as_posix()):
         if path.name in ("README.md", "abilities.json") or path.name.startswith("."):
@@ -162,26 +143,21 @@ def code_hash(package: Path = PACKAGE) -> str:
 
 
 # ------------------------------------------------------------ what stands beside every result
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name).split("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def versions(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     """Installed versions, None for a package that is absent."""
-    return {name: _version(name) for name in names}
+    found: dict[str, str | None] = dict.fromkeys(names)
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name).split("+")[0]
+    return found
 
 
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _processor() -> str:
+    if (info := Path("/proc/cpuinfo")).is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
@@ -192,7 +168,7 @@ def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
     """
     import psutil
 
-    settings = profile.model_dump(mode="json")
+    settings, memory = profile.model_dump(mode="json"), psutil.virtual_memory().total
     return {
         "profile": profile.name,
         "seed": seed,
@@ -203,9 +179,9 @@ def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
         "versions": versions(),
         "python": platform.python_version(),
         "machine": {
-            "processor": processor_name(),
+            "processor": _processor(),
             "cores": psutil.cpu_count(logical=True),
-            "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+            "memory_gb": round(memory / 2**30, 1),
         },
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -239,26 +215,19 @@ def write_json(path: Path, obj: Any) -> None:
 def footer(provenance: Mapping[str, Any]) -> str:
     """One line for figures and tables: tier, profile, seed(s), code."""
     seeds = provenance.get("seeds") or [provenance["seed"]]
-    label = "seed" if len(seeds) == 1 else "seeds"
-    shown = ", ".join(str(seed) for seed in seeds)
-    code = str(provenance["code_hash"])[:7]
-    return (
-        f"tier: {provenance['tier']} · profile {provenance['profile']} · {label} {shown} · "
-        f"code {code}"
-    )
+    label = "seeds" if len(seeds) > 1 else "seed"
+    who = f"profile {provenance['profile']} · {label} {', '.join(str(seed) for seed in seeds)}"
+    return f"tier: {provenance['tier']} · {who} · code {provenance['code_hash'][:7]}"
 
 
 def save_figure(fig: Any, path: Path, tier: str, provenance: Mapping[str, Any]) -> None:
-    """Atomic PNG, PDF or SVG of a figure, its tier in a footer and in the file's metadata."""
-    line = footer({**provenance, "tier": tier})
+    """Atomic PNG of a figure, its tier in a footer and all of `provenance` in the file."""
+    about = {**provenance, "tier": tier}
+    line = footer(about)
     for old in [text for text in fig.texts if text.get_gid() == "lavic-footer"]:
         old.remove()
     fig.text(0.005, 0.0, line, fontsize=6, color="0.4", ha="left", va="top", gid="lavic-footer")
-    path = Path(path)
-    kind = path.suffix.lstrip(".") or "png"
-    about = {"Title": line}
-    if kind == "png":
-        comment = json.dumps({**provenance, "tier": tier}, default=_plain, ensure_ascii=True)
-        about = {"Title": path.stem, "Description": line, "Comment": comment}
+    comment = json.dumps(about, default=_plain, ensure_ascii=True)
+    kept = {"Title": path.stem, "Description": line, "Comment": comment}
     with _temporary(path) as temp:
-        fig.savefig(temp, format=kind, metadata=about, bbox_inches="tight", dpi=150)
+        fig.savefig(temp, format="png", metadata=kept, bbox_inches="tight", dpi=150)

@@ -1,7 +1,7 @@
 """What the likelihood of all ten candidates tells beyond the first: ranking scores, calibration,
 agreement of the readings, position bias, and paired tests corrected for their number.
 
-Rows are those of `Run.answers`.
+Rows are those of `Experiment.answers`.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ def ranked(row: Mapping[str, Any]) -> list[str]:
     return [row["candidates"][i] for i in order]
 
 
-def ranking_scores(rows: Rows, truths: Truths, ks: Sequence[int] = (1, 3, 5)) -> dict[str, float]:
-    """HR@k, MRR and NDCG@10 over conversations. A truth the list does not hold is never found: it
-    stays in every denominator (and in NDCG's ideal, which puts up to ten truths first).
+def ranking_scores(rows: Rows, truths: Truths) -> dict[str, float]:
+    """HR@1, 3 and 5, MRR and NDCG@10 over conversations. A truth the list does not hold is never
+    found: it stays in every denominator (and in NDCG's ideal, which puts up to ten truths first).
     ValueError: lengths differ, or nothing to score."""
     if len(rows) != len(truths) or not rows:
         raise ValueError(f"{len(rows)} answers, {len(truths)} truths")
     discounts = 1 / np.log2(np.arange(2, 12))  # of places 1 to 10
-    within: dict[int, list[bool]] = {k: [] for k in ks}
+    within: dict[int, list[bool]] = {1: [], 3: [], 5: []}
     reciprocal, gains = [], []
     for row, truth in zip(rows, truths, strict=True):
         found = [asin in truth for asin in ranked(row)]  # by place: is it a ground-truth item?
-        for k in ks:
+        for k in within:
             within[k].append(any(found[:k]))
         reciprocal.append(1 / (found.index(True) + 1) if True in found else 0.0)
         ideal = sum(discounts[: len(set(truth))])
         gains.append(sum(discounts[: len(found)][found]) / ideal)
-    scores = {f"HR@{k}": float(np.mean(within[k])) for k in ks}
+    scores = {f"HR@{k}": float(np.mean(within[k])) for k in within}
     return scores | {"MRR": float(np.mean(reciprocal)), "NDCG@10": float(np.mean(gains))}
 
 
-def calibration(rows: Rows, truths: Truths, bins: int = 10) -> tuple[pd.DataFrame, float]:
+def calibration(rows: Rows, truths: Truths) -> tuple[pd.DataFrame, float]:
     """How often the likeliest candidate is right, by the probability it is given among the ten, in
-    `bins` equal parts of 0 to 1: (table with n, confidence, accuracy; expected calibration error,
+    ten equal parts of 0 to 1: (table with n, confidence, accuracy; expected calibration error,
     their mean distance weighted by n)."""
     best = []
     for row, truth in zip(rows, truths, strict=True):
@@ -59,7 +59,7 @@ def calibration(rows: Rows, truths: Truths, bins: int = 10) -> tuple[pd.DataFram
             right = row["candidates"][likeliest] in truth
             best.append((row["probabilities"][likeliest], right))
     frame = pd.DataFrame(best, columns=["confidence", "accuracy"]).astype(float)
-    frame["bin"] = np.minimum((frame["confidence"] * bins).astype(int), bins - 1)
+    frame["bin"] = np.minimum((frame["confidence"] * 10).astype(int), 9)
     groups = frame.groupby("bin")
     table = groups[["confidence", "accuracy"]].mean()
     table.insert(0, "n", groups.size())
@@ -110,9 +110,9 @@ def paired_tests(
     rows = []
     for (method, domain), theirs in others.items():
         a, b = np.array(mine[domain], bool), np.array(theirs, bool)
-        only_mine, only_other = int((a & ~b).sum()), int((b & ~a).sum())
-        row = {"domain": domain, "against": method, "n": len(b), "only mine": only_mine}
-        row |= {"only other": only_other, "difference": (only_mine - only_other) / len(b)}
-        rows.append(row | {"p": mcnemar(only_mine, only_other)})
+        row = {"domain": domain, "against": method, "n": len(b)}
+        row |= {"only mine": int((a & ~b).sum()), "only other": int((b & ~a).sum())}
+        row["difference"] = (row["only mine"] - row["only other"]) / len(b)
+        rows.append(row | {"p": mcnemar(row["only mine"], row["only other"])})
     table = pd.DataFrame(rows)
     return table.assign(**{"p (Holm)": holm(table["p"])}).set_index(["domain", "against"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 from lavic_utils.config import DOMAINS, PACKAGE, UserError, results_dir
 from lavic_utils.data import dialogue_file
-from lavic_utils.evaluation import summary_by_seed
+from lavic_utils.evaluation import Score, summary_by_seed
 from lavic_utils.methods import Trained, find, slug
 from lavic_utils.provenance import write_json, write_text
 from lavic_utils.ranking import ranking_scores
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment
 
 NOT_RUN = "not run here"
-ROW_FIELDS = (
-    *("method", "domain", "seed", "conversations", "pairs", "hits", "valid", "hit_ratio_pairs"),
-    *("hit_ratio_conversations", "validity_ratio", "ci95"),
-)
+ROW_FIELDS = ("method", "domain", "seed", *(field.name for field in fields(Score)))
 
 
 # ------------------------------------------------------------ published
@@ -64,9 +62,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {"provenance": dict(found["provenance"]), "rows": list(found["rows"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a metrics file ({type(error).__name__}: {error}); delete it and run again"
-        ) from None
+        why = f"not a metrics file ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {why}; delete it and run again") from None
 
 
 def read_extended(run: Experiment) -> dict | None:
@@ -83,7 +80,7 @@ def _same_state(one: Mapping, other: Mapping) -> bool:
 def record(
     run: Experiment,
     chosen: Sequence[str],
-    domains: Sequence[str] = tuple(DOMAINS),
+    domains: Iterable[str] = DOMAINS,
     path: Path | None = None,
 ) -> pd.DataFrame:
     """Score methods on test and put their rows into `results/<profile>/metrics.json` (or `path`):
@@ -96,7 +93,7 @@ def record(
             row = run.score(method, domain).row(method, domain, run.seed)
             if isinstance(find(method), Trained):
                 row["examples"] = run.tune(method, domain)["examples"]
-            row["refused"] = sum(a["refused"] > 0 for a in answers)
+            row["refused"] = refused(answers)
             if any(a["log_likelihoods"] for a in answers):
                 for reading in ("constrained", "scored"):
                     found = run.score(method, domain, reading)
@@ -109,25 +106,26 @@ def record(
     return pd.DataFrame(rows)
 
 
+def refused(answers: Iterable[Mapping]) -> int:
+    """How many prompts were not asked, since they do not fit a model's context."""
+    return sum(answer["refused"] > 0 for answer in answers)
+
+
 def upsert_metrics(
     path: Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Put rows into metrics.json, one for each (method, domain, seed); returns what was written.
 
     Other rows stay only where the file is of the same code and data, so that one file never mixes
-    two states. A row without one of ROW_FIELDS raises ValueError.
+    two states. A row without one of ROW_FIELDS raises KeyError.
     """
     found: dict[tuple, dict] = {}
     old = read_metrics(path) if Path(path).is_file() else {"provenance": {}, "rows": []}
     kept = old["rows"] if _same_state(old["provenance"], provenance) else []
     for row in [*kept, *rows]:
-        if missing := [field for field in ROW_FIELDS if field not in row]:
-            raise ValueError(f"metrics row of {row.get('method')!r}: missing {', '.join(missing)}")
-        extra = sorted(set(row) - set(ROW_FIELDS))
-        seed = -1 if row["seed"] is None else int(row["seed"])
-        ordered = {field: row[field] for field in (*ROW_FIELDS, *extra)}
-        found[row["method"], row["domain"], seed] = ordered
-    seeds = sorted({seed for _, _, seed in found if seed >= 0})
+        names = (*ROW_FIELDS, *sorted(set(row) - set(ROW_FIELDS)))
+        found[row["method"], row["domain"], row["seed"]] = {name: row[name] for name in names}
+    seeds = sorted({seed for _, _, seed in found})
     written = [found[place] for place in sorted(found)]
     out = {"provenance": {**provenance, "seeds": seeds}, "rows": written}
     write_json(path, out)
@@ -142,16 +140,14 @@ def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
     if metrics["rows"]:
         summary = summary_by_seed(metrics["rows"]).set_index(["method", "domain"])
         ours = summary.to_dict("index")
-    refused = {(r["method"], r["domain"]): r.get("refused", 0) for r in metrics["rows"]}
+    unasked = {(r["method"], r["domain"]): r.get("refused", 0) for r in metrics["rows"]}
     for row in published()["rows"]:
-        if table not in row["table"]:
-            continue
-        cells = {}
-        for domain, value in row["results"].items():
-            place = row["method"], domain
-            cells[domain, "published"] = _published_cell(value)
-            cells[domain, tier] = _measured_cell(ours.get(place), refused.get(place, 0))
-        lines[row["method"]] = cells
+        if table in row["table"]:
+            line = lines[row["method"]] = {}
+            for domain, value in row["results"].items():
+                place = row["method"], domain
+                line[domain, "published"] = _published_cell(value)
+                line[domain, tier] = _measured_cell(ours.get(place), unasked.get(place, 0))
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("HR@1 / VR")
 
 
@@ -160,13 +156,13 @@ def _published_cell(value: Mapping) -> str:
     return hit_ratio + ("" if value["vr"] is None else f" / {value['vr']:.3f}")
 
 
-def _measured_cell(found: Mapping | None, refused: int) -> str:
+def _measured_cell(found: Mapping | None, unasked: int) -> str:
     if found is None:
         return NOT_RUN
     text = f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
     if not pd.isna(found["validity_ratio"]):
         text += f" / {found['validity_ratio']:.3f}"
-    return text + (f" ({refused} refused)" if refused else "")
+    return text + (f" ({unasked} refused)" if unasked else "")
 
 
 def table_rows(run: Experiment, table: str) -> list[dict[str, str]]:
@@ -175,20 +171,19 @@ def table_rows(run: Experiment, table: str) -> list[dict[str, str]]:
     tables = sorted({name for row in published()["rows"] for name in row["table"]})
     if table not in tables:
         raise UserError(f"no table {table!r} in the paper; there are {', '.join(tables)}")
-    path = metrics_path(run)
-    metrics = {"provenance": {"tier": run.profile.tier}, "rows": []}
-    if path.is_file():
-        metrics = read_metrics(path)
-    tier, rows = metrics["provenance"]["tier"], []
+    path, rows = metrics_path(run), []
+    nothing = {"provenance": {"tier": run.profile.tier}, "rows": []}
+    metrics = read_metrics(path) if path.is_file() else nothing
+    tier = metrics["provenance"]["tier"]
     for method, line in comparison(metrics, table).iterrows():
-        why = find(method).reason(run)
         todo = f"python -m lavic_utils run {method!r} --domain DOMAIN --profile {run.profile.name}"
+        todo = find(method).reason(run) or f"not run yet: {todo}"
         for domain in DOMAINS:
-            there = line[domain, tier] != NOT_RUN
             row = {"method": method, "domain": domain, "published": line[domain, "published"]}
-            row["ours"] = line[domain, tier] if there else ""
-            row["tier of ours"] = tier if there else ""
-            row["note"] = "" if there else why or f"not run yet: {todo}"
+            if line[domain, tier] == NOT_RUN:
+                row |= {"ours": "", "tier of ours": "", "note": todo}
+            else:
+                row |= {"ours": line[domain, tier], "tier of ours": tier, "note": ""}
             rows.append(row)
     return rows
 
@@ -231,22 +226,20 @@ def run_method(
     found = run.answered(chosen.name, domain, split, order=order, limit=limit)
     if run.rank:
         return ""
-    name = slug(chosen.name)
+    name, rows, lines = slug(chosen.name), found["rows"], []
     suffix = run.profile.candidates.removeprefix("candidates_") if chosen.chooses else name
-    part = f"{domain}_{split}" + (f"_order{order}" if order else "")
-    part += f"_first{limit}" if limit else ""
-    out = out or run.place / "answers" / f"{name}_{part}_seed{run.seed}.jsonl"
-    lines = []
-    for dialogue, answer in zip(run.dialogues(domain, split), found["rows"], strict=False):
+    for dialogue, answer in zip(run.dialogues(domain, split)[: len(rows)], rows, strict=True):
         row = dialogue.model_dump(exclude={"domain", "split", "line"})
-        row[f"candidates_{suffix}"] = answer["candidates"]
-        row[f"recommended_{suffix}"] = answer["recommended"]
-        row[f"response_{suffix}"] = answer["response"]
+        for field in ("candidates", "recommended", "response"):
+            row[f"{field}_{suffix}"] = answer[field]
         lines.append(json.dumps(row) + "\n")
+    part = f"_order{order}" if order else ""
+    part += f"_first{limit}" if limit else ""
+    file = f"{name}_{domain}_{split}{part}_seed{run.seed}.jsonl"
+    out = out or run.place / "answers" / file
     write_text(out, "".join(lines))
-    spent, refused = found["cost"], sum(a["refused"] > 0 for a in found["rows"])
+    spent = f"in {found['cost']['seconds']:g} s, {refused(rows)} prompts refused as too long"
     return (
-        f"{chosen.name}, {domain}/{split}: {len(lines)} answers in {spent['seconds']:g} s, "
-        f"{refused} prompts refused as too long, ${spent['usd']:.4f}\n{out}\n"
-        f"score them: python -m lavic_utils evaluate {out}"
+        f"{chosen.name}, {domain}/{split}: {len(lines)} answers {spent}, "
+        f"${found['cost']['usd']:.4f}\n{out}\nscore them: python -m lavic_utils evaluate {out}"
     )

@@ -24,6 +24,7 @@ from lavic_utils.config import UserError
 from lavic_utils.hub import HubModel, Unavailable
 from lavic_utils.provenance import file_hash, folder_hash, key
 from lavic_utils.store import read_shards, write_shard
+from lavic_utils.vision import batched
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -46,11 +47,9 @@ def bm25_rank(queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
     keep the titles' order."""
     import bm25s
 
-    index = bm25s.BM25()
-    index.index(
-        bm25s.tokenize(list(titles), stopwords=None, show_progress=False), show_progress=False
-    )
-    words = bm25s.tokenize(list(queries), stopwords=None, return_ids=False, show_progress=False)
+    index, plain = bm25s.BM25(), {"stopwords": None, "show_progress": False}
+    index.index(bm25s.tokenize(list(titles), **plain), show_progress=False)
+    words = bm25s.tokenize(list(queries), return_ids=False, **plain)
     scores = np.zeros((len(queries), len(titles)), dtype=np.float32)
     for row, query in enumerate(words):
         known = [word for word in query if word in index.vocab_dict]
@@ -92,11 +91,9 @@ def recall_at(
     ids: Sequence[str],
     truths: Sequence[Sequence[str]],
     ks: Sequence[int] = (1, 5, 10, 20),
-    pairs: bool = False,
 ) -> dict[int, float]:
     """Share of queries with at least one of their truths among the first k, for each k: {k: share}.
-    With `pairs`: the share of all (query, truth) pairs found. A truth that is not among the `ids`
-    counts as not found.
+    A truth that is not among the `ids` counts as not found.
 
     `order`: from `rank`; `ids`: of the titles, in their order. ValueError: lengths differ, or a
     query without a truth.
@@ -104,33 +101,27 @@ def recall_at(
     _matching(order, ids)
     lists = all(truths) and not any(isinstance(truth, str) for truth in truths)
     if not lists or not len(truths) == len(order) > 0:
-        raise ValueError(
-            f"{len(order)} queries, {len(truths)} truths; there must be as many, each a list of "
-            "ids, none empty"
-        )
-    hits = np.array(  # (queries, k): is the k-th a truth?
-        [
-            [ids[i] in truth for i in row[: max(ks)]]
-            for row, truth in zip(order, truths, strict=True)
-        ]
-    )
-    if pairs:
-        return {k: float(hits[:, :k].sum() / sum(len(set(truth)) for truth in truths)) for k in ks}
-    return {k: float(hits[:, :k].any(axis=1).mean()) for k in ks}
+        found = f"{len(order)} queries, {len(truths)} truths"
+        raise ValueError(f"{found}; there must be as many, each a list of ids, none empty")
+    first = {k: 0 for k in ks}
+    for row, truth in zip(order, truths, strict=True):
+        places = [place for place, i in enumerate(row, 1) if ids[i] in truth]
+        for k in ks:
+            first[k] += bool(places) and places[0] <= k
+    return {k: count / len(order) for k, count in first.items()}
 
 
-def candidate_lists(
-    order: np.ndarray, ids: Sequence[str], n: int = 10, *, seed: int
-) -> list[list[str]]:
-    """The first n ids of each query, in an order drawn from the seed and the query's place: lists
-    come in no particular order. ValueError: the order is not of these ids, or they are under n."""
+def candidate_lists(order: np.ndarray, ids: Sequence[str], seed: int) -> list[list[str]]:
+    """The first ten ids of each query, in an order drawn from the seed and the query's place: lists
+    come in no particular order. ValueError: the order is not of these ids, or they are fewer."""
     _matching(order, ids)
-    if n > len(ids):
-        raise ValueError(f"{n} candidates asked for, but there are {len(ids)} ids")
-    return [
-        random.Random(f"{seed}/candidates/{i}").sample([ids[j] for j in row[:n]], n)
-        for i, row in enumerate(order)
-    ]
+    if len(ids) < 10:
+        raise ValueError(f"10 candidates are drawn, but there are {len(ids)} ids")
+    lists = []
+    for i, row in enumerate(order):
+        ten = [ids[j] for j in row[:10]]
+        lists.append(random.Random(f"{seed}/candidates/{i}").sample(ten, 10))
+    return lists
 
 
 @dataclass(frozen=True)
@@ -184,10 +175,10 @@ def _identity(encoder: Encoder, folder: Path | None) -> str:
     weights = f"{encoder.model.id}@{encoder.model.revision}" if encoder.model else SBERT_SHA256
     if folder:
         weights = folder_hash(folder)
-        for name in ("config.json", WEIGHTS):
-            if name not in dict(weights):
-                need = f"a checkpoint is config.json, {WEIGHTS} and its tokenizer's files"
-                raise UserError(f"{folder}: no {name} in it; {need}")
+        missing = {"config.json", WEIGHTS} - set(dict(weights))
+        if missing:
+            need = f"a checkpoint is config.json, {WEIGHTS} and its tokenizer's files"
+            raise UserError(f"{folder}: no {' and no '.join(sorted(missing))} in it; {need}")
     settings = {"pooling": encoder.pooling, "max_tokens": encoder.max_tokens}
     return key(weights=weights, **settings, dtype=str(_place(encoder)[1]))
 
@@ -201,42 +192,35 @@ def _load(encoder: Encoder, folder: Path | None, identity: str) -> SentenceTrans
 
     logging.disable_progress_bar()
     device, dtype = _place(encoder)
-    if encoder.model is None and folder is None:
+    if encoder.model is None and folder is None:  # as its files say, to the bit
         model = SentenceTransformer(str(packaged_encoder()), device=device, local_files_only=True)
         model.max_seq_length = encoder.max_tokens
         return model
     source, revision = (str(folder), None) if folder else encoder.model.source()
     common = {"revision": revision, "trust_remote_code": False, "local_files_only": True}
-    pooler = {}
+    how = {f"{kind}_kwargs": common for kind in ("processor", "config")}
+    how["model_kwargs"] = {**common, "dtype": dtype}
     if encoder.pooling == "pooler":
         text = {"method": "forward", "method_output_name": "pooler_output"}
-        pooler = {"modality_config": {"text": text}, "module_output_name": "sentence_embedding"}
+        how |= {"modality_config": {"text": text}, "module_output_name": "sentence_embedding"}
     try:
         path = cached_file(source, WEIGHTS, revision=revision, local_files_only=True)
         with safe_open(path, "pt") as weights:
-            names = list(weights.keys())
-        tokens = Transformer(
-            source,
-            model_kwargs={**common, "dtype": dtype},
-            processor_kwargs=common,
-            config_kwargs=common,
-            **pooler,
-        )
+            has_pooler = any("pooler.dense" in name for name in weights.keys())  # noqa: SIM118
+        tokens = Transformer(source, **how)
     except (OSError, ValueError, SafetensorError) as error:
         why = f"cannot be loaded as a sentence encoder: {str(error).splitlines()[0]}"
         if folder:
             raise UserError(f"{folder}: {why}") from None
         raise Unavailable(f"{encoder.model} {why}; try: {encoder.model.command}") from None
-    if pooler and not any("pooler.dense" in name for name in names):
-        # it would be drawn at random, differently in each run
-        raise UserError(f"{source}: {WEIGHTS} has no pooler, which makes this encoder's vectors")
-    config = tokens.auto_model.config
+    config, modules = tokens.auto_model.config, [tokens]
     first = config.pad_token_id + 1 if config.model_type == "roberta" else 0  # of its positions
     most = config.max_position_embeddings - first
     tokens.max_seq_length = min(encoder.max_tokens, tokens.max_seq_length, most)
-    modules = [tokens]
-    if not pooler:
+    if encoder.pooling != "pooler":
         modules.append(Pooling(tokens.get_embedding_dimension(), encoder.pooling))
+    elif not has_pooler:  # it would be drawn at random, differently in each run
+        raise UserError(f"{source}: {WEIGHTS} has no pooler, which makes this encoder's vectors")
     return SentenceTransformer(modules=modules, device=device)
 
 
@@ -269,13 +253,12 @@ def embed(
         known |= load_file(path)
     keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     new = {k: text for k, text in zip(keys, texts, strict=True) if k not in known}
-    step = CHUNK if kept else max(1, len(new))
-    for part in (list(new)[i : i + step] for i in range(0, len(new), step)):
+    for part in batched(list(new), CHUNK if kept else max(1, len(new))):
         vectors = _encode(encoder, folder, identity, [new[k] for k in part])
         made = dict(zip(part, vectors, strict=True))
+        known |= made
         if kept:
             write_shard(kept, made)
-        known |= made
     if not keys:
         return _encode(encoder, folder, identity, [""])[:0].numpy()
     return torch.stack([known[k] for k in keys]).numpy()

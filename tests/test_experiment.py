@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-from lavic_utils import experiment, provenance, report
-from lavic_utils.config import UserError, load_profile
+import lavic_utils
+from lavic_utils import (
+    distillation,
+    experiment,
+    provenance,
+    recommendation,
+    report,
+    training,
+    vision,
+)
+from lavic_utils.config import UserError, World, load_profile
+from lavic_utils.data import image_file
 from lavic_utils.evaluation import score
+from lavic_utils.mini.world import make_world
 
 CODE = {"store": "old"}
 
@@ -131,8 +146,6 @@ def test_a_stages_code_is_what_it_imports_and_nothing_else():
 
 
 def test_a_picture_replaced_or_removed_is_another_input_and_an_unlisted_file_is_not(run, tmp_path):
-    from PIL import Image
-
     folder = tmp_path / "train_images"
     folder.mkdir()
     paths = [folder / f"B00000000{i}_0.jpg" for i in range(3)]
@@ -190,7 +203,7 @@ def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile):
     assert out["provenance"]["seeds"] == [5, 6]
     out = report.upsert_metrics(path, [row], about | {"numbers_hash": "new"})
     assert len(out["rows"]) == 1  # rows of other code are not mixed with these
-    with pytest.raises(ValueError, match="missing ci95"):
+    with pytest.raises(KeyError, match="ci95"):
         report.upsert_metrics(path, [{k: v for k, v in row.items() if k != "ci95"}], about)
     Path(path).write_text("{}")
     with pytest.raises(UserError, match="not a metrics file"):
@@ -204,3 +217,114 @@ def test_bad_profiles_are_one_clear_line(tmp_path):
     bad.write_text("name: x\ntier: paper\n")
     with pytest.raises(UserError, match="field tier"):
         load_profile(str(bad))
+
+
+# ---------------------------------------------------------------- a request of one's own
+TINY = World(
+    train_shards=1,
+    shard_items=64,
+    stage1_valid_items=10,
+    train_dialogues=4,
+    valid_dialogues=2,
+    test_dialogues=6,
+    missing_images=0,
+    corrupt_images=0,
+)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """[(id, title, image file)] of a tiny world, and random adapters in place of trained ones."""
+    folder, patch = tmp_path_factory.mktemp("shop"), pytest.MonkeyPatch()
+    patch.setenv("LAVIC_RESULTS", str(folder / "results"))
+    patch.setenv("LAVIC_WORLD", str(folder))
+    made = []
+    patch.setattr(experiment.Experiment, "tune", lambda *asked: made.append(asked[1:]))
+    root = make_world(folder / "mini", TINY)
+    patch.setattr(experiment.Experiment, "prepare", lambda run: run)
+    run = experiment.Experiment("mini")
+    places = {distillation.VISION_LINEAR: run.folder / "stage1"}
+    places[recommendation.LANGUAGE_LINEAR] = run.tuned_folder("LaViC", "beauty")
+    for seed, (target, place) in enumerate(places.items()):
+        torch.manual_seed(seed)
+        tuned = training.add_adapter(run.model(), run.profile.recommendation.lora, target)
+        for name, weights in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weights, std=0.05)
+        training.save_adapter(tuned, place / "adapter")
+    asins, titles = run.domain_catalogue("beauty")
+    items = [(a, t, image_file(root, a)) for a, t in zip(asins, titles, strict=True)][:10]
+    experiment._trained.cache_clear()
+    yield run, items, made
+    patch.undo()
+    experiment._trained.cache_clear()
+
+
+def test_a_request_of_ones_own_is_answered_in_one_line(shop):
+    _, items, made = shop
+    found = lavic_utils.recommend("i want a rustic mug.", items)
+    assert sorted(name for name, _ in found) == sorted(name for name, _, _ in items)
+    shares = [share for _, share in found]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1, abs=1e-3)
+    turns = [("seeker", "i want a rustic mug.")]
+    opened = [(name, title, Image.open(path)) for name, title, path in items]
+    assert lavic_utils.recommend(turns, opened) == found
+    assert made == [("LaViC", "beauty")]  # the models are kept between calls
+    assert [name for name, _ in lavic_utils.recommend(turns, items[:1])] == [items[0][0]]
+
+
+def test_a_request_is_answered_by_both_adapters_and_by_the_pictures_shown(shop):
+    run, items, _ = shop
+    turns = [("seeker", "i want a rustic mug."), ("helper", "red or blue?")]
+    found = dict(lavic_utils.recommend(turns, items))
+    student = distillation.load_student(run.model(), run.folder / "stage1")
+    vectors = vision.file_encoder(student, run.processor)([path for _, _, path in items])
+    names = [name for name, _, _ in items]
+    visual = dict(zip(names, vectors, strict=True))
+    folder = run.tuned_folder("LaViC", "beauty") / "adapter"
+    plain = training.load_adapter(run.model(), folder)
+    asked = [SimpleNamespace(turns=turns, ten=names)]
+    prompter = run.prompter(visual)
+    wanted = recommendation.generate_answers(plain, prompter, asked, "ten")[0].probabilities
+    assert [found[name] for name in names] == pytest.approx(wanted, abs=1e-4)
+    # negative controls: other pictures, none, and other words are other questions
+    (a, one, first), (b, two, second), *rest = items
+    swapped = dict(lavic_utils.recommend(turns, [(a, one, second), (b, two, first), *rest]))
+    blind = dict(lavic_utils.recommend(turns, [(name, title, None) for name, title, _ in items]))
+    assert found != swapped != blind and dict(lavic_utils.recommend(turns[:1], items)) != found
+    assert dict(lavic_utils.recommend(turns, items)) == found
+
+
+def test_a_request_that_cannot_be_answered_is_one_line(shop, tmp_path, monkeypatch):
+    _, items, _ = shop
+    for candidates in ([], [items[0], items[0]]):
+        with pytest.raises(UserError, match="at least one, and each its own id"):
+            lavic_utils.recommend("a mug", candidates)
+    (tmp_path / "no.jpg").write_bytes(b"no picture")
+    whole = items[0][2].read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    for image in (tmp_path / "no.jpg", tmp_path / "half.jpg", Image.open(tmp_path / "half.jpg")):
+        with pytest.raises(UserError, match="B000000001: .* is no readable image"):
+            lavic_utils.recommend("a mug", [("B000000001", "mug", image)])
+    for dialogue in ([], [("teacher", "a mug")]):
+        with pytest.raises(UserError, match="dialogue: give a text"):
+            lavic_utils.recommend(dialogue, items)
+    with pytest.raises(UserError, match="no dialogues shoes"):
+        lavic_utils.recommend("a mug", items, domain="shoes")
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
+    with pytest.raises(UserError, match="run LaViC --domain home --profile paper"):
+        lavic_utils.recommend("a mug", items, "paper", "home")
+
+
+# ---------------------------------------------------------------- the package's own names
+def test_the_packages_help_reads_like_a_page_and_its_names_come_when_asked_for():
+    code = "import lavic_utils as lavic; help(lavic)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "LaViC, a companion of the KDD 2025 paper" in done.stdout
+    assert 'run = lavic.Experiment("mini").prepare()' in done.stdout
+    for name in lavic_utils.__all__:
+        assert callable(getattr(lavic_utils, name)) and name in dir(lavic_utils)
+    code = "import sys, lavic_utils; assert 'torch' not in sys.modules; lavic_utils.cls_tokens"
+    subprocess.run([sys.executable, "-c", code + "; assert 'torch' in sys.modules"], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'train'"):
+        _ = lavic_utils.train
