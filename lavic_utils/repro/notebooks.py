@@ -15,7 +15,7 @@ from lavic_utils.config import PACKAGE, ROOT, UserError
 from lavic_utils.provenance import key, write_text
 
 NOTEBOOKS = ROOT / "notebooks"
-MAX_LINES = 20
+MAX_LINES = 25
 SOLUTION = "solution"  # tag of the folded, tested solution of an exercise
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ABSOLUTE = re.compile(

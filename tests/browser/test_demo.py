@@ -1,6 +1,8 @@
-"""The page of `make demo` in a real browser: look, click, swap, hide, type, give a picture; several visitors at once.
+"""The page of `make demo` in a real browser: look, click, swap, hide, type, give a picture; several
+visitors at once.
 
-It needs trained adapters: those under .cache/test, which `make test` has just made, else results/ (else skipped)."""
+It needs trained adapters: those under .cache/test, which `make test` has just made, else results/
+(else skipped)."""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def url(browser, reached) -> Iterator[str]:
     """A served page on a free port of this machine."""
     if importlib.util.find_spec("gradio") is None:
         unavailable(
-            "gradio is not installed (make demo installs it, or pip install --no-deps -r requirements-demo.lock)"
+            "gradio is not installed (make demo installs it, or pip install --no-deps -r "
+            "requirements-demo.lock)"
         )
     with pytest.MonkeyPatch.context() as patch:
         fresh = ROOT / ".cache" / "test"
@@ -114,7 +117,8 @@ def test_an_example_is_answered_within_seconds_with_ten_pictures(
     second = time.monotonic() - start
     with capsys.disabled():
         print(
-            f"\ndemo: first answer {first:.1f} s after the address was opened, another domain's {second:.1f} s (aim: 5)"
+            f"\ndemo: first answer {first:.1f} s after the address was opened, "
+            f"another domain's {second:.1f} s (aim: 5)"
         )
     assert max(first, second) < WITHIN
     pictures = page.locator(f"{SHOP} img")
@@ -232,8 +236,9 @@ def test_it_can_be_read_on_a_phone_and_every_control_has_a_name(browser, url):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     left = {round(box["x"]) for box in (card.bounding_box() for card in page.locator(SHOP).all())}
     assert len(left) == 2  # two cards side by side
-    nameless = page.evaluate("""[...document.querySelectorAll('input, select, textarea, button')].filter(one => one.offsetParent
-        && !(one.labels?.length || one.ariaLabel || one.innerText.trim() || one.closest('label'))).map(one => one.outerHTML)""")
+    nameless = page.evaluate("""[...document.querySelectorAll('input, select, textarea, button')]
+        .filter(one => one.offsetParent && !(one.labels?.length || one.ariaLabel
+            || one.innerText.trim() || one.closest('label'))).map(one => one.outerHTML)""")
     assert nameless == []
     assert page.evaluate("[...document.images].every(one => one.alt)")
     Image.open(io.BytesIO(page.screenshot())).verify()
