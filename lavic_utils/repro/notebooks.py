@@ -84,8 +84,8 @@ def tags(cell: Any) -> list[str]:
 
 def has_parameter(nb: Any, name: str) -> bool:
     """Whether the cell tagged `parameters` sets a name."""
-    cells = [cell.source for cell in nb.cells if "parameters" in tags(cell)]
-    return any(re.search(rf"^{name}\b", source, re.M) for source in cells)
+    given = "\n".join(cell.source for cell in nb.cells if "parameters" in tags(cell))
+    return bool(re.search(rf"^{name}\b", given, re.M))
 
 
 def source_hash(nb: Any, code_only: bool = False) -> str:
