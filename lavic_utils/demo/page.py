@@ -150,13 +150,7 @@ def page(panel: Panel):
         answer.click(look, state, **alone)
         other_domain = domain.input(listed, domain, example, **private)
         for event in (other_domain.then, example.input):
-            on(
-                event,
-                lambda _, name, number: panel.example(name, number),
-                domain,
-                example,
-                new=True,
-            )
+            on(event, lambda _, name, k: panel.example(name, k), domain, example, new=True)
         for event in (send.click, text.submit):
             on(event, lambda _, name, words: panel.request(name, words), domain, text, new=True)
         on(swap.click, lambda visit, name: visit.case.swap(visit.item, name), other)
