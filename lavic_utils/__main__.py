@@ -257,9 +257,7 @@ def data_crawl(
     folder: Data = None,
     first_only: Annotated[bool, Option("--first-only", help="The first image of each.")] = False,
     concurrency: Annotated[int, Option(min=1, max=256, help="Images at once.")] = 32,
-    retry_failed: Annotated[
-        bool, Option("--retry-failed", help="Also what failed for good.")
-    ] = False,
+    retry_failed: Annotated[bool, Option("--retry-failed", help="Failed for good, too.")] = False,
 ) -> None:
     """Download the product images; goes on where it was broken off. Exit 1: some not reached."""
     from lavic_utils.remote.crawl import Settings, crawl, summary
@@ -296,7 +294,8 @@ def data_stats(
     splits = real_data_summary(root, bad)
     counts = table_1(root, [] if lenient else None)  # the same rows again: reported once
     found = {"table_1": json.loads(counts.to_json(orient="records")), "splits": splits}
-    found |= {"set_aside": set_aside_report(bad)} if lenient else {}
+    if lenient:
+        found["set_aside"] = set_aside_report(bad)
     if as_json:
         print(json.dumps(found, indent=1))
         return

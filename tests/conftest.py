@@ -14,10 +14,12 @@ name: tiny
 tier: mini run
 model: none
 seed: 5
-prompts: {describe: d, recommend: r, candidate: c, candidate_without_image: c, answer: a, seeker: s, helper: h}
+prompts: {describe: d, recommend: r, candidate: c, candidate_without_image: c, answer: a,
+  seeker: s, helper: h}
 distillation: {learning_rate: 0.1, epochs: 1, batch_size: 1, max_length: 32, max_new_tokens: 8,
   training_items_only: true}
-recommendation: {learning_rate: 0.1, epochs: 1, batch_size: 1, max_length: 32, max_new_tokens: 8, eval_batch_size: 1}
+recommendation: {learning_rate: 0.1, epochs: 1, batch_size: 1, max_length: 32, max_new_tokens: 8,
+  eval_batch_size: 1}
 """
 
 
@@ -30,7 +32,8 @@ def tiny_profile(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """LAVIC_RESULTS in a temporary folder, real data unset; the folder of the tiny profile's results."""
+    """LAVIC_RESULTS in a temporary folder, real data unset; the folder of the tiny profile's
+    results."""
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path / "results"))
     for name in ("LAVIC_DATA", "LAVIC_REPLICATIONS", "LAVIC_WORLD"):
         monkeypatch.delenv(name, raising=False)

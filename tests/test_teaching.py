@@ -17,7 +17,7 @@ from lavic_utils.figures import comparisons, prompt_anatomy
 
 @pytest.fixture(scope="module")
 def run():
-    return Experiment("mini", 42)
+    return Experiment("mini", 42).prepare()
 
 
 @pytest.fixture(scope="module")

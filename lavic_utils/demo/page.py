@@ -93,10 +93,8 @@ def page(panel: Panel):
 
     start = "fashion" if "fashion" in panel.domains else panel.domains[0]
     first = begin(panel, panel.example(start, examples(start)["value"]))
-    tier = panel.run.profile.tier
-    with gr.Blocks(
-        title="LaViC: try it", analytics_enabled=False, delete_cache=(600, 600)
-    ) as blocks:
+    tier, how = panel.run.profile.tier, {"analytics_enabled": False, "delete_cache": (600, 600)}
+    with gr.Blocks(title="LaViC: try it", **how) as blocks:
         state = gr.State(first, time_to_live=3600)  # every session begins with a copy
         gr.HTML(INTRO.format(tier=MINI if tier == "mini run" else escape(tier)))
         with gr.Row():
@@ -145,21 +143,16 @@ def page(panel: Panel):
             clicked = event._data.get("item")
             return show(replace(visit, item=clicked) if clicked in visit.case.candidates else visit)
 
-        def numbered(_, domain: str, number: int) -> Case:
-            return panel.example(domain, number)
-
-        def typed(_, domain: str, words: str) -> Case:
-            return panel.request(domain, words)
+        def listed(name: str) -> gr.Dropdown:
+            return gr.Dropdown(**examples(name))
 
         blocks.load(show, state, **alone)
         answer.click(look, state, **alone)
-        other_domain = domain.input(
-            lambda name: gr.Dropdown(**examples(name)), domain, example, **private
-        )
-        on(other_domain.then, numbered, domain, example, new=True)
-        on(example.input, numbered, domain, example, new=True)
-        on(send.click, typed, domain, text, new=True)
-        on(text.submit, typed, domain, text, new=True)
+        other_domain = domain.input(listed, domain, example, **private)
+        for event in (other_domain.then, example.input):
+            on(event, lambda _, name, k: panel.example(name, k), domain, example, new=True)
+        for event in (send.click, text.submit):
+            on(event, lambda _, name, words: panel.request(name, words), domain, text, new=True)
         on(swap.click, lambda visit, name: visit.case.swap(visit.item, name), other)
         on(tiles.input, lambda visit, hidden: visit.case.hide(visit.item, hidden), tiles)
         on(given.upload, lambda visit, file: visit.case.show(visit.item, read_upload(file)), given)
@@ -187,13 +180,11 @@ def serve(
     fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
     theme = gr.themes.Default(primary_hue="blue", **fonts)  # no font is loaded from elsewhere
     theme.set(button_primary_background_fill=style.BLUE, button_primary_text_color="white")
-    look = {"theme": theme, "css": PALETTE, "css_paths": Path(__file__).with_name("page.css")}
-    silent = {"share": False, "quiet": True, "ssr_mode": False, "enable_monitoring": False}
-    where = {"server_name": host, "server_port": port, "prevent_thread_lock": True}
+    how = {"theme": theme, "css": PALETTE, "css_paths": Path(__file__).with_name("page.css")}
+    how |= {"share": False, "quiet": True, "ssr_mode": False, "enable_monitoring": False}
+    how |= {"prevent_thread_lock": True, "max_file_size": MAX_BYTES, "footer_links": []}
     try:
-        _, url, _ = blocks.launch(
-            **where, **look, **silent, max_file_size=MAX_BYTES, footer_links=[]
-        )
+        _, url, _ = blocks.launch(server_name=host, server_port=port, **how)
     except OSError:
         why = f"cannot serve on {host}, port {port}: taken, or not of this machine"
         raise UserError(f"{why}; give another --port") from None

@@ -125,7 +125,7 @@ class Panel:
         order = retrieval.bm25_rank([text], titles)
         ten = tuple(retrieval.candidate_lists(order, asins, seed=self.run.seed)[0])
         note = f"what BM25 finds for the request among the {len(asins)} {domain} titles."
-        if set(_words(" ".join(titles))).isdisjoint(_words(text)):
+        if _words(" ".join(titles)).isdisjoint(_words(text)):
             note = f"arbitrary, since no {domain} title shares a word with the request."
         notes = [f"The ten candidates: {note}"]
         if unknown:
@@ -201,12 +201,10 @@ class Panel:
         if vectors is None:
             return ""
         pixels = vision.pixels(run.processor, [self.image(case.picture(asin))])
+        given = (self.model, run.processor, run.profile, [run.titles[asin]], [pixels])
         with self._lock:
             self.model.set_adapter(STUDENT)
-            titles, given = [run.titles[asin]], [vectors]
-            return describe(
-                self.model, run.processor, run.profile, titles, [pixels], lambda *_: given
-            )[0]
+            return describe(*given, lambda *_: [vectors])[0]
 
     def sentence(self, case: Case, answers: Mapping[str, Answer]) -> str:
         """The answers in words, for whoever cannot see the picture."""
@@ -241,8 +239,8 @@ def tile_name(tile: int) -> str:
     return f"crop {tile}" if tile else "whole"
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w\w+", text.lower())
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w\w+", text.lower()))
 
 
 def _name(method: str, domain: str) -> str:

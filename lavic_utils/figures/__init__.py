@@ -85,9 +85,8 @@ def _picture(axis, image: Image.Image | None, label: str, framed: bool = False) 
     axis.set(xticks=[], yticks=[])
     axis.set_xlabel(label, fontsize=7)
     if image is None:
-        axis.text(
-            0.5, 0.5, "no image", ha="center", va="center", fontsize=7, transform=axis.transAxes
-        )
+        look = {"ha": "center", "va": "center", "fontsize": 7, "transform": axis.transAxes}
+        axis.text(0.5, 0.5, "no image", **look)
     else:
         axis.imshow(image)
     for spine in axis.spines.values():

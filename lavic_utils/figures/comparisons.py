@@ -21,7 +21,7 @@ def _interval(axis, y: float, row: Mapping, value: str, colour: str, size: float
     axis.plot(row[value], y, "o", color=colour, ms=size)
 
 
-def forest_figure(differences: pd.DataFrame, label: str = "HR@1 of LaViC less that of the other"):
+def forest_figure(differences: pd.DataFrame):
     """Paired differences with their 95 % intervals, a row a comparison, in the other's colour.
 
     `differences`: columns domain, "LaViC less", difference, low, high.
@@ -43,7 +43,8 @@ def forest_figure(differences: pd.DataFrame, label: str = "HR@1 of LaViC less th
     axis.axvline(0, color=style.INK, lw=1)
     low, high = min(0.0, differences["low"].min()), max(0.0, differences["high"].max())
     width = high - low
-    axis.set(ylim=(y - 0.4, -0.6), xlim=(low - 0.3 * width, high + 0.12 * width), xlabel=label)
+    axis.set(ylim=(y - 0.4, -0.6), xlim=(low - 0.3 * width, high + 0.12 * width))
+    axis.set_xlabel("HR@1 of LaViC less that of the other")
     axis.set_yticks(list(ticks), ticks.values())
     axis.tick_params(axis="y", length=0)
     fig.tight_layout()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lavic_utils import vision
 from lavic_utils.data import Dialogue
 from lavic_utils.figures import style
-from lavic_utils.prompts import dialogue_text, recommend_message
+from lavic_utils.prompts import Candidate, dialogue_text, recommend_message
 from lavic_utils.recommendation import Example, Prompter
 
 # Parts of a prompt -> colour: neither methods nor domains, so lightness tells them apart too.
@@ -35,7 +35,8 @@ def prompt_parts(prompter: Prompter, dialogue: Dialogue, candidates: Sequence[st
     """
     prompts, titles, tokenizer = prompter.profile.prompts, prompter.titles, prompter.tokenizer
     shown = [a for a in candidates if prompter.lengths.get(a)]
-    message = recommend_message(prompts, dialogue.turns, candidates, titles, shown, image="<image>")
+    items = [Candidate(a, titles[a], prompter.lengths.get(a, 0)) for a in candidates]
+    message = recommend_message(prompts, dialogue.turns, items, image="<image>")
     text = prompts.chat.format(message=message)
     of_character = ["request"] * len(text)
 

@@ -80,15 +80,12 @@ def abilities(learner: recipe.Learner, count: int = 510) -> dict[str, dict[str, 
 
 def card(found: dict[str, dict[str, float]]) -> str:
     phases = ", ".join(f"{phase.name} {phase.steps}" for phase in recipe.PHASES)
-    lines = ["# mini LLaVA-NeXT of the LaViC companion", ""]
-    lines += [f"Made by `make mini-model` (phases and steps: {phases}).", ""]
+    text = "# mini LLaVA-NeXT of the LaViC companion\n\n"
+    text += f"Made by `make mini-model` (phases and steps: {phases}).\n\n"
     for name, shares in found.items():
-        lines.append(f"- {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
-    lines += [
-        "",
-        f"It knows {len(words.PARTS)} kinds of drawn products: a teaching device. Nothing",
-    ]
-    return "\n".join([*lines, "it scores is a figure of the paper. Licence: Apache-2.0.", ""])
+        text += f"- {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()) + "\n"
+    text += f"\nIt knows {len(words.PARTS)} kinds of drawn products: a teaching device. Nothing\n"
+    return text + "it scores is a figure of the paper. Licence: Apache-2.0.\n"
 
 
 def main(folder: Path = ROOT / ".cache" / "mini_model", target: Path = PACKAGE / "mini_model"):

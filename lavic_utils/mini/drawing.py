@@ -54,9 +54,7 @@ def box(x0: float, y0: float, x1: float, y1: float) -> Polygon:
     return path(x0, y0, x1, y0, x1, y1, x0, y1)
 
 
-def ellipse(
-    x0: float, y0: float, x1: float, y1: float, start: float = 0, end: float = 360, steps: int = 28
-) -> Polygon:
+def ellipse(x0: float, y0: float, x1: float, y1: float, start=0.0, end=360.0, steps=28) -> Polygon:
     """Points on the ellipse inside a box, `start` to `end` in degrees (0 right, 90 down)."""
     cx, cy, rx, ry = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2
     angles = [math.radians(start + (end - start) * i / (steps - 1)) for i in range(steps)]
@@ -136,18 +134,18 @@ def sketch(kind: str, shape: str) -> tuple[list[Polygon], list[Polygon], list[Po
             stand = path(43, 50, 57, 50, 57, 82, 82, 86, 82, 98, 18, 98, 18, 86, 43, 82)
             return [stand], [form(shape, 8, 2, 92, 60)], []
         case "cushion":
-            one_of = {
-                "round": (ellipse(3, 3, 97, 97), ellipse(14, 14, 86, 86)),
-                "boxy": (box(5, 5, 95, 95), box(16, 16, 84, 84)),
-                "tapered": (form(shape, 2, 5, 98, 95, 0.4), form(shape, 15, 16, 85, 85, 0.4)),
+            trapezoid = path(30, 5, 70, 5, 3, 94, 97, 94)
+            one_of = {  # trim, inside, corners that carry a tassel
+                "round": (ellipse(3, 3, 97, 97), ellipse(14, 14, 86, 86), []),
+                "boxy": (box(5, 5, 95, 95), box(16, 16, 84, 84), box(5, 5, 95, 95)),
+                "tapered": (
+                    form(shape, 2, 5, 98, 95, 0.4),
+                    form(shape, 15, 16, 85, 85, 0.4),
+                    trapezoid,
+                ),
             }
-            corners = {
-                "round": [],
-                "boxy": box(5, 5, 95, 95),
-                "tapered": path(30, 5, 70, 5, 3, 94, 97, 94),
-            }
-            trim, inside = one_of[shape]
-            tassels = [ellipse(x - 6, y - 6, x + 6, y + 6, steps=10) for x, y in corners[shape]]
+            trim, inside, corners = one_of[shape]
+            tassels = [ellipse(x - 6, y - 6, x + 6, y + 6, steps=10) for x, y in corners]
             return [*tassels, trim], [inside], []
         case "chair":
             legs = [box(14, 66, 28, 98), box(72, 66, 86, 98), box(28, 78, 72, 88)]
@@ -165,10 +163,8 @@ DETAILS: dict[str, list[Polygon]] = {
     "handbag": [box(44, 56, 56, 66) + path(44, 56)],
     "shoe": [path(34, 30, 46, 25), path(36, 38, 50, 33), path(39, 46, 52, 41)],
     "dress": [path(46, 38, 54, 51), path(54, 38, 46, 51)],
-    "cushion": [
-        ellipse(46, 46, 54, 54, steps=10),
-        *[path(50, 50, x, y) for x, y in ((38, 38), (62, 62), (38, 62), (62, 38))],
-    ],
+    "cushion": [ellipse(46, 46, 54, 54, steps=10)]
+    + [path(50, 50, x, y) for x, y in ((38, 38), (62, 62), (38, 62), (62, 38))],
 }
 
 
@@ -176,10 +172,8 @@ def pattern_polygons(pattern: str, rng: random.Random) -> list[Polygon]:
     """What lies over the main colour, beyond the square on all sides."""
     offset, vertical = rng.uniform(0, PERIOD / 2), rng.random() < 0.5
     if pattern == "striped":
-        bars = []
-        for i in range(-2, 7):
-            at = offset + PERIOD * i
-            bars.append(box(-20, at, 120, at + 0.45 * PERIOD))
+        starts = [offset + PERIOD * i for i in range(-2, 7)]
+        bars = [box(-20, y, 120, y + 0.45 * PERIOD) for y in starts]
         return [[(y, x) for x, y in bar] for bar in bars] if vertical else bars
     if pattern == "dotted":
         step, radius = 0.8 * PERIOD, 0.23 * PERIOD

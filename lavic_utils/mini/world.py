@@ -31,16 +31,9 @@ from lavic_utils.provenance import write_json, write_text
 from lavic_utils.retrieval import bm25_rank, cosine_rank, sbert_embed
 
 FACTS = "mini_facts.json"  # what is true of every item and dialogue
-KEY = (
-    "mini_key.txt"  # no .json: an edit that changes the key but no file leaves `data_hash` as it is
-)
+KEY = "mini_key.txt"  # no .json: an edit that changes the key but no file leaves `data_hash` alone
 SOURCES = ("words.py", "drawing.py", "world.py")
-ASPECTS = (
-    (1.0, 1.0),
-    (1.0, 0.5),
-    (0.5, 1.0),
-    (1.0, 0.75),
-)  # width and height of an image, in sides
+ASPECTS = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (1.0, 0.75))  # an image's width and height, in sides
 ASPECT_WEIGHTS = (0.6, 0.14, 0.13, 0.13)
 TURN_WEIGHTS = (0.30, 0.15, 0.25, 0.10, 0.12, 0.08)  # of dialogues with 1 to 6 turns
 P_TWO_WISHES = 0.4  # chance that several visual wishes are said in two sentences
@@ -190,15 +183,18 @@ def write_context(rng: random.Random, truth: dict[str, Any]) -> tuple[str, str]:
     return _tagged(rng, seeker, turns), polish(" ".join(asked))
 
 
-def _asked(truth: dict[str, Any], looks: bool) -> Facts:
-    """All that a request asks for: kind, feature, brand and, with `looks`, the visual wishes."""
+def wishes_met(facts: Facts, truth: dict[str, Any], looks: bool = True) -> list[bool]:
+    """For each wish of a request, whether an item meets it: kind, feature, brand; then, with
+    `looks`, the visual ones."""
     asked = {name: truth[name] for name in ("kind", "feature", "brand") if truth[name]}
-    return asked | truth["wanted"] if looks else asked
+    if looks:
+        asked |= truth["wanted"]
+    return [facts[name] == value for name, value in asked.items()]
 
 
 def satisfies(facts: Facts, truth: dict[str, Any], looks: bool = True) -> bool:
     """Whether an item meets all that was asked."""
-    return all(facts[name] == value for name, value in _asked(truth, looks).items())
+    return all(wishes_met(facts, truth, looks))
 
 
 def _dialogue(rng: random.Random, world: World, pool: dict[str, Facts], p_new: float) -> Talk:
@@ -268,11 +264,6 @@ def _catalogue_entry(facts: Facts, images: list[str]) -> dict[str, Any]:
     }
 
 
-def _stage1_row(facts: Facts, image: str) -> dict[str, str]:
-    row = {"title": words.title(facts), "image_name": image, "image": LINK + image}
-    return row | {"image_description_llava_cleaned": ""}
-
-
 def _write_lines(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -291,9 +282,10 @@ def _fill(root: Path, world: World) -> None:
             for name in images[asin]:
                 if name not in missing:
                     _write_image(folder / name, facts, world, name in corrupt)
-            if held_back:
-                stage1 += [_stage1_row(facts, name) for name in images[asin]]
-            else:
+                if held_back:
+                    row = {"title": words.title(facts), "image_name": name, "image": LINK + name}
+                    stage1.append({**row, "image_description_llava_cleaned": ""})
+            if not held_back:
                 catalogue[asin] = _catalogue_entry(facts, images[asin])
     write_json(root / "item2meta_train.json", catalogue)
     _write_lines(root / "item2meta_valid.jsonl", stage1)
@@ -320,9 +312,7 @@ def read_facts(root: Path | str) -> dict[str, Any]:
     """The truth behind a mini world (FACTS); UserError where `root` holds none."""
     path = Path(root) / FACTS
     if not path.is_file():
-        raise UserError(
-            f"{path}: not found, so this is no finished mini world; make_world makes one"
-        )
+        raise UserError(f"{path}: not found, so no finished mini world; make_world makes one")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -350,9 +340,7 @@ def make_world(root: Path | str, world: World) -> Path:
 # ---- what can be reached
 def _expected_hit(row: Any, truth: dict[str, Any], items: dict[str, Facts], looks: bool) -> float:
     """Chance that a uniform choice among the candidates that meet most wishes is a true item."""
-    asked, met = _asked(truth, looks), {}
-    for asin in row.candidates_st:
-        met[asin] = sum(items[asin][name] == value for name, value in asked.items())
+    met = {asin: sum(wishes_met(items[asin], truth, looks)) for asin in row.candidates_st}
     best = [asin for asin, count in met.items() if count == max(met.values())]
     return float(np.mean([asin in row.gt_items for asin in best]))
 
@@ -367,11 +355,13 @@ def oracles(root: Path | str) -> list[dict[str, Any]]:
         shares = []  # of each dialogue
         for row, truth in zip(dialogues, facts["dialogues"][f"{domain}/test"], strict=True):
             found = set(row.gt_items) & set(row.candidates_st)
-            share = {"recall": bool(found)}
-            share["recall_gpt_large"] = bool(set(row.gt_items) & set(row.candidates_gpt_large))
-            share["chance"] = len(found) / 10
-            share["text"] = _expected_hit(row, truth, facts["items"], False)
-            share["vision"] = _expected_hit(row, truth, facts["items"], True)
+            share = {
+                "recall": bool(found),
+                "recall_gpt_large": bool(set(row.gt_items) & set(row.candidates_gpt_large)),
+                "chance": len(found) / 10,
+                "text": _expected_hit(row, truth, facts["items"], looks=False),
+                "vision": _expected_hit(row, truth, facts["items"], looks=True),
+            }
             shares.append(share)
         means = {name: float(np.mean([share[name] for share in shares])) for name in shares[0]}
         rows.append({"domain": domain, "conversations": len(shares), **means})

@@ -15,7 +15,7 @@ from lavic_utils.config import PACKAGE, ROOT, UserError
 from lavic_utils.provenance import key, write_text
 
 NOTEBOOKS = ROOT / "notebooks"
-MAX_LINES = 20
+MAX_LINES = 25
 SOLUTION = "solution"  # tag of the folded, tested solution of an exercise
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ABSOLUTE = re.compile(
@@ -84,8 +84,8 @@ def tags(cell: Any) -> list[str]:
 
 def has_parameter(nb: Any, name: str) -> bool:
     """Whether the cell tagged `parameters` sets a name."""
-    cells = [cell.source for cell in nb.cells if "parameters" in tags(cell)]
-    return any(re.search(rf"^{name}\b", source, re.M) for source in cells)
+    given = "\n".join(cell.source for cell in nb.cells if "parameters" in tags(cell))
+    return bool(re.search(rf"^{name}\b", given, re.M))
 
 
 def source_hash(nb: Any, code_only: bool = False) -> str:

@@ -1,6 +1,8 @@
-"""A real browser for the tests of this folder: the system's Chromium, driven by Playwright, which downloads none.
+"""A real browser for the tests of this folder: the system's Chromium, driven by Playwright, which
+downloads none.
 
-Where there is no Chromium, or no Playwright, the tests are skipped with the reason; with LAVIC_BROWSER=required they fail."""
+Where there is no Chromium, or no Playwright, the tests are skipped with the reason; with
+LAVIC_BROWSER=required they fail."""
 
 from __future__ import annotations
 
@@ -36,13 +38,15 @@ def browser() -> Iterator:
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         unavailable(
-            f"no browser: none of {', '.join(NAMES)} is on the PATH (Debian: apt-get install chromium)"
+            f"no browser: none of {', '.join(NAMES)} is on the PATH "
+            "(Debian: apt-get install chromium)"
         )
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
         unavailable(
-            "no browser: Python's playwright is not installed (it is in requirements.lock: make install)"
+            "no browser: Python's playwright is not installed "
+            "(it is in requirements.lock: make install)"
         )
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=program, args=FLAGS)
@@ -52,7 +56,8 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def errors() -> list[str]:
-    """What `page` reports: errors on its console, uncaught exceptions, failed requests. Assert that it is empty."""
+    """What `page` reports: errors on its console, uncaught exceptions, failed requests. Assert that
+    it is empty."""
     return []
 
 
@@ -76,7 +81,8 @@ def watch(page, errors: list[str]):
 
 @pytest.fixture
 def page(browser, errors: list[str]) -> Iterator:
-    """An empty page in a context of its own (no cookies, no cache of other tests), watched by `errors`."""
+    """An empty page in a context of its own (no cookies, no cache of other tests), watched by
+    `errors`."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     yield watch(context.new_page(), errors)
     context.close()

@@ -1,6 +1,8 @@
-"""The built site (make book): every page whole and readable, from a file system and under a sub-path, in a real browser.
+"""The built site (make book): every page whole and readable, from a file system and under a
+sub-path, in a real browser.
 
-Each check is a function that returns what is wrong, and is itself tested on a page that is wrong in that way."""
+Each check is a function that returns what is wrong, and is itself tested on a page that is wrong in
+that way."""
 
 from __future__ import annotations
 
@@ -19,14 +21,18 @@ from conftest import unavailable
 SITE = Path(__file__).resolve().parents[2] / "docs" / "_build" / "html"
 
 HEADINGS = """() => {
-  const seen = [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")].filter((h) => h.checkVisibility());
+  const all = [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")];
+  const seen = all.filter((h) => h.checkVisibility());
   const levels = seen.map((h) => Number(h.tagName[1]));
-  const wrong = seen.filter((h, i) => i && levels[i] > levels[i - 1] + 1).map((h) => `skips a level: ${h.outerHTML}`);
+  const skips = seen.filter((h, i) => i && levels[i] > levels[i - 1] + 1);
+  const wrong = skips.map((h) => `skips a level: ${h.outerHTML}`);
   const tops = levels.filter((level) => level === 1).length;
-  return tops === 1 && levels[0] === 1 ? wrong : [...wrong, `${tops} h1, first heading h${levels[0]}`];
+  if (tops === 1 && levels[0] === 1) return wrong;
+  return [...wrong, `${tops} h1, first heading h${levels[0]}`];
 }"""
 
-# WCAG 2 contrast of every text that can be seen, against what lies behind it: 4.5, or 3 for large text.
+# WCAG 2 contrast of every text that can be seen, against what lies behind it: 4.5, or 3 for large
+# text.
 CONTRAST = """() => {
   const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
   const pixel = canvas.getContext("2d", { willReadFrequently: true });
@@ -44,7 +50,8 @@ CONTRAST = """() => {
   const over = ([r, g, b, a], below) => [r, g, b].map((c, i) => c * a + below[i] * (1 - a));
   const grounds = new Map();
   const ground = (element) => {
-    if (!element) return document.documentElement.dataset.theme === "dark" ? [0, 0, 0] : [255, 255, 255];
+    const dark = document.documentElement.dataset.theme === "dark";
+    if (!element) return dark ? [0, 0, 0] : [255, 255, 255];
     if (!grounds.has(element)) {
       const own = rgba(getComputedStyle(element).backgroundColor);
       grounds.set(element, over(own, ground(element.parentElement)));
@@ -52,14 +59,16 @@ CONTRAST = """() => {
     return grounds.get(element);
   };
   const light = (colour) => {
-    const [r, g, b] = colour.map((c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    const linear = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = colour.map((c) => linear(c / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const bad = new Map();
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const element = texts.currentNode.parentElement;
-    if (!texts.currentNode.data.trim() || !element.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+    const how = { opacityProperty: true, visibilityProperty: true };
+    if (!texts.currentNode.data.trim() || !element.checkVisibility(how)) continue;
     const style = getComputedStyle(element);
     const behind = ground(element);
     const [a, b] = [light(over(rgba(style.color), behind)), light(behind)].sort((x, y) => y - x);
@@ -67,7 +76,8 @@ CONTRAST = """() => {
     const size = parseFloat(style.fontSize);
     const least = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700) ? 3 : 4.5;
     const text = element.textContent.trim().slice(0, 30);
-    if (ratio < least) bad.set(`${element.tagName} .${element.className} ${style.color}`, `${ratio.toFixed(2)} "${text}"`);
+    const what = `${element.tagName} .${element.className} ${style.color}`;
+    if (ratio < least) bad.set(what, `${ratio.toFixed(2)} "${text}"`);
   }
   return [...bad].map(([what, how]) => `${what}: ${how}`);
 }"""
@@ -78,19 +88,23 @@ OVERFLOW = """() => {
 }"""
 
 NAMES = """() => [...document.querySelectorAll("a[href], button, select, input:not([type=hidden])")]
-  .filter((e) => e.checkVisibility() && !(e.textContent.trim() || e.ariaLabel || e.title || e.placeholder || e.labels?.length
-    || e.querySelector("img[alt]:not([alt=''])")))
+  .filter((e) => e.checkVisibility() && !(e.textContent.trim() || e.ariaLabel || e.title
+    || e.placeholder || e.labels?.length || e.querySelector("img[alt]:not([alt=''])")))
   .map((e) => `nothing says what this is: ${e.outerHTML.slice(0, 120)}`)"""
 
-# Unfolds all that is folded and stills every movement, so that what a reader may come to see is judged.
+# Unfolds all that is folded and stills every movement, so that what a reader may come to see is
+# judged.
 UNFOLD = """() => {
   for (const folded of document.querySelectorAll("details")) folded.open = true;
-  document.head.append(Object.assign(document.createElement("style"), { textContent: "* { transition: none !important; }" }));
+  const still = document.createElement("style");
+  still.textContent = "* { transition: none !important; }";
+  document.head.append(still);
 }"""
 
 
 class Source(HTMLParser):
-    """What a page holds: its ids, what it refers to, pictures without alternative text, and its language."""
+    """What a page holds: its ids, what it refers to, pictures without alternative text, and its
+    language."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -115,7 +129,8 @@ def sources(folder: Path) -> dict[Path, Source]:
 
 
 def broken_links(folder: Path) -> list[str]:
-    """Links within the folder's pages that lead to no file or no anchor, or by an absolute path, which holds nowhere else."""
+    """Links within the folder's pages that lead to no file or no anchor, or by an absolute path,
+    which holds nowhere else."""
     pages = sources(folder)
     wrong = []
     for path, page in pages.items():
@@ -183,7 +198,8 @@ def address(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 def on_every_page(
     page, errors: list[str], base: str, names: list[str], look: Callable[[], list[str]]
 ) -> list[str]:
-    """Open each page; returns its errors, its requests outside `base`, and what `look` finds in it."""
+    """Open each page; returns its errors, its requests outside `base`, and what `look` finds in
+    it."""
     wrong: list[str] = []
     requested: list[str] = []
     page.on("request", lambda request: requested.append(request.url))
@@ -219,7 +235,8 @@ def test_the_checks_of_the_source_see_what_is_wrong(tmp_path: Path) -> None:
 def test_every_page_from_the_file_system(
     page, errors: list[str], site: Path, names: list[str]
 ) -> None:
-    """No error, no request beyond the site; headings in order, controls named, contrast in both modes, narrow screens."""
+    """No error, no request beyond the site; headings in order, controls named, contrast in both
+    modes, narrow screens."""
     assert len(names) > 20
 
     def look() -> list[str]:
@@ -254,7 +271,8 @@ def test_every_page_under_a_sub_path(
     (CONTRAST, '<p style="color: #888">grey</p>', '<p style="color: #666">grey</p>'),
     (CONTRAST, '<div style="background: #333"><p>black on dark</p></div>',
      '<div style="background: #333"><p style="color: white">white</p></div>'),
-    (CONTRAST, '<p style="color: #0008">half seen</p>', '<p style="color: #888; font-size: 24px">large</p>'),
+    (CONTRAST, '<p style="color: #0008">half seen</p>',
+     '<p style="color: #888; font-size: 24px">large</p>'),
     (OVERFLOW, '<div style="width: 3000px">wide</div>',
      '<div style="overflow-x: auto"><div style="width: 3000px">wide</div></div>'),
     (NAMES, '<button><i></i></button>', '<button aria-label="close"><i></i></button>'),
