@@ -1,13 +1,13 @@
-"""LaViC and the first notebooks on a machine's card (or its processor): a rehearsal without the 7B weights. Not run by pytest.
+"""LaViC and the first notebooks on a machine's card (or its processor): a rehearsal without the 7B
+weights. Not run by pytest.
 
-    python tests/card.py rehearsal OUT.json     # both stages and answers of a stand-in checkpoint, by profile and precision
-    python tests/card.py notebooks OUT.json     # the code cells of notebooks 00 to 02, mini profile
+    python tests/card.py rehearsal OUT.json   # both stages and answers of a stand-in checkpoint
+    python tests/card.py notebooks OUT.json   # the code cells of notebooks 00 to 02, mini profile
 
-The stand-in is a LLaVA-NeXT in the hub's own layout: the true model's tiles and pinpoints, tiny widths,
-random weights. The profiles are `paper` and `t4` as they are, but for the model's path and two epochs of
-stage 1. In float32, and without dropout, whose masks differ from one device to another, the card is held
-against the processor.
-"""
+The stand-in is a LLaVA-NeXT in the hub's own layout: the true model's tiles and pinpoints, tiny
+widths, random weights. The profiles are `paper` and `t4` as they are, but for the model's path and
+two epochs of stage 1. In float32, and without dropout, whose masks differ from one device to
+another, the card is held against the processor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ NEEDS_SBERT = "world.make_world("  # its weights (90 MB) may not be there
 
 # ---------------------------------------------------------------- what is rehearsed on
 def stand_in(folder: Path) -> None:
-    """A checkpoint of LLaVA-v1.6's form: 336-pixel tiles, its pinpoints, two narrow layers a side, the mini model's tokenizer."""
+    """A checkpoint of LLaVA-v1.6's form: 336-pixel tiles, its pinpoints, two narrow layers a side,
+    the mini model's tokenizer."""
     import torch
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
     from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -74,7 +75,8 @@ def stand_in(folder: Path) -> None:
 
 
 def data_folder(folder: Path) -> None:
-    """Written dialogues about drawn items, in the published layout: one domain, images of three shapes, one image missing."""
+    """Written dialogues about drawn items, in the published layout: one domain, images of three
+    shapes, one image missing."""
     from lavic_utils.mini import words as w
     from lavic_utils.mini.drawing import draw_product
 
@@ -84,23 +86,14 @@ def data_folder(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     valid = []
     for i, asin in enumerate(ids):
-        kind, looks[asin] = (
-            rng.choice(list(w.KINDS["beauty"])),
-            {n: rng.choice(v) for n, v in w.ATTRIBUTES.items()},
-        )
-        title = w.title(rng.choice(w.BRANDS["beauty"]), rng.choice(w.FEATURES["beauty"]), kind)
-        said = f"{looks[asin]['colour']} and {looks[asin]['pattern']}, {looks[asin]['shape']}."
-        image = draw_product(
-            kind,
-            *(looks[asin][n] for n in ("shape", "colour", "pattern", "accent")),
-            [(500, 500), (500, 250), (300, 500)][i % 3],
-            rng,
-        )
-        place, file, link = (
-            "valid_images" if i >= 24 else "train_images",
-            f"{asin}_0.jpg",
-            {"large": f"https://example.org/{i}.jpg"},
-        )
+        facts = {name: rng.choice(known) for name, known in w.ATTRIBUTES.items()}
+        facts["kind"] = rng.choice(list(w.KINDS["beauty"]))
+        facts["brand"] = rng.choice(w.BRANDS["beauty"])
+        facts["feature"] = rng.choice(w.FEATURES["beauty"])
+        title, said, looks[asin] = w.title(facts), w.description(facts), facts
+        image = draw_product(facts, [(500, 500), (500, 250), (300, 500)][i % 3], rng)
+        place = "valid_images" if i >= 24 else "train_images"
+        file, link = f"{asin}_0.jpg", {"large": f"https://example.org/{i}.jpg"}
         if i != 3:
             image.save(folder / place / file, "JPEG")
         if i >= 24:
@@ -115,7 +108,7 @@ def data_folder(folder: Path) -> None:
         else:
             catalogue[asin] = {
                 "title": title,
-                "categories": ["all_beauty", kind],
+                "categories": ["all_beauty", facts["kind"]],
                 "features": [],
                 "description": [],
                 "images": [link],
@@ -127,10 +120,10 @@ def data_folder(folder: Path) -> None:
         rows = []
         for _ in range(count):
             ten = rng.sample(ids[:24], 10)
-            wish = looks[ten[0]]
+            wish = f"{looks[ten[0]]['colour']} and {looks[ten[0]]['pattern']}"
             rows.append(
                 {
-                    "context": f"<submission>i want something {wish['colour']} and {wish['pattern']}</submission>\n",
+                    "context": f"<submission>i want something {wish}</submission>\n",
                     "context_items": [],
                     "gt": "this one",
                     "gt_items": [ten[0]],
@@ -145,7 +138,8 @@ def data_folder(folder: Path) -> None:
 
 # ---------------------------------------------------------------- one training and its answers
 def rehearse(kind: str, place: Path) -> dict:
-    """Stage 1, stage 2 and the answers to the test split, as `run LaViC --domain beauty` makes them."""
+    """Stage 1, stage 2 and the answers to the test split, as `run LaViC --domain beauty` makes
+    them."""
     import torch
 
     from lavic_utils import experiment, vision
@@ -171,7 +165,10 @@ def rehearse(kind: str, place: Path) -> dict:
     if device == "processor" or not torch.cuda.is_available():
         profile = profile.model_copy(update={"quantize_4bit": False})
         torch.cuda.is_available = lambda: False
-    run, start = experiment.Experiment(profile, data_folder=place / "data"), time.monotonic()
+    run, start = (
+        experiment.Experiment(profile, data_folder=place / "data").prepare(),
+        time.monotonic(),
+    )
     seconds = {}
     history = run.distil()["history"]
     seconds["stage 1"] = time.monotonic() - start
@@ -215,7 +212,8 @@ def compared(card: dict, processor: dict) -> dict:
 
 
 def rehearsal(out: Path) -> dict:
-    """Every kind in a process of its own, side by side; the file is written anew as each is done."""
+    """Every kind in a process of its own, side by side; the file is written anew as each is
+    done."""
     place = out.parent / "rehearsal"
     stand_in(place / "model")
     data_folder(place / "data")
@@ -248,7 +246,8 @@ def rehearsal(out: Path) -> dict:
 
 # ---------------------------------------------------------------- notebooks
 def notebooks(out: Path) -> dict:
-    """The code cells of notebooks 00 to 02, each notebook in one namespace; a cell that fails is written down."""
+    """The code cells of notebooks 00 to 02, each notebook in one namespace; a cell that fails is
+    written down."""
     import matplotlib
 
     matplotlib.use("Agg")

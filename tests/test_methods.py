@@ -1,4 +1,5 @@
-"""The registry: 19 methods that run, on tiny random models of the real architectures where the real ones are not here."""
+"""The registry: 19 methods that run, on tiny random models of the real architectures where the real
+ones are not here."""
 
 from __future__ import annotations
 
@@ -295,8 +296,8 @@ def test_candidate_lists_can_be_any_retrieval_methods_own(run, world):
 
 # ---------------------------------------------------------------- prompts: golden
 GOLDEN = {
-    "Vicuna-v1.5": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions. USER: MESSAGE ASSISTANT:",
+    "Vicuna-v1.5": "A chat between a curious user and an artificial intelligence assistant. The "
+    "assistant gives helpful, detailed, and polite answers to the user's questions. USER: MESSAGE ASSISTANT:",
     "LLaVA-v1.5 (title)": "USER: MESSAGE ASSISTANT:",
     "LLaVA-v1.5 (title+image)": "USER: MESSAGE ASSISTANT:",
 }
@@ -318,7 +319,8 @@ def test_golden_prompts():
         )
     )
     assert asked == (
-        "[INST] You recommend one of the listed items to the seeker, judging by what they ask for and by how the items look.\n\n"
+        "[INST] You recommend one of the listed items to the seeker, judging by what they ask for "
+        "and by how the items look.\n\n"
         "Dialogue:\nSeeker: I need a lamp {red}.\nHelper: How tall?\n\nCandidates:\n"
         "ID: B000000001\nTitle: Oak lamp\nImage: <image>\nID: B000000002\nTitle: Tin mug\n\n"
         "Answer with the ID of the best item only. [/INST]"
@@ -352,7 +354,8 @@ def test_long_dialogues_lose_their_oldest_comments_first():
     )  # no more is cut than must be
 
 
-# ---------------------------------------------------------------- equality with transformers' own forward
+# ---------------------------------------------------------------- equality with transformers' own
+# forward
 @torch.inference_mode()
 def test_a_language_models_scores_are_its_own_forward(run, folders):
     profile = run.profile.model_copy(
@@ -376,7 +379,8 @@ def test_a_language_models_scores_are_its_own_forward(run, folders):
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["LLaVA-v1.5 (title+image)", "LLaVA-v1.6 (title+image)"])
 def test_placed_full_tokens_are_the_models_own_forward(run, folders, name):
-    """Prompt and pictures through our placing equal pixel values through transformers' own forward, logit by logit."""
+    """Prompt and pictures through our placing equal pixel values through transformers' own forward,
+    logit by logit."""
     row, which = run.dialogues("fashion", "test")[1], run.profile.candidates
     new = "1.6" in name
     model, processor = (
@@ -434,7 +438,8 @@ def test_constrained_choice_is_transformers_prefix_constrained_generation(run, f
     )  # free generation of a random model is no id at all: the constraint did something
 
 
-# ---------------------------------------------------------------- what does not fit, and in which order
+# ---------------------------------------------------------------- what does not fit, and in which
+# order
 def test_what_overflows_the_context_is_refused_and_counted(run):
     found = run.answered("LLaVA-v1.6 (title+image)", "home")["rows"]
     refused = [row for row in found if row["refused"]]
