@@ -1,4 +1,4 @@
-"""The rehearsal that `tests/card.py` runs on a card: its checkpoint and its data can be read here."""
+"""The rehearsal that `tests/card.py` runs on a card: its checkpoint and its data can be read."""
 
 from __future__ import annotations
 
