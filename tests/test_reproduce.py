@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lavic_utils import provenance
+from lavic_utils import provenance, report
 from lavic_utils.config import Profile, UserError, load_profile
 from lavic_utils.repro import driver
 from lavic_utils.repro import notebooks as nbs
@@ -284,19 +284,13 @@ def test_code_hash_sees_content_not_line_ends(tmp_path):
     assert provenance.code_hash(tmp_path) != first
 
 
-def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile, capsys):
+def test_files_are_whole_or_as_they_were_and_a_run_ends_with_its_scores(
+    tmp_path, tiny_profile, capsys
+):
     path = tmp_path / "metrics.json"
     about = provenance.provenance(load_profile(str(tiny_profile)), 5, "data")
-    row = dict.fromkeys(provenance.ROW_FIELDS, 1) | {"method": "m", "domain": "home", "seed": 5}
-    provenance.upsert_metrics(path, [row, row | {"domain": "beauty"}], about)
-    out = provenance.upsert_metrics(path, [row | {"seed": 6, "extra": 2}, row | {"hits": 7}], about)
-    found = [(r["domain"], r["seed"], r["hits"]) for r in out["rows"]]
-    assert found == [("beauty", 5, 1), ("home", 5, 7), ("home", 6, 1)]
-    assert out["provenance"]["seeds"] == [5, 6] and json.loads(path.read_text()) == out
-    out = provenance.upsert_metrics(path, [row], about | {"numbers_hash": "new"})
-    assert len(out["rows"]) == 1  # rows of another state of the code are never mixed in
-    with pytest.raises(ValueError, match="missing ci95"):
-        provenance.upsert_metrics(path, [{k: v for k, v in row.items() if k != "ci95"}], about)
+    row = dict.fromkeys(report.ROW_FIELDS, 1) | {"method": "m", "domain": "home", "seed": 5}
+    out = report.upsert_metrics(path, [row], about)
     with pytest.raises(ValueError, match="JSON compliant|NaN"):
         provenance.write_json(path, {"x": float("nan")})
     assert json.loads(path.read_text()) == out and [p.name for p in tmp_path.glob(".*")] == []
