@@ -297,7 +297,8 @@ def test_candidate_lists_can_be_any_retrieval_methods_own(run, world):
 # ---------------------------------------------------------------- prompts: golden
 GOLDEN = {
     "Vicuna-v1.5": "A chat between a curious user and an artificial intelligence assistant. The "
-    "assistant gives helpful, detailed, and polite answers to the user's questions. USER: MESSAGE ASSISTANT:",
+    "assistant gives helpful, detailed, and polite answers to the user's questions. USER: MESSAGE "
+    "ASSISTANT:",
     "LLaVA-v1.5 (title)": "USER: MESSAGE ASSISTANT:",
     "LLaVA-v1.5 (title+image)": "USER: MESSAGE ASSISTANT:",
 }
