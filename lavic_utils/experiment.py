@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -49,6 +49,20 @@ if TYPE_CHECKING:
 
 QUICK = 600  # seconds: a stage that took less is made again when its code has changed
 BEGUN = "begun.json"  # in the folder of a stage under way: whose checkpoints stand there
+
+
+def once(method: Callable) -> Callable:
+    """A method whose answer an Experiment keeps while it lives: what a stage reads is hashed once,
+    not at every mention of its result."""
+
+    @functools.wraps(method)
+    def remembered(self, *args, **how):
+        place = (method.__name__, args, tuple(sorted(how.items())))
+        if place not in self._remembered:
+            self._remembered[place] = method(self, *args, **how)
+        return self._remembered[place]
+
+    return remembered
 
 
 class Experiment:
@@ -79,7 +93,7 @@ class Experiment:
         self.rank = int(os.environ.get("RANK", "0"))
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
         self._dialogues: dict[tuple[str, str, bool], list[data.Dialogue]] = {}
-        self._pictures: dict[str, list[distillation.Picture]] = {}
+        self._remembered: dict[tuple, Any] = {}
         self._made: set[Path] = set()  # the stages that `force` has made again already
         self._scanned: dict[str, list] = {}
 
@@ -279,10 +293,9 @@ class Experiment:
         return found
 
     # ------------------------------------------------------------ stage 1
+    @once
     def pictures(self, split: str) -> list[distillation.Picture]:
         """Readable stage-1 images of the training items, or of the separate validation items."""
-        if split in self._pictures:
-            return self._pictures[split]
         settings, rows, found = self.profile.distillation, [], []
         if split == "valid":
             rows = [(v.asin, v.k, v.title) for v in data.read_stage1_valid(self.root)]
@@ -299,8 +312,7 @@ class Experiment:
                 continue
             found.append(distillation.Picture(asin, title, path))
         readable = self.scan([picture.path for picture in found])
-        self._pictures[split] = [picture for picture in found if readable[picture.path]]
-        return self._pictures[split]
+        return [picture for picture in found if readable[picture.path]]
 
     @cached_property
     def published(self) -> dict[str, str]:
@@ -313,6 +325,7 @@ class Experiment:
         images = self.scan([p.path for p in pictures])
         return key(rows=[[p.asin, p.title, images[p.path], p.description] for p in pictures])
 
+    @once
     def teach(self) -> dict[str, list[str]]:
         """The teacher's descriptions of the training and validation images: the base model's from
         full tokens, or, where the profile says so, those that the data comes with."""
@@ -336,6 +349,7 @@ class Experiment:
         }
         return self.stage("teacher", self.place / "teacher", "distillation", reads, make)
 
+    @once
     def taught(self, split: str) -> list[distillation.Picture]:
         """The pictures of a split with what the teacher said of them."""
         pairs = zip(self.pictures(split), self.teach()[split], strict=True)
@@ -358,6 +372,7 @@ class Experiment:
     def read_picture(self) -> distillation.Pictures:
         return distillation.Pictures(self.processor, keep=self.profile.distillation.keep_pixels)
 
+    @once
     def distil(self) -> dict:
         """Stage 1. Returns its history by epoch and, on the mini world, attribute accuracies on
         unseen items; the student's adapter stays in `seed<seed>/stage1/adapter`."""
@@ -423,6 +438,7 @@ class Experiment:
         name = store.key_of(*base, vision.dtype(profile), kind)
         return store.open_store(self.place / "tokens" / name, paths, encoder)
 
+    @once
     def visual_reads(self, tokens: str | None, split: str) -> dict:
         """What `visual` reads, for the key of a stage that uses it."""
         if tokens is None:
@@ -452,6 +468,7 @@ class Experiment:
             "settings": self.profile.recommendation.deciding(),
         }
 
+    @once
     def tune(self, method: str, domain: str) -> dict:
         """Stage 2 of one trained method and domain: its loss log, its number of examples, what
         prompts that were too long lost (`cut`), and the items without a readable image (`images`);
@@ -526,6 +543,7 @@ class Experiment:
         reads["control"] = name
         return self.stage("answers", folder, "methods", reads, make, together=True)
 
+    @once
     def answers(self, method: str, domain: str, split: str = "test", **how) -> list[dict]:
         """The `rows` of `answered`."""
         return self.answered(method, domain, split, **how)["rows"]

@@ -174,7 +174,7 @@ def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
         "seed": seed,
         "tier": profile.tier,
         "code_hash": code_hash(),
-        "numbers_hash": key(code=code_of("report"), settings=settings),
+        "numbers_hash": key(code=code_of("report") | code_of("experiment"), settings=settings),
         "data_hash": data_hash,
         "versions": versions(),
         "python": platform.python_version(),
