@@ -246,7 +246,6 @@ def stage1_rows(items: Iterable[Item]) -> list[ValidImage]:
     return rows
 
 
-# ------------------------------------------------------------------------------------- the images
 def image_file(root: Path | str, asin: str, k: int = 0) -> Path:
     """Where image k of an item is: train_images, else valid_images; the first where neither is."""
     name = f"{asin}_{k}.jpg"

@@ -16,8 +16,7 @@ from scipy.stats import binomtest
 
 from lavic_utils.data import Dialogue
 
-# An ASIN is B and 9 more, with a digit somewhere (so "BREATHABLE" is none); books carry an ISBN-10
-# instead. A model that writes on past the id ("B00HO5EE9W0HO") has still answered.
+# B and 9 more, a digit among them, or a book's ISBN-10; text may follow it ("B00HO5EE9W0HO").
 ASIN = re.compile(r"(?<![A-Z0-9])(?:B(?=[A-Z]{0,8}[0-9])[A-Z0-9]{9}|[0-9]{9}[0-9X])")
 
 

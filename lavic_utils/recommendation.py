@@ -64,7 +64,6 @@ class Answer:
     usd: float = 0.0
 
 
-# ------------------------------------------------------------ training
 def training_examples(dialogues: Sequence[Dialogue], which: str, seed: int) -> list[Example]:
     """One example for each distinct ground-truth item (section 4.2); where the list lacks it, it
     replaces a random candidate of a copy: the dialogue's own list is never changed."""
@@ -186,7 +185,6 @@ def fine_tune(
     return [{"step": e["step"], "loss": e["loss"]} for e in log if "loss" in e]
 
 
-# ------------------------------------------------------------ inference
 @torch.inference_mode()
 def generate_answers(
     model, prompter: Prompter, dialogues: Sequence[Dialogue], which: str, scored: bool = True
