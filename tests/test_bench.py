@@ -45,7 +45,7 @@ def profile(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def sample(profile) -> speed.Sample:
-    made = speed.Sample(Experiment(profile), count=9)
+    made = speed.Sample(Experiment(profile).prepare(), count=9)
     assert len(made.pictures) == len(made.examples) == len(made.dialogues) == 9
     return made
 

@@ -214,34 +214,32 @@ def test_a_half_written_checkpoint_is_not_continued_from(place, whole, what, spo
     )
 
 
-def test_checkpoints_of_another_key_are_thrown_away(place, monkeypatch, tmp_path):
+def test_checkpoints_of_another_key_or_number_of_processes_are_moved_aside(
+    place, monkeypatch, tmp_path
+):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
-    run, folder, seen = (
-        experiment.Experiment(str(place / "small.yaml"), None, place / "world"),
-        tmp_path / "stage",
-        [],
-    )
+    run = experiment.Experiment(str(place / "small.yaml"), None, place / "world")
+    folder, seen = tmp_path / "stage", []
 
     def killed() -> dict:
         seen.append(sorted(p.name for p in (folder / "checkpoints").glob("*")))
         (folder / "checkpoints" / f"checkpoint-{len(seen)}").mkdir(parents=True)
         raise KeyboardInterrupt
 
-    for stage in ("x", "x", "y", "y"):
+    def stage(make, name: str) -> dict:
+        return run.stage(name, folder, "training", {}, make)
+
+    for name in ("x", "x", "y", "y"):
         with pytest.raises(KeyboardInterrupt):
-            run.kept(folder, killed, stage=stage)
+            stage(killed, name)
     run.processes = 2
     with pytest.raises(KeyboardInterrupt):
-        run.kept(folder, killed, stage="y")
+        stage(killed, "y")
     assert seen == [[], ["checkpoint-1"], [], ["checkpoint-3"], []]
-    run.processes = 1
-    assert run.kept(folder, lambda: {"n": 1}, stage="y") == {"n": 1}
+    aside = sorted(p.name for p in tmp_path.glob("stage.replaced-*/checkpoints/*"))
+    assert aside == [f"checkpoint-{k}" for k in (1, 2, 3, 4)]  # nothing was deleted
+    assert stage(lambda: {"n": 1}, "y") == {"n": 1}
     assert [p.name for p in folder.iterdir()] == ["result.json"]
-    with pytest.raises(KeyboardInterrupt):
-        run.kept(
-            folder, killed, stage="x"
-        )  # writes over the files of "y", whose result must not outlive them
-    assert run.kept(folder, lambda: {"n": 2}, stage="y") == {"n": 2}
 
 
 def test_only_checkpoints_with_a_whole_state_are_kept(tmp_path):

@@ -276,7 +276,7 @@ def test_a_refused_run_ends_with_one_line(monkeypatch, tmp_path, capsys):
     )
     assert main(["run", "LaViC", "--domain", "beauty", "--profile", "mini"]) == 2
     said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and "recommendation needs" in said.err
+    assert said.out == "" and said.err.count("\n") == 1 and "teacher needs" in said.err
 
 
 @pytest.mark.parametrize("name", ["mini", "t4", "paper"])

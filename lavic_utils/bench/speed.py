@@ -57,9 +57,8 @@ def equal(sample: Sample) -> dict[str, Any]:
     run, model, prompter = sample.run, sample.model, sample.prompter
     see, example, picture = reference.look(run, model), sample.examples[0], sample.pictures[:1]
     collate = distillation.StudentCollator(model, run.processor, run.profile, run.read_picture)
-    collate_two = recommendation.collator(prompter)
     ours = {
-        "stage 2": recommendation.Recommender(model)(**collate_two([prompter.row(example)]))[
+        "stage 2": recommendation.Recommender(model)(**prompter.collate([prompter.row(example)]))[
             "loss"
         ],
         "stage 1": distillation.Student(model)(**collate(picture))["loss"],
