@@ -30,11 +30,11 @@ from lavic_utils import training, vision
 from lavic_utils.bench import machine_name
 from lavic_utils.bench_model import spread, synchronize, timed
 from lavic_utils.config import ROOT, Profile, UserError, load_profile
-from lavic_utils.distillation import IGNORE, VISION_LINEAR, StudentTrainer
+from lavic_utils.distillation import IGNORE, VISION_LINEAR, Student
 from lavic_utils.memory import GIB, SCORED, TITLE, count, full_tokens, memories, skeleton
 from lavic_utils.plan import ASSUMED
 from lavic_utils.provenance import provenance, write_json
-from lavic_utils.recommendation import LANGUAGE_LINEAR, Read, RecommendationTrainer
+from lavic_utils.recommendation import LANGUAGE_LINEAR, Read, Recommender
 
 CAPS = {"t4": 15e9}  # bytes a process may take: 16 GB less what the driver and the context hold
 WARM, REPEATS, HALVINGS = 2, 5, 6
@@ -140,10 +140,11 @@ def train(tuned, profile: Profile, case: Case, steps: int) -> list[float]:
     batch, clock = prompts(tuned.config, stage.batch_size, case), Clock()
     tuned.gradient_checkpointing_disable()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = (StudentTrainer if case.stage == "distillation" else RecommendationTrainer)(
+        trainer = training.StageTrainer(
             model=tuned, processing_class=SimpleNamespace(pad_token_id=PAD), callbacks=[clock], data_collator=lambda rows: batch,
             train_dataset=[0] * (stage.batch_size * stage.gradient_accumulation * steps),
-            args=training.training_arguments(Path(folder), stage, profile.seed, max_steps=steps, save_strategy="no"))
+            args=training.training_arguments(Path(folder), stage, profile.seed, vision.dtype(profile), max_steps=steps,
+                                             save_strategy="no"))
         try:
             trainer.train()
         finally:  # the next trainer finds the model as this one did
@@ -244,14 +245,15 @@ def bench_gpu(name: str = "paper", tiny: bool = False) -> Path:
         raise UserError(f"profile {profile.name}: its weights alone do not fit this card; use a larger card, or profile t4"
                         ) from None
     todo, rows = cases(profile, model.config), []
-    student = training.add_adapter(model, profile.distillation.lora, VISION_LINEAR)
+    student = training.add_adapter(Student(model), profile.distillation.lora, VISION_LINEAR)
     rows += [measure(student, profile, case) for case in todo if case.stage == "distillation"]
     model.set_attn_implementation("sdpa")  # as a model has it that is loaded to encode or to answer
-    encoded = encoding(student.eval())
-    tuned = training.add_adapter(student.unload(), profile.recommendation.lora, LANGUAGE_LINEAR)
+    encoded = encoding(model.eval())
+    student.unload()
+    tuned = training.add_adapter(Recommender(model), profile.recommendation.lora, LANGUAGE_LINEAR)
     rows += [measure(tuned, profile, case) for case in todo if case.stage == "recommendation"]
     model.set_attn_implementation("sdpa")
-    rows += [measure(tuned.eval(), profile, case) for case in todo if case.stage == "inference"]
+    rows += [measure(model.eval(), profile, case) for case in todo if case.stage == "inference"]
     about = provenance(profile, profile.seed, "none") | {"tier": "random weights", "tiny": tiny}
     found = {"kind": "random weights", "provenance": about, "card": torch.cuda.get_device_name() if cuda else None,
              "cap_gb": cap and cap / 1e9, "four_bits": four, "dtype": str(model.dtype).removeprefix("torch."),

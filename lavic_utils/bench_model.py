@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback
 
-from lavic_utils import data, direct, distillation, recommendation, vision
+from lavic_utils import data, direct, distillation, recommendation, training, vision
 from lavic_utils.config import DOMAINS
 from lavic_utils.runs import Run
 
@@ -107,9 +107,10 @@ class Bench:
     def equal(self, few: int = 8) -> dict:
         """The direct way and ours on the same inputs, in float32. RuntimeError where a loss or an answer differs."""
         see, losses = direct.look(self.run, self.model), {}
-        pairs = {"stage 2": (lambda: self.stage2_loss(self.model, self.stage2_batch(self.examples[:1])),
+        one, two = distillation.Student(self.model), recommendation.Recommender(self.model)
+        pairs = {"stage 2": (lambda: two(**self.stage2_batch(self.examples[:1]))["loss"],
                              lambda: direct.recommendation_loss(self.run, self.model, see, self.examples[0])),
-                 "stage 1": (lambda: self.stage1_loss(self.model, self.stage1_batch(self.rows[:1])),
+                 "stage 1": (lambda: one(**self.stage1_batch(self.rows[:1]))["loss"],
                              lambda: direct.description_loss(self.run, self.model, self.rows[:1]))}
         for stage, sides in pairs.items():
             with torch.inference_mode():
@@ -176,9 +177,10 @@ class Bench:
             student, folder = self.student(), tempfile.TemporaryDirectory()
             collate = distillation.StudentCollator(student, run.processor, run.profile,
                                                    distillation.Pictures(run.processor, stage.keep_pixels))
-            trainer = distillation.StudentTrainer(
+            trainer = training.StageTrainer(
                 model=student, processing_class=run.processor.tokenizer, train_dataset=self.rows, data_collator=collate,
-                args=distillation.training_arguments(Path(folder.name), stage, run.seed, save_strategy="no"))
+                args=training.training_arguments(Path(folder.name), stage, run.seed, vision.dtype(run.profile),
+                                                 save_strategy="no"))
             trainer.remove_callback(PrinterCallback)
             return lambda folder=folder: trainer.train()  # the folder lives as long as the work
         return {"unit": "images a second", "goal": 1.5, "epochs": stage.epochs} | compare({
@@ -206,11 +208,13 @@ class Bench:
     # ------------------------------------------------------------ where the time goes
     def tuned(self):
         lora = self.run.profile.recommendation.lora
-        return get_peft_model(self.run.model(), distillation.lora_config(lora, recommendation.LANGUAGE_LINEAR)).train()
+        stage = recommendation.Recommender(self.run.model())
+        return get_peft_model(stage, training.lora_config(lora, recommendation.LANGUAGE_LINEAR)).train()
 
     def student(self):
         lora = self.run.profile.distillation.lora
-        return get_peft_model(self.run.model(), distillation.lora_config(lora, distillation.VISION_LINEAR)).train()
+        stage = distillation.Student(self.run.model())
+        return get_peft_model(stage, training.lora_config(lora, distillation.VISION_LINEAR)).train()
 
     def stage2_batch(self, examples) -> dict:
         return self.moved(recommendation.collator(self.prompter)([self.prompter.row(e) for e in examples]))
@@ -222,27 +226,19 @@ class Bench:
     def moved(self, batch: dict) -> dict:
         return {k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-    def stage2_loss(self, model, batch: dict) -> Tensor:
-        return distillation.forward_loss(model, batch["input_ids"], batch["labels"], batch["attention_mask"],
-                                         batch["visual"], self.prompter.tokenizer.pad_token_id)[0]
-
-    def stage1_loss(self, model, batch: dict) -> Tensor:
-        visual = vision.cls_tokens(model, batch["pixel_values"], batch["image_sizes"])
-        return self.stage2_loss(model, batch | {"visual": visual})
-
     def work(self) -> dict:
         """FLOP/s of our training steps and of answering a batch, over the matrix-product rate; where their time goes."""
         profile, rates = self.run.profile, matrix_rates()
 
-        def step(model, stage, loss, batch) -> Callable[[], None]:
-            return lambda: direct.steps(model, stage, [lambda: loss(model, batch)])
+        def step(model, stage, batch) -> Callable[[], None]:
+            return lambda: direct.steps(model, stage, [lambda: model(**batch)["loss"]])
         two = self.stage2_batch(self.examples[:profile.recommendation.batch_size])
         one = self.stage1_batch(self.rows[:profile.distillation.batch_size])
         some = self.dialogues[:profile.recommendation.eval_batch_size]
         found: dict = {"matrix_product_flop_a_second": rates}
         for name, units, work in (
-                ("stage2_training", two, step(self.tuned(), profile.recommendation, self.stage2_loss, two)),
-                ("stage1_training", one, step(self.student(), profile.distillation, self.stage1_loss, one)),
+                ("stage2_training", two, step(self.tuned(), profile.recommendation, two)),
+                ("stage1_training", one, step(self.student(), profile.distillation, one)),
                 ("evaluation", None, lambda: recommendation.answer(self.model, self.prompter, some, self.which, False))):
             work()
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others are not all counted

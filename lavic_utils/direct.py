@@ -26,11 +26,9 @@ See = Callable[[Sequence[str]], dict[str, Tensor]]
 BATCH = 4  # images a step in stage 1 (paper, section 5.1)
 
 
-def autocast() -> torch.autocast:
-    """The precision that the project's trainers use on this machine (`distillation.training_arguments`)."""
-    cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8
-    return torch.autocast("cuda", dtype=torch.bfloat16 if bf16 else torch.float16, enabled=cuda)
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """The precision that the project's trainers use for a model in `dtype` (`training.training_arguments`)."""
+    return torch.autocast("cuda", dtype=dtype, enabled=torch.cuda.is_available() and dtype != torch.float32)
 
 
 def cls_of_five(model, processor, images: Sequence[Image.Image]) -> list[Tensor]:
@@ -114,7 +112,7 @@ def steps(model, stage, losses: Iterable[Callable[[], Tensor]]) -> None:
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=stage.learning_rate, weight_decay=stage.weight_decay)
     for loss in losses:
-        with autocast():
+        with autocast(model.dtype):
             value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

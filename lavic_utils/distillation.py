@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,13 @@ from lavic_utils import vision
 from lavic_utils import wording as w
 from lavic_utils.config import Profile, UserError
 from lavic_utils.prompts import describe_prompt, encode
-from lavic_utils.training import StageTrainer, add_adapter, load_adapter, merged, training_arguments, whole
+from lavic_utils.training import Stage, StageTrainer, add_adapter, load_adapter, merged, training_arguments
 from lavic_utils.training import lora_config as lora_config  # stage 2 takes these two from here
 from lavic_utils.training import trainable_names as trainable_names
 
 IGNORE = -100
 # Anchored: "model." keeps the language model's layers, whose names end alike, out.
-VISION_LINEAR = (r"(base_model\.model\.)?model\.(vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+VISION_LINEAR = (r"(base_model\.model\.)?(llava\.)?model\.(vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
                  r"|multi_modal_projector\.linear_[12])")
 
 
@@ -62,22 +62,24 @@ def mean_row_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return (token.sum(1) / counts).mean()
 
 
-def forward_loss(model, ids: Tensor, labels: Tensor, mask: Tensor, visual: list[Tensor] | Callable[..., list[Tensor]], pad: int):
-    """The real forward of the whole model on placed embeddings, rows padded on either side; logits are kept from the batch's
-    first target position on only. `visual`: the items' visual tokens, or what makes them of the model (`cls_tokens`, stage 1).
-
-    All that reads a weight happens inside the forward of the outermost wrapper, in a hook: where parameters are sharded (FSDP)
-    they are whole only there, and one process, DDP and FSDP share this one path.
-    """
-    def embed(module, args, options: dict):
-        tokens = visual(module) if callable(visual) else visual
-        return args, {**options, "inputs_embeds": vision.place(module, ids, tokens, pad)}
-
+def target_loss(llava, embeds: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """The language model on placed embeddings (batch, length, hidden size), rows padded on either side: `mean_row_loss` of the
+    targets. Logits are kept from the batch's first target position on only."""
+    labels, mask = labels.to(embeds.device), mask.to(embeds.device)
     first = max(1, int((labels != IGNORE).any(0).int().argmax()))
-    inside = getattr(model, "module", model)  # where DDP wraps it
-    with inside.register_forward_pre_hook(embed, with_kwargs=True):  # removed again at the end
-        out = model(attention_mask=mask, logits_to_keep=labels.shape[1] - first + 1)
-    return mean_row_loss(out.logits, labels[:, first:]), out
+    out = llava(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=labels.shape[1] - first + 1)
+    return mean_row_loss(out.logits, labels[:, first:])
+
+
+class Student(Stage):
+    """Stage 1 (paper, section 4.1): the loss of the teacher's description, given the title and each tile's [CLS]."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, pixel_values: Tensor,
+                image_sizes: Tensor) -> dict[str, Tensor]:
+        """A batch of `StudentCollator`: ids, labels and mask (batch, length), pixels (batch, tiles, 3, side, side)."""
+        visual = vision.cls_tokens(self.llava, pixel_values, image_sizes)  # v = projector([CLS] of each tile)
+        embeds = vision.place(self.llava, input_ids, visual)
+        return {"loss": target_loss(self.llava, embeds, attention_mask, labels)}  # -log p(description | title, v), by token
 
 
 class Pictures:
@@ -110,7 +112,7 @@ def describe(model, processor, profile: Profile, titles: Sequence[str], pictures
     for rows in vision.batched(range(len(titles)), profile.distillation.teacher_batch_size):
         values, sizes = stack_pixels([pictures[i] for i in rows])
         with torch.inference_mode():
-            visual = how(model, values.to(model.device, model.dtype), sizes)
+            visual = how(model, values, sizes)
             prompts = [describe_prompt(tokenizer, profile.prompts, titles[i], len(v))
                        for i, v in zip(rows, visual, strict=True)]
             ids = pad_left(prompts, tokenizer.pad_token_id).to(model.device)
@@ -147,18 +149,6 @@ class StudentCollator:
                 "image_sizes": sizes}
 
 
-class StudentTrainer(StageTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, **_):
-        loss, _ = forward_loss(model, inputs["input_ids"], inputs["labels"], inputs["attention_mask"],
-                               lambda inside: vision.cls_tokens(inside, inputs["pixel_values"], inputs["image_sizes"]),
-                               self.processing_class.pad_token_id)
-        return (loss, {"loss": loss}) if return_outputs else loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
-
-
 def train_student(profile: Profile, model, processor, train: Sequence[Picture], valid: Sequence[Picture],
                   folder: Path, seed: int, on_epoch=None) -> list[dict]:
     """Train the student and leave the best epoch's adapter in `folder/adapter`. Returns one record an epoch.
@@ -168,16 +158,16 @@ def train_student(profile: Profile, model, processor, train: Sequence[Picture], 
     """
     torch.manual_seed(seed)
     stage = profile.distillation
-    student = add_adapter(model, stage.lora, VISION_LINEAR)
+    student = add_adapter(Student(model), stage.lora, VISION_LINEAR)
     pictures = Pictures(processor, stage.keep_pixels)
-    trainer = StudentTrainer(
+    trainer = StageTrainer(
         model=student, processing_class=processor.tokenizer, train_dataset=list(train), eval_dataset=list(valid),
         data_collator=StudentCollator(model, processor, profile, pictures),
-        args=training_arguments(folder / "checkpoints", stage, seed, eval_strategy="epoch", save_strategy="epoch",
-                                save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        args=training_arguments(folder / "checkpoints", stage, seed, vision.dtype(profile), eval_strategy="epoch",
+                                save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
                                 greater_is_better=False, logging_steps=10, per_device_eval_batch_size=stage.eval_batch_size))
     if on_epoch:
-        trainer.add_callback(_EachEpoch(on_epoch, student))
+        trainer.add_callback(_EachEpoch(on_epoch, model))
     trainer.fit(folder / "adapter")
     return epoch_history(trainer.state.log_history)
 
@@ -188,8 +178,7 @@ class _EachEpoch(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **_):
         self.model.eval()
-        with whole(self.model):
-            state.log_history[-1].update(self.measure(self.model))
+        state.log_history[-1].update(self.measure(self.model))
         self.model.train()
 
 

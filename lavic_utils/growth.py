@@ -54,8 +54,8 @@ def series(bench: Bench, how, what: str, points: Sequence[int]) -> list[dict]:
         batch = bench.moved(collator(prompter)([prompter.row(Example(shown, candidates, candidates[0]))]))
 
         def step(batch=batch) -> None:
-            with autocast():
-                loss = bench.stage2_loss(model, batch)
+            with autocast(model.dtype):
+                loss = model(**batch)["loss"]
             loss.backward()
             model.zero_grad()
 

@@ -134,7 +134,7 @@ class Panel:
             return []
         values, sizes = vision.pixels(self.run.processor, [image])
         real, _ = vision.real_tiles(self.model, values, sizes)
-        scaled = (255 * (real - real.min()) / (real.max() - real.min()).clamp(min=1e-6)).byte().permute(0, 2, 3, 1)
+        scaled = (255 * (real - real.min()) / (real.max() - real.min()).clamp(min=1e-6)).byte().cpu().permute(0, 2, 3, 1)
         return [Image.fromarray(tile.numpy()) for tile in scaled]
 
     def visual(self, case: Case, kind: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from . import data
 from .config import DOMAINS, Profile, UserError, real_data_dir
 from .memory import GIB, RESERVE, SCORED, STAGES, TITLE, cache_bytes, count, full_tokens, memories, patches, skeleton, trainables
-from .vision import sharded, source
+from .vision import source
 
 
 class Card(NamedTuple):
@@ -72,9 +72,8 @@ def present() -> Card | None:
 
 
 def refuse_here(profile: Profile, stage: str) -> None:
-    """`refuse` for a stage about to begin and the card of this machine, if there is one: before anything is loaded. Training
-    whose weights are spread over cards (FSDP) is not judged: the model of memory is of one card."""
-    if (card := present()) and not (sharded() and stage in ("distillation", "recommendation")):
+    """`refuse` for a stage about to begin and the card of this machine, if there is one: before anything is loaded."""
+    if card := present():
         source(profile)  # says so first where there is no such model
         refuse(profile, card, (stage,))
 

@@ -20,11 +20,11 @@ from transformers import DynamicCache
 from lavic_utils import training, vision
 from lavic_utils.config import Profile
 from lavic_utils.data import Dialogue
-from lavic_utils.distillation import IGNORE, forward_loss, pad_left
+from lavic_utils.distillation import IGNORE, pad_left, target_loss
 from lavic_utils.evaluation import parse_answer
 from lavic_utils.prompts import Encoded, encode, recommend_prompt
 
-LANGUAGE_LINEAR = (r"(base_model\.model\.)?model\.language_model\.layers\.\d+\."
+LANGUAGE_LINEAR = (r"(base_model\.model\.)?(llava\.)?model\.language_model\.layers\.\d+\."
                    r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 
 
@@ -108,6 +108,15 @@ class Prompter:
         return [self.visual[asin] for prompt in prompts for asin in prompt.visual]
 
 
+class Recommender(training.Stage):
+    """Stage 2 (paper, section 4.2): the loss of the right id, given the dialogue and ten candidates with their [CLS] tokens."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, visual: list[Tensor]) -> dict[str, Tensor]:
+        """A batch of `collator`: ids, labels and mask (batch, length); `visual`: (tokens, hidden size) of each item shown."""
+        embeds = vision.place(self.llava, input_ids, visual)
+        return {"loss": target_loss(self.llava, embeds, attention_mask, labels)}  # -log p(id | dialogue, candidates), by token
+
+
 class RecommendationTrainer(training.StageTrainer):
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -118,11 +127,6 @@ class RecommendationTrainer(training.StageTrainer):
         if hasattr(sampler, "batch_size"):
             sampler.batch_size *= self.args.world_size  # rows alike in length over the step of all processes
         return sampler
-
-    def compute_loss(self, model, inputs, return_outputs=False, **_):
-        loss, out = forward_loss(model, inputs["input_ids"], inputs["labels"], inputs["attention_mask"],
-                                 inputs["visual"], self.processing_class.pad_token_id)
-        return (loss, out) if return_outputs else loss
 
 
 def collator(prompter: Prompter):
@@ -136,18 +140,19 @@ def collator(prompter: Prompter):
 
 def train_recommender(profile: Profile, model, prompter: Prompter, examples: Sequence[Example], folder: Path,
                       seed: int) -> tuple[object, list[dict]]:
-    """Fine-tune one domain's adapter, saved as a standard peft folder `folder/adapter`. Returns (model, loss log)."""
+    """Fine-tune one domain's adapter, saved as a standard peft folder `folder/adapter`. Returns (the model given, with the
+    adapter in it, loss log)."""
     torch.manual_seed(seed)
     stage = profile.recommendation
-    tuned = training.add_adapter(model, stage.lora, LANGUAGE_LINEAR)
+    tuned = training.add_adapter(Recommender(model), stage.lora, LANGUAGE_LINEAR)
     rows = [prompter.row(example) for example in examples]
     saving = {"save_strategy": "steps", "save_steps": stage.save_steps} if stage.save_steps else {"save_strategy": "no"}
     trainer = RecommendationTrainer(
         model=tuned, processing_class=prompter.tokenizer, train_dataset=rows, data_collator=collator(prompter),
-        args=training.training_arguments(folder / "checkpoints", stage, seed, logging_steps=2, save_total_limit=1,
-                                train_sampling_strategy="group_by_length", **saving))
+        args=training.training_arguments(folder / "checkpoints", stage, seed, vision.dtype(profile), logging_steps=2,
+                                save_total_limit=1, train_sampling_strategy="group_by_length", **saving))
     trainer.fit(folder / "adapter")
-    return tuned.eval(), [{"step": e["step"], "loss": e["loss"]} for e in trainer.state.log_history if "loss" in e]
+    return model.eval(), [{"step": e["step"], "loss": e["loss"]} for e in trainer.state.log_history if "loss" in e]
 
 
 @torch.inference_mode()

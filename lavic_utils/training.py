@@ -1,21 +1,24 @@
-"""What both training stages share: adapters (made, checked, saved, loaded), the Trainer and its arguments."""
+"""What both training stages share: adapters (made, checked, saved, loaded), the Trainer and its arguments.
+
+A stage is a module whose `forward(batch)` is its mathematics: `distillation.Student`, `recommendation.Recommender`. PEFT and the
+Trainer wrap that module, so autocast and DDP hold all of it.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from safetensors.torch import save_file
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,9 +26,23 @@ from lavic_utils import vision
 from lavic_utils.config import Lora, UserError
 
 
+class Stage(nn.Module):
+    """A LLaVA-NeXT (`llava`) inside the mathematics of a stage, which a subclass's `forward(batch)` holds. What else PEFT and
+    the Trainer ask of a model (its configuration, dtype, checkpointing) is asked of the one inside."""
+
+    def __init__(self, llava) -> None:
+        super().__init__()
+        self.llava, self.name_or_path = llava, llava.name_or_path
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("llava"), name)
+
+
 def lora_config(lora: Lora, target: str) -> LoraConfig:
-    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target,
-                      task_type="CAUSAL_LM")
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target)
 
 
 def trainable_names(model) -> list[str]:
@@ -33,9 +50,10 @@ def trainable_names(model) -> list[str]:
 
 
 def add_adapter(model, lora: Lora, target: str):
-    """The model with a fresh adapter on every linear layer that `target` names, ready to train: adapters in float32,
-    but in the weights' own dtype under FSDP, which wants one. Raises RuntimeError where anything else would be trained."""
-    tuned = get_peft_model(model, lora_config(lora, target), autocast_adapter_dtype=not vision.sharded())
+    """The model (a LLaVA-NeXT, or a stage around one) with a fresh adapter in float32 on every linear layer that `target`
+    names, ready to train. The layers are put into the model given, which can still be asked and generate by itself. Raises
+    RuntimeError where anything else would be trained."""
+    tuned = get_peft_model(model, lora_config(lora, target))
     check_trainable(tuned, target)
     kernel = vision.attention(model.dtype)
     if kernel != "sdpa":
@@ -52,29 +70,19 @@ def check_trainable(tuned, target: str) -> None:
         raise RuntimeError(f"trained and intended parameters differ in {len(wrong)} of {len(expected)} names: {wrong[:3]}")
 
 
-def save_adapter(tuned, folder: Path, first: bool = True) -> None:
-    """A standard peft folder. Raises UserError where some B is still zero: that layer was never trained. Where parameters are
-    sharded, every process must call this (each tensor is gathered whole); the `first` alone writes."""
-    tensors = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in tuned.named_parameters() if p.requires_grad}
+def save_adapter(tuned, folder: Path) -> None:
+    """A standard peft folder, which `PeftModel.from_pretrained` opens on a LLaVA-NeXT: no name says that a stage was around it.
+    Raises UserError where some B is still zero: that layer was never trained."""
+    tensors = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     zero = [name for name, p in tensors.items() if "lora_B" in name and not p.any()]
     if zero:
         raise UserError(f"{folder}: {len(zero)} LoRA B are zero after training (first: {zero[0]}), so nothing was learnt there; "
                         "raise the learning rate or the number of examples")
-    if first:
-        tuned.save_pretrained(folder, state_dict=tensors)
-
-
-@contextmanager
-def whole(tuned) -> Iterator[None]:
-    """Within, a sharded model (FSDP; any other is left alone) may be used outside of its own forward, too: the parameters
-    that no wrapped layer holds are gathered and stay. All processes must do the same there."""
-    sharded = isinstance(tuned, FSDPModule)
-    if sharded:
-        tuned.set_reshard_after_forward(False, recurse=False)
-        tuned.unshard()
-    yield
-    if sharded:
-        tuned.reshard()
+    config = copy.copy(tuned.peft_config["default"])
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    config.save_pretrained(folder)
+    plain = {name.replace("base_model.model.llava.", "base_model.model."): p.contiguous() for name, p in tensors.items()}
+    save_file(plain, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def load_adapter(model, folder: Path):
@@ -106,20 +114,21 @@ def merged(tuned):
     return tuned.merge_and_unload() if tuned.dtype == torch.float32 else tuned
 
 
-def training_arguments(folder: Path, stage, seed: int, **more) -> TrainingArguments:
-    """What both stages share: AdamW, constant settings of the profile, no reporting, precision by the card.
+def training_arguments(folder: Path, stage, seed: int, dtype: torch.dtype, **more) -> TrainingArguments:
+    """What both stages share: AdamW, constant settings of the profile, no reporting. On a card a model in half precision
+    (`dtype`, see `vision.dtype`) trains under autocast in the same, one in float32 without.
 
     AdamW on plain float32 adapters everywhere: they have 21 million parameters at most, so that paged or 8-bit states
     would save 0.1 GB of 8. Checkpointing is non-reentrant: the other kind needs inputs that carry gradients.
     """
     cuda = torch.cuda.is_available()
-    bf16 = cuda and vision.half() == torch.bfloat16
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}
                      } if stage.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(folder), learning_rate=stage.learning_rate, weight_decay=stage.weight_decay,
         per_device_train_batch_size=stage.batch_size, gradient_accumulation_steps=stage.gradient_accumulation,
-        num_train_epochs=stage.epochs, max_grad_norm=1.0, seed=seed, data_seed=seed, bf16=bf16, fp16=cuda and not bf16,
+        num_train_epochs=stage.epochs, max_grad_norm=1.0, seed=seed, data_seed=seed,
+        bf16=cuda and dtype == torch.bfloat16, fp16=cuda and dtype == torch.float16,
         optim="adamw_torch_fused", logging_nan_inf_filter=False, use_cpu=not cuda, ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False, remove_unused_columns=False, report_to=[], disable_tqdm=True, logging_strategy="steps",
         lr_scheduler_type=stage.schedule, warmup_steps=stage.warmup_steps, label_names=["labels"],
@@ -127,11 +136,8 @@ def training_arguments(folder: Path, stage, seed: int, **more) -> TrainingArgume
 
 
 class StageTrainer(Trainer):
-    """What both stages share: their loss is a mean over rows, so gradient accumulation takes the mean of batches (left
-    to itself the Trainer would add them up, as it does for losses it takes to be per token); a broken run stops; a killed
-    one goes on as if nothing had been."""
-
-    loss_is_scaled_for_ga = False
+    """What both stages share: a broken run stops; a killed one goes on as if nothing had been. A stage's loss is a mean over
+    rows, and of accumulated batches the Trainer takes the mean."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -147,7 +153,8 @@ class StageTrainer(Trainer):
             remove_broken(made)
         self.accelerator.wait_for_everyone()
         self.train(resume_from_checkpoint=get_last_checkpoint(made) if made.is_dir() else None)
-        save_adapter(self.model, folder, first=self.is_world_process_zero())
+        if self.is_world_process_zero():
+            save_adapter(self.model, folder)
         self.accelerator.wait_for_everyone()  # nobody reads the checkpoints any more: they may be removed
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -43,11 +43,6 @@ def dtype(profile: Profile) -> torch.dtype:
     return half() if profile.dtype == "half" else torch.float32
 
 
-def sharded() -> bool:
-    """Does this process train a share of the weights (`accelerate launch` with FSDP)?"""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-
-
 def attention(dtype: torch.dtype) -> str:
     """Kernel for training: FlashAttention 2 where it is installed and the card and dtype allow it, else torch's own.
     Inference stays with torch's: `recommendation.Read` masks candidates from each other, which the other cannot."""
@@ -105,9 +100,6 @@ def _four_bits(profile: Profile):
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
-    if sharded():
-        raise UserError(f"profile {profile.name} holds its weights in 4 bits, which FSDP does not spread over cards: launch with "
-                        "ddp.yaml, or use another profile")
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
         lacking = "bitsandbytes is not installed" if torch.cuda.is_available() else "none is here"
         raise UserError(f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and bitsandbytes "
@@ -131,20 +123,24 @@ def tile_count(model, size: Sequence[int] | Tensor) -> int:
 
 
 def real_tiles(model, pixel_values: Tensor, sizes: Tensor) -> tuple[Tensor, list[int]]:
-    """Drop the zero padding: (all tiles, 3, side, side) and the number of tiles of each image."""
+    """Drop the zero padding: (all tiles, 3, side, side), where and in the dtype that the model is, and the number of tiles
+    of each image."""
     counts = [tile_count(model, size) for size in sizes]
-    return torch.cat([p[:n] for p, n in zip(pixel_values, counts, strict=True)]), counts
+    tiles = torch.cat([p[:n] for p, n in zip(pixel_values, counts, strict=True)])
+    return tiles.to(model.device, model.dtype), counts
 
 
 def full_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
-    """What LLaVA-NeXT itself feeds its language model: per image (tokens, hidden size)."""
-    parts = inner(model).get_image_features(pixel_values=pixel_values, image_sizes=sizes, vision_feature_layer=-2,
-                                            vision_feature_select_strategy="default")
+    """What LLaVA-NeXT itself feeds its language model: per image (tokens, hidden size). Pixels may lie on any device."""
+    parts = inner(model).get_image_features(
+        pixel_values=pixel_values.to(model.device, model.dtype), image_sizes=sizes, vision_feature_layer=-2,
+        vision_feature_select_strategy="default")
     return list(parts.pooler_output)
 
 
 def cls_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
-    """The [CLS] of every tile through the projector: per image (tiles, hidden size). Differentiable: stage 1."""
+    """The [CLS] of every tile through the projector: per image (tiles, hidden size). Differentiable: stage 1. Pixels may lie
+    on any device."""
     tiles, counts = real_tiles(model, pixel_values, sizes)
     last = inner(model).vision_tower(tiles).last_hidden_state[:, 0]
     return list(inner(model).multi_modal_projector(last).split(counts))
@@ -155,20 +151,22 @@ def inner(model):
     return model.get_base_model().model if hasattr(model, "get_base_model") else model.model
 
 
-def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int) -> Tensor:
-    """Token ids (batch, length) -> input embeddings with `visual` rows where the image token stands, in order.
+def place(model, ids: Tensor, visual: Sequence[Tensor], pad: int = 0) -> Tensor:
+    """Token ids (batch, length), on any device -> input embeddings with `visual` rows where the image token stands, in order
+    (`pad`: any id, whose embedding those rows replace).
 
     An item's placeholders stand together, other tokens between items. Raises ValueError unless every such run is as long as
     its item's visual tokens are: nothing is ever dropped silently, and no item's vectors reach into another's slot.
     """
-    image_token = getattr(model.config, "image_token_id", None)
+    table, image_token = model.get_input_embeddings(), getattr(model.config, "image_token_id", None)
+    ids = ids.to(table.weight.device)
     slots = ids == (-1 if image_token is None else image_token)
     filled, counts = torch.unique_consecutive(F.pad(slots, (0, 1)), return_counts=True)  # a gap ends every row
     runs, rows = counts[filled].tolist(), [len(v) for v in visual]
     if runs != rows:
         raise ValueError(f"{sum(runs)} image placeholders in the prompts for {sum(rows)} visual tokens; "
                          f"by item {runs} for {rows}")
-    embeds = model.get_input_embeddings()(ids.masked_fill(slots, pad))
+    embeds = table(ids.masked_fill(slots, pad))
     if rows:
         stacked = torch.cat(list(visual)).to(embeds.device, embeds.dtype)
         embeds = embeds.masked_scatter(slots.unsqueeze(-1), stacked)
@@ -185,7 +183,7 @@ def encode(model, names: Sequence, pixel_values: Tensor, sizes: Tensor, how=cls_
 
     The vision side is frozen in stage 2, so these are constants: encode each item once, never once a dialogue.
     """
-    tokens = how(model, pixel_values.to(model.device, model.dtype), sizes)
+    tokens = how(model, pixel_values, sizes)
     return {name: t.float().cpu().clone() for name, t in zip(names, tokens, strict=True)}
 
 
