@@ -244,23 +244,25 @@ def bench_gpu(name: str = "paper", tiny: bool = False) -> Path:
     except torch.OutOfMemoryError:
         raise UserError(f"profile {profile.name}: its weights alone do not fit this card; use a larger card, or profile t4"
                         ) from None
-    todo, rows = cases(profile, model.config), []
-    student = training.add_adapter(Student(model), profile.distillation.lora, VISION_LINEAR)
-    rows += [measure(student, profile, case) for case in todo if case.stage == "distillation"]
-    model.set_attn_implementation("sdpa")  # as a model has it that is loaded to encode or to answer
-    encoded = encoding(model.eval())
-    student.unload()
-    tuned = training.add_adapter(Recommender(model), profile.recommendation.lora, LANGUAGE_LINEAR)
-    rows += [measure(tuned, profile, case) for case in todo if case.stage == "recommendation"]
-    model.set_attn_implementation("sdpa")
-    rows += [measure(model.eval(), profile, case) for case in todo if case.stage == "inference"]
     about = provenance(profile, profile.seed, "none") | {"tier": "random weights", "tiny": tiny}
     found = {"kind": "random weights", "provenance": about, "card": torch.cuda.get_device_name() if cuda else None,
              "cap_gb": cap and cap / 1e9, "four_bits": four, "dtype": str(model.dtype).removeprefix("torch."),
-             "parameters": count(skeleton(profile.model_path)).all, "warm_up": WARM, "steps": rows, "encoding": encoded}
+             "parameters": count(skeleton(profile.model_path)).all, "warm_up": WARM, "steps": [], "encoding": None}
     results = Path(os.environ.get("LAVIC_RESULTS", ROOT / "results")) / ("bench-quick" if tiny else "bench")
     path = results / f"{machine_name(about['machine'])}-{profile.name}-gpu.json"
-    write_json(path, found)
+
+    def steps(tuned, stage: str) -> None:
+        for case in (case for case in cases(profile, model.config) if case.stage == stage):
+            found["steps"].append(measure(tuned, profile, case))
+            write_json(path, found)  # what is measured is kept
+    student = training.add_adapter(Student(model), profile.distillation.lora, VISION_LINEAR)
+    steps(student, "distillation")
+    model.set_attn_implementation("sdpa")  # as a model has it that is loaded to encode or to answer
+    found["encoding"] = encoding(model.eval())
+    student.unload()
+    steps(training.add_adapter(Recommender(model), profile.recommendation.lora, LANGUAGE_LINEAR), "recommendation")
+    model.set_attn_implementation("sdpa")
+    steps(model.eval(), "inference")
     return path
 
 
