@@ -149,6 +149,7 @@ def train(tuned, profile: Profile, case: Case, steps: int) -> list[float]:
             trainer.train()
         finally:  # the next trainer finds the model as this one did
             trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)
+            tuned.__dict__.pop("_is_accelerate_prepared", None)  # left there, the next case would train without autocast
             tuned.zero_grad()
     return clock.seconds
 

@@ -164,8 +164,9 @@ def train_student(profile: Profile, model, processor, train: Sequence[Picture], 
         model=student, processing_class=processor.tokenizer, train_dataset=list(train), eval_dataset=list(valid),
         data_collator=StudentCollator(model, processor, profile, pictures),
         args=training_arguments(folder / "checkpoints", stage, seed, vision.dtype(profile), eval_strategy="epoch",
-                                save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
-                                greater_is_better=False, logging_steps=10, per_device_eval_batch_size=stage.eval_batch_size))
+                                save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
+                                metric_for_best_model="eval_loss", greater_is_better=False, logging_steps=10,
+                                per_device_eval_batch_size=stage.eval_batch_size))
     if on_epoch:
         trainer.add_callback(_EachEpoch(on_epoch, model))
     trainer.fit(folder / "adapter")

@@ -102,11 +102,13 @@ def memory(config, counted: Count, adapter: int, profile: Profile, stage: str, c
     weights: 2 or 4 bytes each; in 4 bits half a byte and a float32 scale for 64, with one layer's weights unpacked at a
       time, the rest in half precision.
     adapter, gradients, optimizer: 4, 4 and 8 bytes (float32, AdamW).
-    activations: `saved_bytes` for every token and layer; with checkpointing one layer's input each and half as much again
+    activations: `saved_bytes` for every token and layer, and half a layer of the language model at work; with
+      checkpointing one layer's input each and half as much again
       as one whole layer, which is computed anew and carries gradients.
     logits: for the target's positions only: half precision, float32, log-softmax, gradient.
     cache: keys and values, for inference. work: one layer's largest intermediates (and CLIP's hidden states, all of
-      which the library keeps while the teacher looks).
+      which the library keeps while the teacher looks). Adapters in float32 beside weights in half precision read a copy of
+      their input in float32.
     """
     text, sight = config.text_config, config.vision_config
     half, mask = (2 if profile.dtype == "half" else 4), (1 if cuda else 4)
@@ -128,6 +130,7 @@ def memory(config, counted: Count, adapter: int, profile: Profile, stage: str, c
             held += 1.5 * max(tokens * kept for _, tokens, kept in sides)
         else:
             held = sum(side.num_hidden_layers * tokens * kept for side, tokens, kept in sides)
+            held += 0.5 * sides[0][1] * sides[0][2]
         kept_positions = own.max_new_tokens + 1
         return found | {"activations": held, "logits": rows * kept_positions * text.vocab_size * (half + 12)}
     found["adapter, gradients, optimizer"] = 4 * adapter
@@ -135,8 +138,10 @@ def memory(config, counted: Count, adapter: int, profile: Profile, stage: str, c
         rows, length, logits = one.teacher_batch_size, full_tokens(config) + described, 1
         seen = rows * patches(config) * half * (sight.hidden_size * (sight.num_hidden_layers + 1) + 2 * sight.intermediate_size)
     else:
-        rows, length, logits, seen = two.eval_batch_size, two.max_length + SCORED, SCORED, 0
-    work = max(seen, rows * length * half * (3 * text.intermediate_size + 6 * text.hidden_size))
+        rows, length, logits = two.eval_batch_size, two.max_length + SCORED, SCORED
+        seen = 0
+    copied = 4 * text.intermediate_size if stage == "inference" and half < 4 else 0
+    work = max(seen, rows * length * (half * (3 * text.intermediate_size + 6 * text.hidden_size) + copied))
     return found | {"cache": cache_bytes(text, half, rows * length), "work": work,
                     "logits": rows * logits * text.vocab_size * (half + 8)}
 

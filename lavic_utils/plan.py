@@ -43,6 +43,11 @@ class Work(NamedTuple):
     described: float  # mean tokens of a description
 
 
+# Seconds that a pass takes at least, training or answering: the host starts its kernels one by one. Measured on an H200 with
+# random weights (results/bench/nvidia-h200-paper-gpu.json): steps of 2 and 3 passes took 0.31 and 0.55 s whatever their length
+# up to 2,048 tokens, a batch of answers 1.1 s for about 15 passes. Other hosts differ.
+LEAST = {"train": 0.16, "answer": 0.07}
+
 # Where the data is not there. Images: one replication's count (Linhao0301/LaViC_Pratice). The rest was counted in the
 # published valid and test files: items are a lower bound, examples eight times those of one split (8:1:1).
 ASSUMED = Work("assumed (LAVIC_DATA is not set): counts of the published valid and test files, one replication's 81,000 images",
@@ -115,19 +120,19 @@ def hours(profile: Profile, todo: Work, card: Card) -> dict[str, float]:
     """Expected hours by stage, all domains: 2 FLOP a parameter and token for a pass; a training step has two passes (back
     through frozen weights to activations), three with checkpointing; attention's own products are left out (under 5 %).
 
-    A pass takes at least the time to read the weights; 4-bit weights are unpacked, written and read first. Writing token
-    by token is reading weights and cache. Decoding images is assumed to keep up.
+    A pass takes at least the time to read the weights, and `LEAST`; 4-bit weights are unpacked, written and read first. Writing
+    token by token is reading weights and cache. Decoding images is assumed to keep up.
     """
     bare = skeleton(profile.model_path)
     config, n, one, two = bare.config, count(bare), profile.distillation, profile.recommendation
     half, tiles = (2 if profile.dtype == "half" else 4), patches(config)
 
-    def passes(number: int, seen: float, read: float) -> float:
+    def passes(number: int, seen: float, read: float, least: float = LEAST["answer"]) -> float:
         """Seconds of that many passes of one batch: tokens through the vision side and through the language model."""
         compute = 2 * (n.vision * seen + n.language * read) / (card.tflops * 1e12)
         traffic = half * (n.vision * (seen > 0) + n.language * (read > 0)) / (card.gb_s * 1e9)
         unpack = 4.56 * n.quantisable / (card.gb_s * 1e9) if profile.quantize_4bit and read else 0
-        return number * (max(compute, traffic) + unpack)
+        return number * max(max(compute, traffic) + unpack, least)
 
     def write(rows: int, tokens: float, length: float) -> float:
         kept = cache_bytes(config.text_config, half, rows * length)
@@ -138,9 +143,10 @@ def hours(profile: Profile, todo: Work, card: Card) -> dict[str, float]:
     teacher = todo.images / b * (passes(1, b * tiles, b * length) + write(b, todo.described, length))
     teacher *= one.descriptions == "write"  # else they come with the data
     b = one.batch_size
-    student = one.epochs * todo.images / b * passes(2 + one.gradient_checkpointing, b * tiles, b * described)
+    student = one.epochs * todo.images / b * passes(2 + one.gradient_checkpointing, b * tiles, b * described,
+                                                               LEAST["train"])
     b = two.batch_size
-    tuned = two.epochs * todo.examples / b * passes(2 + two.gradient_checkpointing, 0, b * todo.prompt)
+    tuned = two.epochs * todo.examples / b * passes(2 + two.gradient_checkpointing, 0, b * todo.prompt, LEAST["train"])
     b = two.eval_batch_size
     answers = todo.test / b * (passes(1, 0, b * (todo.prompt + SCORED)) + write(b, 12, todo.prompt))
     encoded = todo.items / 64 * passes(1, 64 * tiles, 0)

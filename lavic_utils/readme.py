@@ -33,7 +33,7 @@ def speed() -> str:
     """What `make bench` measured, for each machine whose file is committed; then what `bench gpu` did, for each card's."""
     found = sorted((ROOT / "results" / "bench").glob("*.json"))
     cards = [path for path in found if path.stem.endswith("-gpu")]
-    blocks = [speed_block(path) for path in found if path not in cards] or ["not measured yet\n"]
+    blocks = [speed_block(path) for path in found if not path.stem.endswith(("-gpu", "-rehearsal"))] or ["not measured yet\n"]
     if cards:
         from lavic_utils.bench_gpu import gpu_block
 

@@ -187,11 +187,17 @@ def encode(model, names: Sequence, pixel_values: Tensor, sizes: Tensor, how=cls_
     return {name: t.float().cpu().clone() for name, t in zip(names, tokens, strict=True)}
 
 
+# Images encoded at once on a card: 64 take 9.4 GiB beside the weights, too much for a T4, and are no faster (measured on an H200).
+ON_CARD = 16
+
+
 def file_encoder(model, processor, how=cls_tokens) -> Callable[[Sequence[Path]], list[Tensor | None]]:
     """Image files -> visual tokens of each, None for one that cannot be decoded."""
     def encode_files(files: Sequence[Path]) -> list[Tensor | None]:
-        images = {path: image for path in files if (image := open_image(path)) is not None}
-        found = encode(model, list(images), *pixels(processor, list(images.values())), how) if images else {}
+        found = {}
+        for group in batched(files, ON_CARD if model.device.type == "cuda" else len(files)):
+            images = {path: image for path in group if (image := open_image(path)) is not None}
+            found |= encode(model, list(images), *pixels(processor, list(images.values())), how) if images else {}
         return [found.get(path) for path in files]
     return encode_files
 

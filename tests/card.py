@@ -3,9 +3,10 @@
     python tests/card.py rehearsal OUT.json     # both stages and answers of a stand-in checkpoint, by profile and precision
     python tests/card.py notebooks OUT.json     # the code cells of notebooks 00 to 02, mini profile
 
-The stand-in is a LLaVA-NeXT in the hub's own layout: the true model's tiles and pinpoints, tiny widths, random weights. The
-profiles are `paper` and `t4` as they are, but for the model's path and two epochs of stage 1. In float32, and without dropout, whose masks differ from one
-device to another, the card is held against the processor.
+The stand-in is a LLaVA-NeXT in the hub's own layout: the true model's tiles and pinpoints, tiny widths,
+random weights. The profiles are `paper` and `t4` as they are, but for the model's path and two epochs of
+stage 1. In float32, and without dropout, whose masks differ from one device to another, the card is held
+against the processor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("paper, half, card", "paper, float32, card", "paper, float32, processor", "t4, 4 bits, card")
+KINDS = (
+    "paper, half, card",
+    "paper, float32, card",
+    "paper, float32, processor",
+    "t4, 4 bits, card",
+)
 NEEDS_SBERT = "world.make_world("  # its weights (90 MB) may not be there
 
 
@@ -30,16 +36,28 @@ def stand_in(folder: Path) -> None:
     """A checkpoint of LLaVA-v1.6's form: 336-pixel tiles, its pinpoints, two narrow layers a side, the mini model's tokenizer."""
     import torch
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
 
     from lavic_utils import memory, minimodel
 
     tokenizer = minimodel.build_tokenizer()
     given = json.loads(next(iter(memory.CONFIGS.values())).read_text(encoding="utf-8"))
-    narrow = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    given["text_config"] |= narrow | {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
-                                      "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-                                      "initializer_range": 0.1}
+    narrow = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    given["text_config"] |= narrow | {
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.1,
+    }
     given["vision_config"] |= narrow
     given["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
     torch.manual_seed(0)
@@ -47,8 +65,11 @@ def stand_in(folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     side = given["vision_config"]["image_size"]
-    LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side},
-                               image_grid_pinpoints=given["image_grid_pinpoints"]).save_pretrained(folder)
+    LlavaNextImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=given["image_grid_pinpoints"],
+    ).save_pretrained(folder)
 
 
 def data_folder(folder: Path) -> None:
@@ -62,19 +83,43 @@ def data_folder(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     valid = []
     for i, asin in enumerate(ids):
-        kind, looks[asin] = rng.choice(list(w.KINDS["beauty"])), {n: rng.choice(v) for n, v in w.ATTRIBUTES.items()}
+        kind, looks[asin] = (
+            rng.choice(list(w.KINDS["beauty"])),
+            {n: rng.choice(v) for n, v in w.ATTRIBUTES.items()},
+        )
         title = w.title(rng.choice(w.BRANDS["beauty"]), rng.choice(w.FEATURES["beauty"]), kind)
         said = f"{looks[asin]['colour']} and {looks[asin]['pattern']}, {looks[asin]['shape']}."
-        image = draw_product(kind, *(looks[asin][n] for n in ("shape", "colour", "pattern", "accent")),
-                             [(500, 500), (500, 250), (300, 500)][i % 3], rng)
-        place, file, link = "valid_images" if i >= 24 else "train_images", f"{asin}_0.jpg", {"large": f"https://example.org/{i}.jpg"}
+        image = draw_product(
+            kind,
+            *(looks[asin][n] for n in ("shape", "colour", "pattern", "accent")),
+            [(500, 500), (500, 250), (300, 500)][i % 3],
+            rng,
+        )
+        place, file, link = (
+            "valid_images" if i >= 24 else "train_images",
+            f"{asin}_0.jpg",
+            {"large": f"https://example.org/{i}.jpg"},
+        )
         if i != 3:
             image.save(folder / place / file, "JPEG")
         if i >= 24:
-            valid.append({"title": title, "image_name": file, "image": link["large"], "image_description_llava_cleaned": said})
+            valid.append(
+                {
+                    "title": title,
+                    "image_name": file,
+                    "image": link["large"],
+                    "image_description_llava_cleaned": said,
+                }
+            )
         else:
-            catalogue[asin] = {"title": title, "categories": ["all_beauty", kind], "features": [], "description": [],
-                               "images": [link], "image_descriptions_llava_cleaned": {file: said}}
+            catalogue[asin] = {
+                "title": title,
+                "categories": ["all_beauty", kind],
+                "features": [],
+                "description": [],
+                "images": [link],
+                "image_descriptions_llava_cleaned": {file: said},
+            }
     (folder / "item2meta_train.json").write_text(json.dumps(catalogue))
     (folder / "item2meta_valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in valid))
     for split, count in (("train", 16), ("valid", 4), ("test", 12)):
@@ -82,10 +127,19 @@ def data_folder(folder: Path) -> None:
         for _ in range(count):
             ten = rng.sample(ids[:24], 10)
             wish = looks[ten[0]]
-            rows.append({"context": f"<submission>i want something {wish['colour']} and {wish['pattern']}</submission>\n",
-                         "context_items": [], "gt": "this one", "gt_items": [ten[0]],
-                         "candidates_st": rng.sample(ten, 10), "candidates_gpt_large": rng.sample(ten, 10)})
-        (folder / "all_beauty" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows.append(
+                {
+                    "context": f"<submission>i want something {wish['colour']} and {wish['pattern']}</submission>\n",
+                    "context_items": [],
+                    "gt": "this one",
+                    "gt_items": [ten[0]],
+                    "candidates_st": rng.sample(ten, 10),
+                    "candidates_gpt_large": rng.sample(ten, 10),
+                }
+            )
+        (folder / "all_beauty" / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
 
 # ---------------------------------------------------------------- one training and its answers
@@ -99,11 +153,19 @@ def rehearse(kind: str, place: Path) -> dict:
     os.environ["LAVIC_RESULTS"] = str(place / f"results {kind}")
     name, precision, device = kind.split(", ")
     profile = load_profile(name)
-    profile = profile.model_copy(update={"model": str(place / "model"), "revision": None,
-                                         "distillation": profile.distillation.model_copy(update={"epochs": 2})})
+    profile = profile.model_copy(
+        update={
+            "model": str(place / "model"),
+            "revision": None,
+            "distillation": profile.distillation.model_copy(update={"epochs": 2}),
+        }
+    )
     if precision == "float32":
         stages = {stage: getattr(profile, stage) for stage in ("distillation", "recommendation")}
-        dry = {stage: s.model_copy(update={"lora": s.lora.model_copy(update={"dropout": 0.0})}) for stage, s in stages.items()}
+        dry = {
+            stage: s.model_copy(update={"lora": s.lora.model_copy(update={"dropout": 0.0})})
+            for stage, s in stages.items()
+        }
         profile = profile.model_copy(update={"dtype": "float32", **dry})
     if device == "processor" or not torch.cuda.is_available():
         profile = profile.model_copy(update={"quantize_4bit": False})
@@ -116,11 +178,17 @@ def rehearse(kind: str, place: Path) -> dict:
     seconds["stage 2"] = time.monotonic() - start - seconds["stage 1"]
     rows = run.answers("LaViC", "beauty")
     seconds["answers"] = time.monotonic() - start - sum(seconds.values())
-    return {"kind": kind, "device": str(vision.device()), "dtype": str(vision.dtype(profile)).removeprefix("torch."),
-            "four_bits": profile.quantize_4bit, "seconds": {k: round(v, 1) for k, v in seconds.items()},
-            "stage 1": [[e["train_loss"], e["valid_loss"]] for e in history], "stage 2": [e["loss"] for e in log],
-            "answers": [[r["response"], r["scored"], r["constrained"]] for r in rows],
-            "log_likelihoods": [r["log_likelihoods"] for r in rows]}
+    return {
+        "kind": kind,
+        "device": str(vision.device()),
+        "dtype": str(vision.dtype(profile)).removeprefix("torch."),
+        "four_bits": profile.quantize_4bit,
+        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        "stage 1": [[e["train_loss"], e["valid_loss"]] for e in history],
+        "stage 2": [e["loss"] for e in log],
+        "answers": [[r["response"], r["scored"], r["constrained"]] for r in rows],
+        "log_likelihoods": [r["log_likelihoods"] for r in rows],
+    }
 
 
 def furthest(one, other) -> float:
@@ -133,11 +201,16 @@ def furthest(one, other) -> float:
 def compared(card: dict, processor: dict) -> dict:
     """Float32 on the card against float32 on the processor."""
     pairs = list(zip(card["answers"], processor["answers"], strict=True))
-    return {"stage 1 losses, largest difference": furthest(card["stage 1"], processor["stage 1"]),
-            "stage 2 losses, largest difference": furthest(card["stage 2"], processor["stage 2"]),
-            "log-likelihoods, largest difference": furthest(card["log_likelihoods"], processor["log_likelihoods"]),
-            "equal answers": sum(a[0] == b[0] for a, b in pairs), "equal choices by likelihood": sum(a[1] == b[1] for a, b in pairs),
-            "of": len(pairs)}
+    return {
+        "stage 1 losses, largest difference": furthest(card["stage 1"], processor["stage 1"]),
+        "stage 2 losses, largest difference": furthest(card["stage 2"], processor["stage 2"]),
+        "log-likelihoods, largest difference": furthest(
+            card["log_likelihoods"], processor["log_likelihoods"]
+        ),
+        "equal answers": sum(a[0] == b[0] for a, b in pairs),
+        "equal choices by likelihood": sum(a[1] == b[1] for a, b in pairs),
+        "of": len(pairs),
+    }
 
 
 def rehearsal(out: Path) -> dict:
@@ -145,24 +218,31 @@ def rehearsal(out: Path) -> dict:
     place = out.parent / "rehearsal"
     stand_in(place / "model")
     data_folder(place / "data")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    }
     found, at_work = {"provenance": about(), "kinds": {}}, {}
     for kind in KINDS:
         log = (place / f"{kind}.log").open("w")
-        at_work[kind] = subprocess.Popen([sys.executable, __file__, "one", str(place), kind], stdout=log, stderr=log, env=environment)
+        command = [sys.executable, __file__, "one", str(place), kind]
+        at_work[kind] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     while at_work:
         time.sleep(0.5)
         for kind in [k for k, process in at_work.items() if process.poll() is not None]:
             at_work.pop(kind)
             file = place / f"{kind}.json"
-            found["kinds"][kind] = json.loads(file.read_text()) if file.is_file() else {
-                "failed": (place / f"{kind}.log").read_text()[-3000:]}
+            found["kinds"][kind] = (
+                json.loads(file.read_text())
+                if file.is_file()
+                else {"failed": (place / f"{kind}.log").read_text()[-3000:]}
+            )
             both = [found["kinds"].get(k, {}) for k in KINDS[1:3]]
             if all("answers" in one for one in both):
                 found["float32, card against processor"] = compared(*both)
             out.write_text(json.dumps(found, indent=1) + "\n")
     return {kind: one.get("failed", one.get("seconds")) for kind, one in found["kinds"].items()} | {
-        k: v for k, v in found.items() if k.startswith("float32")}
+        k: v for k, v in found.items() if k.startswith("float32")
+    }
 
 
 # ---------------------------------------------------------------- notebooks
@@ -174,7 +254,13 @@ def notebooks(out: Path) -> dict:
     os.environ.setdefault("LAVIC_RESULTS", str(out.parent / "notebooks"))
     sbert, found = os.environ.get("LAVIC_NO_SBERT") != "1", {"provenance": about(), "notebooks": {}}
     for path in sorted((ROOT / "notebooks").glob("0[0-2]_*.ipynb")):
-        start, space, failed, skipped, done = time.monotonic(), {"__name__": "__main__", "display": lambda *_: None}, [], [], 0
+        start, space, failed, skipped, done = (
+            time.monotonic(),
+            {"__name__": "__main__", "display": lambda *_: None},
+            [],
+            [],
+            0,
+        )
         for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
             text = re.sub(r"^(\s*)[!%].*$", r"\1pass", "".join(cell["source"]), flags=re.M)
             if cell["cell_type"] != "code":
@@ -187,10 +273,17 @@ def notebooks(out: Path) -> dict:
                 done += 1
             except Exception:
                 failed.append({"cell": number, "error": traceback.format_exc()[-1500:]})
-            found["notebooks"][path.stem] = {"cells": done, "failed": failed, "skipped (SBERT's weights)": skipped,
-                                             "seconds": round(time.monotonic() - start, 1)}
+            found["notebooks"][path.stem] = {
+                "cells": done,
+                "failed": failed,
+                "skipped (SBERT's weights)": skipped,
+                "seconds": round(time.monotonic() - start, 1),
+            }
             out.write_text(json.dumps(found, indent=1) + "\n")
-    return {name: one | {"failed": [f["cell"] for f in one["failed"]]} for name, one in found["notebooks"].items()}
+    return {
+        name: one | {"failed": [f["cell"] for f in one["failed"]]}
+        for name, one in found["notebooks"].items()
+    }
 
 
 def about() -> dict:
@@ -203,8 +296,13 @@ def about() -> dict:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if card else None
-    return provenance(load_profile("paper"), 42, "none") | {"tier": "rehearsal", "card": card, "driver": driver,
-                                                            "torch": torch.__version__, "cuda": torch.version.cuda}
+    return provenance(load_profile("paper"), 42, "none") | {
+        "tier": "rehearsal",
+        "card": card,
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
 
 
 if __name__ == "__main__":
@@ -214,4 +312,9 @@ if __name__ == "__main__":
         result = rehearse(more[0], Path(where))
         (Path(where) / f"{more[0]}.json").write_text(json.dumps(result))
     else:
-        print(json.dumps({"rehearsal": rehearsal, "notebooks": notebooks}[what](Path(where).resolve()), indent=1))
+        print(
+            json.dumps(
+                {"rehearsal": rehearsal, "notebooks": notebooks}[what](Path(where).resolve()),
+                indent=1,
+            )
+        )

@@ -39,7 +39,8 @@ def dialogue(text: str) -> Dialogue:
 def adapted(model, target: str):
     """The model with an adapter whose A and B both have gradients: B is not zero."""
     torch.manual_seed(0)
-    tuned = get_peft_model(model, dist.lora_config(PROFILE.recommendation.lora, target)).eval()
+    stage = (dist.Student if target == dist.VISION_LINEAR else rec.Recommender)(model)
+    tuned = get_peft_model(stage, dist.lora_config(PROFILE.recommendation.lora, target)).eval()
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -59,8 +60,7 @@ def loss_and_gradients(tuned, batches: list[dict]) -> tuple[float, dict[str, tor
     tuned.zero_grad()
     total = 0.0
     for batch in batches:
-        visual = batch.get("visual") or vision.cls_tokens(tuned, batch["pixel_values"], batch["image_sizes"])
-        loss = dist.forward_loss(tuned, batch["input_ids"], batch["labels"], batch["attention_mask"], visual, 0)[0] / len(batches)
+        loss = tuned(**batch)["loss"] / len(batches)
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in tuned.named_parameters() if p.grad is not None}

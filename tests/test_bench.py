@@ -16,6 +16,7 @@ from PIL import Image
 from lavic_utils import bench, bench_model, data, direct, growth, vision
 from lavic_utils.__main__ import main
 from lavic_utils.config import PACKAGE, UserError
+from lavic_utils.distillation import Student
 from lavic_utils.runs import Run
 
 
@@ -67,7 +68,7 @@ def test_swapped_images_stop_the_bench(measured, monkeypatch):
 def test_a_swapped_image_changes_stage_1(measured):
     rows = [measured.rows[0], replace(measured.rows[0], path=measured.rows[1].path)]
     with torch.inference_mode():
-        ours = float(measured.stage1_loss(measured.model, measured.stage1_batch(rows[:1])))
+        ours = float(Student(measured.model)(**measured.stage1_batch(rows[:1]))["loss"])
         plain, swapped = (float(direct.description_loss(measured.run, measured.model, [row])) for row in rows)
     assert ours == pytest.approx(plain, abs=1e-5) and ours != pytest.approx(swapped, abs=1e-3)
 

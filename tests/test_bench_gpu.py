@@ -40,7 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tuned(model):
-    return training.add_adapter(model, SMALL.recommendation.lora, rec.LANGUAGE_LINEAR)
+    return training.add_adapter(rec.Recommender(model), SMALL.recommendation.lora, rec.LANGUAGE_LINEAR)
 
 
 def named(profile, config, name: str) -> bench_gpu.Case:
@@ -114,6 +114,7 @@ def test_cls_keeps_less_than_entire_tokens_and_checkpointing_less_than_none(tune
     bench_gpu.train(tuned, SMALL, named(SMALL, tuned.config, "stage 2, [CLS], mean prompt"), 2)
     moved = [name for name, p in tuned.named_parameters() if "lora_B" in name and p.any()]
     assert moved and all("language_model" in name for name in moved)  # the steps were real ones
+    assert "_is_accelerate_prepared" not in tuned.__dict__  # else the next case would train without autocast
 
 
 def test_a_batch_is_what_the_stage_reads(model):

@@ -46,14 +46,11 @@ def test_a_shortened_prompt_is_refused(run, example):
 
 
 def test_token_losses_add_up_to_the_training_loss(run, example):
-    import torch
-
-    from lavic_utils.distillation import forward_loss
+    from lavic_utils.recommendation import Recommender, collator
 
     model, prompter = run.model(), run.prompter(None)
     losses, row = lessons.token_losses(model, prompter, [example])[0], prompter.row(example)
-    ids = torch.tensor([row["input_ids"]])
-    loss, _ = forward_loss(model, ids, torch.tensor([row["labels"]]), torch.ones_like(ids), [], prompter.tokenizer.pad_token_id)
+    loss = Recommender(model)(**collator(prompter)([row]))["loss"]
     assert sum(losses) / len(losses) == pytest.approx(loss.item(), abs=1e-4)
     assert len(losses) == len(prompter.answer(example.target))
 

@@ -92,19 +92,6 @@ def test_adapters_are_merged_in_float32_only(model, processor):
     assert {p.dtype for n, p in low.named_parameters() if "lora_" in n} == {torch.float32}
 
 
-def test_adapters_take_the_weights_dtype_under_fsdp(processor, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    base = minimodel.build_model(processor).requires_grad_(False).to(torch.bfloat16)
-    low = training.add_adapter(base, LORA, rec.LANGUAGE_LINEAR)
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
-
-
-def test_four_bits_are_not_spread_over_cards(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="ddp.yaml"):
-        vision.load_model(load_profile("t4"))
-
-
 # ---------------------------------------------------------------- checkpointing
 def gradients(model, **checkpointing) -> tuple[dict, int]:
     """Gradients of one step, and the bytes that autograd kept for the way back."""
@@ -148,8 +135,8 @@ def student(processor, tmp_path, batch: int, accumulation: int):
         Image.linear_gradient("L").rotate(90 * i).resize((96, 96)).convert("RGB").save(tmp_path / f"{i}.png")
         rows.append(dist.Picture(str(i), "Velora jar", tmp_path / f"{i}.png", "red and plain" + ", round" * i))
     profile = profile.model_copy(update={"distillation": stage})
-    tuned = training.add_adapter(base, LORA, dist.VISION_LINEAR)
-    arguments = training.training_arguments(tmp_path / f"{batch}", stage, 0, save_strategy="no", logging_steps=1)
+    tuned = training.add_adapter(dist.Student(base), LORA, dist.VISION_LINEAR)
+    arguments = training.training_arguments(tmp_path / f"{batch}", stage, 0, torch.float32, save_strategy="no", logging_steps=1)
     return tuned, dict(model=tuned, processing_class=processor.tokenizer, train_dataset=rows, args=arguments,
                        data_collator=dist.StudentCollator(base, processor, profile, dist.Pictures(processor, True)))
 
@@ -161,12 +148,12 @@ def test_accumulated_batches_equal_one_batch(processor, tmp_path):
         trainer.train()
         first = trainer.state.log_history[0]
         return first["loss"], first["grad_norm"]
-    whole, parts = once(dist.StudentTrainer, 4, 1), once(dist.StudentTrainer, 1, 4)
+    whole, parts = once(training.StageTrainer, 4, 1), once(training.StageTrainer, 1, 4)
     assert parts == pytest.approx(whole, rel=1e-4)
 
-    class Left(dist.StudentTrainer):
-        loss_is_scaled_for_ga = None  # the Trainer's own guess: it adds the four batches up
-    assert once(Left, 1, 4)[1] == pytest.approx(4 * whole[1], rel=1e-3)
+    class Added(training.StageTrainer):
+        loss_is_scaled_for_ga = True  # control: the four batches are added up
+    assert once(Added, 1, 4)[1] == pytest.approx(4 * whole[1], rel=1e-3)
 
 
 def guard(skipped: bool):
@@ -194,7 +181,34 @@ def test_a_nan_loss_stops_a_real_run(processor, tmp_path):
         if "lora_A" in name:
             p.data.fill_(float("nan"))
     with pytest.raises(UserError, match="step 1: loss is nan"):
-        dist.StudentTrainer(**options).train()
+        training.StageTrainer(**options).train()
+
+
+@pytest.mark.parametrize(("name", "capability", "precision"), [
+    ("mini", (9, 0), (False, False)), ("mini", (7, 5), (False, False)), ("paper", (9, 0), (True, False)),
+    ("paper", (7, 5), (False, True)), ("paper", None, (False, False))])
+def test_float32_on_a_card_trains_without_autocast(monkeypatch, tmp_path, name, capability, precision):
+    """A faked card: `bf16` and `fp16` of the arguments follow the profile's dtype; the processor has neither."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(training, "TrainingArguments", lambda **options: SimpleNamespace(**options))
+    profile = load_profile(name)
+    found = training.training_arguments(tmp_path, profile.distillation, 0, vision.dtype(profile))
+    assert (found.bf16, found.fp16) == precision and found.use_cpu is (capability is None)
+
+
+def test_an_adapter_of_a_stage_is_saved_as_the_models_own(model, processor, tmp_path):
+    """Trained around a `Recommender`, opened by peft alone on a LLaVA-NeXT; the model given answers with it, too."""
+    plain = model(input_ids=IDS).logits
+    tuned = training.add_adapter(rec.Recommender(model), LORA, rec.LANGUAGE_LINEAR)
+    for name, p in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+    training.save_adapter(tuned, tmp_path)
+    opened = PeftModel.from_pretrained(minimodel.build_model(processor, seed=1).eval(), tmp_path)
+    expected = model.eval()(input_ids=IDS).logits
+    assert torch.equal(opened(input_ids=IDS).logits, expected) and not torch.allclose(expected, plain, atol=1e-3)
+    assert not any("llava" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
 # ---------------------------------------------------------------- the 7B profiles
