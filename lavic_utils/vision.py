@@ -187,7 +187,7 @@ def encode(model, names: Sequence, pixel_values: Tensor, sizes: Tensor, how=cls_
     return {name: t.float().cpu().clone() for name, t in zip(names, tokens, strict=True)}
 
 
-# Images encoded at once on a card: 64 take 9.4 GiB beside the weights, too much for a T4, and are no faster (measured on an H200).
+# Images encoded at once on a card: 64 take 9.4 GiB beside the weights, too much for a T4, and are no faster (H200).
 ON_CARD = 16
 
 
