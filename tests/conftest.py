@@ -23,6 +23,12 @@ recommendation: {learning_rate: 0.1, epochs: 1, batch_size: 1, max_length: 32, m
 """
 
 
+@pytest.fixture(autouse=True)
+def own_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes into the committed figures: `notebooks execute` sets this for its process."""
+    monkeypatch.setenv("LAVIC_COMMIT", "0")
+
+
 @pytest.fixture
 def tiny_profile(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
