@@ -170,15 +170,14 @@ def notebooks_check() -> None:
 
 
 @app.command()
-def world(profile: Profile = "mini") -> None:
-    """Make the rendered world of a profile."""
-    from lavic_utils.mini.world import make_world
-    from lavic_utils.provenance import world_dir
+def world(profile: Profile = "mini", seed: Seed = None) -> None:
+    """Make the rendered world of a profile and seed."""
+    from lavic_utils.experiment import Experiment
 
-    loaded = load_profile(profile)
-    if loaded.world is None:
-        raise UserError(f"profile {loaded.name!r} has no world section: it uses LAVIC_DATA")
-    print(make_world(world_dir(loaded), loaded.world))
+    run = Experiment(profile, seed)
+    if run.profile.world is None:
+        raise UserError(f"profile {run.profile.name!r} has no world section: it uses LAVIC_DATA")
+    print(run.prepare().root)
 
 
 @app.command("mini-model")

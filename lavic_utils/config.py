@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -56,6 +64,10 @@ class World(Section):
     missing_images: int = Field(6, ge=0)
     corrupt_images: int = Field(6, ge=0)
 
+    def of(self, seed: int) -> World:
+        """The world of a run's seed: other items, pictures and dialogues, of the same kind."""
+        return self.model_copy(update={"seed": self.seed + seed})
+
 
 class Lora(Section):
     r: int = Field(8, ge=1)
@@ -80,6 +92,11 @@ class Stage(Section):
     max_new_tokens: int = Field(ge=4)
     schedule: str = "constant"
     warmup_steps: int = 0
+
+    def steps(self, rows: int) -> int:
+        """Optimiser steps of a whole training on so many rows, in one process."""
+        batches = math.ceil(rows / self.batch_size)
+        return self.epochs * math.ceil(batches / self.gradient_accumulation)
 
     def deciding(self) -> dict[str, Any]:
         """The settings that can change a result."""
@@ -125,6 +142,23 @@ class Profile(Section):
     world: World | None = None
     distillation: Distillation
     recommendation: Recommendation
+    # method -> settings of its own in stage 2, instead of those in `recommendation`
+    arms: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _known(self) -> Profile:
+        for method in self.arms:
+            try:
+                self.arm(method)
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise ValueError(f"{method}, {first['loc'][0]}: {first['msg']}") from None
+        return self
+
+    def arm(self, method: str) -> Profile:
+        """The profile as one method's stage 2 has it."""
+        settings = self.recommendation.model_dump() | self.arms.get(method, {})
+        return self.model_copy(update={"recommendation": Recommendation(**settings)})
 
     @property
     def model_path(self) -> str:

@@ -278,7 +278,7 @@ def data_hash(root: Path | str) -> str:
     return digest.hexdigest()[:12]
 
 
-def profile_data_hash(profile: Profile) -> str:
-    """`data_hash` of the profile's data folder; 'none' while that folder does not exist."""
-    root = world_dir(profile) if profile.world else real_data_dir()
+def profile_data_hash(profile: Profile, seed: int) -> str:
+    """`data_hash` of the data of a profile's seed; 'none' while their folder does not exist."""
+    root = world_dir(profile, seed) if profile.world else real_data_dir()
     return data_hash(root) if root is not None and root.is_dir() else "none"

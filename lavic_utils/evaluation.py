@@ -1,11 +1,14 @@
 """Scoring: the id that an answer names, HR@1 over both denominators, VR, intervals, paired tests.
 
+Dialogues about one target item stand or fall together: intervals and tests draw whole items anew.
+
 An invalid or missing answer is a miss, in every denominator; a truth given twice counts once.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,8 +40,8 @@ def parse_answer(text: str, candidates: Sequence[str] = ()) -> str | None:
 
 @dataclass(frozen=True)
 class Score:
-    """HR@1 and VR of one run. `pairs`: distinct (conversation, ground-truth id); `ci95`: Wilson, of
-    the ratio over conversations; `valid` and `validity_ratio`: None for retrieval."""
+    """HR@1 and VR of one run. `pairs`: distinct (conversation, ground-truth id); `ci95` is of the
+    ratio over conversations; `valid` and `validity_ratio`: None for retrieval."""
 
     conversations: int
     pairs: int
@@ -70,17 +73,26 @@ def score(
     answers: Sequence[str | None],
     truths: Sequence[Sequence[str]],
     candidates: Sequence[Sequence[str]] | None = None,
+    targets: Sequence[str] | None = None,
 ) -> Score:
     """HR@1 and VR, the paper's two measures, of parsed answers, one a conversation. `candidates`
-    None (retrieval): VR is None. ValueError: lengths differ, nothing to score, or a conversation
-    without ground truth."""
+    None (retrieval): VR is None. `ci95`: Wilson's, or a bootstrap over the conversations' `targets`
+    (`clustered`). ValueError: lengths differ, nothing to score, or a conversation without ground
+    truth."""
     count, lists = len(answers), truths if candidates is None else candidates
     if not count or len(truths) != count or len(lists) != count:
         raise ValueError(f"{count} answers, {len(truths)} truths, {len(lists)} candidate lists")
     if not all(truths) or any(isinstance(one, str) for one in (*truths, *lists)):
         raise ValueError("a conversation without truth, or a string instead of a list of ids")
-    right = sum(hits(answers, truths))
-    valid = None
+    hit = hits(answers, truths)
+    right, valid = sum(hit), None
+    if targets is None:
+        interval = wilson(right, count)
+    elif 0 < right < count:
+        interval = clustered(hit, targets)
+    else:  # drawing anew tells nothing: as if each item were one trial
+        items = len(set(targets))
+        interval = wilson(items if right else 0, items)
     if candidates is not None:
         valid = sum(answer in ten for answer, ten in zip(answers, candidates, strict=True))
     pairs = sum(len(set(truth)) for truth in truths)
@@ -92,7 +104,7 @@ def score(
         hit_ratio_pairs=right / pairs,
         hit_ratio_conversations=right / count,
         validity_ratio=None if valid is None else valid / count,
-        ci95=wilson(right, count),
+        ci95=interval,
     )
 
 
@@ -102,21 +114,37 @@ def candidate_recall(dialogues: Sequence[Dialogue], which: str = "candidates_st"
     return sum(bool(set(d.gt_items) & set(getattr(d, which))) for d in dialogues) / len(dialogues)
 
 
-def paired_difference(
-    a_hits: Sequence[bool], b_hits: Sequence[bool], seed: int = 0
-) -> tuple[float, float, float]:
-    """HR@1 of a minus b on the same conversations in the same order: (mean, low, high), 95 %
-    bootstrap percentiles. ValueError unless the lists are equally long, and not empty.
+def clustered(
+    values: Sequence[float], targets: Sequence[Any], seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap percentiles (10,000 resamples) of the mean of `values`, one a conversation,
+    where all conversations about one target item are drawn together."""
+    sums, sizes = Counter(), Counter(targets)
+    for value, target in zip(values, targets, strict=True):
+        sums[target] += int(value)
+    kinds = Counter((sizes[target], sums[target]) for target in sizes)  # items alike count together
+    order = sorted(kinds, key=lambda kind: (kind[0], -abs(kind[1]), -kind[1]))
+    shares = [kinds[kind] / len(sizes) for kind in order]
+    draws = np.random.default_rng(seed).multinomial(len(sizes), shares, size=10_000)
+    size, total = np.array(order).T
+    low, high = np.percentile((draws @ total) / (draws @ size), (2.5, 97.5))
+    return float(low), float(high)
 
-    10,000 resamples; differences are -1, 0 or 1, so their counts are multinomial (exact)."""
+
+def paired_difference(
+    a_hits: Sequence[bool],
+    b_hits: Sequence[bool],
+    seed: int = 0,
+    targets: Sequence[Any] | None = None,
+) -> tuple[float, float, float]:
+    """HR@1 of a minus b on the same conversations in the same order: (mean, low, high), the 95 %
+    interval `clustered` by the conversations' `targets` (None: each its own). ValueError unless the
+    lists are equally long, and not empty."""
     a, b = np.asarray(a_hits), np.asarray(b_hits)
     if a.shape != b.shape or not a.size or not np.isin([a, b], (0, 1)).all():
         raise ValueError("two equally long, not empty lists of True and False are expected")
     difference = a.astype(int) - b.astype(int)
-    shares = [float((difference == value).mean()) for value in (1, -1, 0)]
-    draws = np.random.default_rng(seed).multinomial(a.size, shares, size=10_000)
-    low, high = np.percentile((draws[:, 0] - draws[:, 1]) / a.size, (2.5, 97.5))
-    return float(difference.mean()), float(low), float(high)
+    return float(difference.mean()), *clustered(difference, targets or range(a.size), seed)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -125,14 +153,32 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
+def sign_flip(differences: Sequence[int], targets: Sequence[Any]) -> float:
+    """Two-sided p of two methods being equally good: the differences of hits are summed by target
+    item, and each item's sum is as likely to have the other sign (exact). Where every conversation
+    has a target of its own it is McNemar's exact test."""
+    sums = Counter()
+    for difference, target in zip(differences, targets, strict=True):
+        sums[target] += int(difference)
+    sizes = [abs(total) for total in sums.values() if total]
+    reach = sum(sizes)
+    chance = np.zeros(2 * reach + 1)  # of each total from -reach to reach
+    chance[reach] = 1.0
+    for size in sizes:
+        chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2
+    far = np.abs(np.arange(-reach, reach + 1)) >= abs(sums.total())
+    return min(1.0, float(chance[far].sum()))
+
+
 def summary_by_seed(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """One line a method and domain from rows of `Score.row`: seeds, mean, min and max of HR@1 over
-    conversations, mean of HR@1 over pairs and of VR, pooled conversations and hits, and two 95 %
-    Wilson intervals of HR@1. ValueError: no rows, or a method, domain and seed twice.
+    conversations, the mean's 95 % interval (`low`, `high`), means of `hit_ratio_scored` (where rows
+    have it), of HR@1 over pairs and of VR, and the conversations of one seed. ValueError: no rows,
+    or a method, domain and seed twice.
 
-    `pooled_low/high` takes every (seed, dialogue) for an independent trial, which is too narrow:
-    seeds answer the same dialogues. `low/high`, of the mean ratio over one seed's dialogues, is the
-    safe one: right if seeds always agree, else too wide. For good and bad runs see min and max.
+    Where each seed has a `world` of its own the seeds' errors are independent and the arms of
+    `ci95` are added in squares; where seeds answer the same dialogues the mean is no surer than
+    one of them, and the arms' mean is taken.
     """
     table = pd.DataFrame([dict(row) for row in rows])
     if table.empty or table.duplicated(["method", "domain", "seed"]).any():
@@ -140,14 +186,13 @@ def summary_by_seed(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     lines = []
     for (method, domain), part in table.groupby(["method", "domain"], sort=False):
         ratio = part["hit_ratio_conversations"]
-        total, right = int(part["conversations"].sum()), int(part["hits"].sum())
-        dialogues = int(part["conversations"].min())  # of one seed
-        low, high = wilson(round(right / total * dialogues), dialogues)
-        pooled_low, pooled_high = wilson(right, total)
-        pairs, valid = part["hit_ratio_pairs"], pd.to_numeric(part["validity_ratio"])
+        arms = np.abs(np.array(part["ci95"].tolist()) - ratio.to_numpy()[:, None])  # (seeds, 2)
+        apart = "world" in part and part["world"].nunique() == len(part)
+        down, up = np.linalg.norm(arms, axis=0) / len(part) if apart else arms.mean(0)
         line = {"method": method, "domain": domain, "seeds": len(part)}
         line |= {"mean": ratio.mean(), "min": ratio.min(), "max": ratio.max()}
-        line |= {"hit_ratio_pairs": pairs.mean(), "validity_ratio": valid.mean()}
-        line |= {"pooled_conversations": total, "pooled_hits": right, "low": low, "high": high}
-        lines.append(line | {"pooled_low": pooled_low, "pooled_high": pooled_high})
+        line |= {"low": ratio.mean() - down, "high": ratio.mean() + up}
+        for name in ("hit_ratio_scored", "hit_ratio_pairs", "validity_ratio"):
+            line[name] = pd.to_numeric(part[name]).mean() if name in part else np.nan
+        lines.append(line | {"conversations": int(part["conversations"].min())})
     return pd.DataFrame(lines)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lavic_utils import data, distillation, methods, recommendation, store, training, vision
 from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
-from lavic_utils.evaluation import Score, score
+from lavic_utils.evaluation import Score, hits, score
 from lavic_utils.provenance import (
     code_of,
     file_hash,
@@ -85,6 +85,8 @@ class Experiment:
     ) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
         self.seed = self.profile.seed if seed is None else seed
+        for method in self.profile.arms:
+            methods.find(method)  # says which there are
         self.data_folder, self.api, self.force = data_folder, api, force
         self.lists = methods.find(lists) if lists else None
         if self.lists and self.lists.chooses:
@@ -102,14 +104,19 @@ class Experiment:
         if self.profile.world and not self.data_folder:
             from lavic_utils.mini.world import make_world
 
-            place = world_dir(self.profile)
+            place = world_dir(self.profile, self.seed)
             place.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(place.parent / f".{place.name}.lock"):  # one process makes it
-                make_world(place, self.profile.world)
+                make_world(place, self.profile.world.of(self.seed))
         if torch.cuda.is_available() and self.processes > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.manual_seed(self.seed)
         return self
+
+    def of_seed(self, seed: int) -> Experiment:
+        """The same with another seed."""
+        lists = self.lists and self.lists.name
+        return Experiment(self.profile, seed, self.data_folder, self.api, lists)
 
     # ------------------------------------------------------------ what is read
     @cached_property
@@ -122,7 +129,7 @@ class Experiment:
                 return found
             name = self.profile.name
             raise UserError(f"profile {name} needs the published data: set LAVIC_DATA to it")
-        place = world_dir(self.profile)
+        place = world_dir(self.profile, self.seed)
         if not place.is_dir():
             todo = "call prepare(), or run `python -m lavic_utils world`"
             raise UserError(f"{place}: the mini world is not there; {todo}")
@@ -141,6 +148,11 @@ class Experiment:
         """Where results of this seed go."""
         return self.place / f"seed{self.seed}"
 
+    @property
+    def of_data(self) -> Path:
+        """Where results that depend on the data alone go: each seed has a mini world of its own."""
+        return self.folder if self.profile.world and not self.data_folder else self.place
+
     @cached_property
     def data_hash(self) -> str:
         return data.data_hash(self.root)
@@ -152,6 +164,12 @@ class Experiment:
     @cached_property
     def titles(self) -> dict[str, str]:
         return {asin: item.title for asin, item in self.catalogue.items()}
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """Item -> its kind of product, the last of its categories ("" where it has none)."""
+        found = self.catalogue.values()
+        return {item.asin: item.categories[-1] if item.categories else "" for item in found}
 
     @cached_property
     def facts(self) -> dict:
@@ -237,7 +255,10 @@ class Experiment:
     # ------------------------------------------------------------ keeping results
     def stamp(self) -> dict:
         processes = {"processes": self.processes} if self.processes > 1 else {}
-        return {**provenance(self.profile, self.seed, self.data_hash), **processes}
+        about = provenance(self.profile, self.seed, self.data_hash)
+        if self.data_folder:
+            about["world"] = None
+        return {**about, **processes}
 
     def stage(
         self,
@@ -276,7 +297,7 @@ class Experiment:
     def scan(self, paths: Iterable[Path]) -> dict[Path, str | None]:
         """sha256 of image files, None for one that is missing or cannot be decoded. Kept in
         `images.json`: a file is looked at again only where its size or time has changed."""
-        file, known, found, looked = self.place / "images.json", self._scanned, {}, False
+        file, known, found, looked = self.of_data / "images.json", self._scanned, {}, False
         if not known and file.is_file():
             known.update(json.loads(file.read_text(encoding="utf-8")))
         for path in paths:
@@ -347,7 +368,7 @@ class Experiment:
             "max_new_tokens": settings.max_new_tokens,
             "pictures": [self.contents(self.pictures(split)) for split in splits],
         }
-        return self.stage("teacher", self.place / "teacher", "distillation", reads, make)
+        return self.stage("teacher", self.of_data / "teacher", "distillation", reads, make)
 
     @once
     def taught(self, split: str) -> list[distillation.Picture]:
@@ -451,13 +472,16 @@ class Experiment:
 
     # ------------------------------------------------------------ stage 2 and inference
     def prompter(
-        self, visual: Mapping[str, Tensor] | None, window: int | None = None
+        self,
+        visual: Mapping[str, Tensor] | None,
+        window: int | None = None,
+        profile: Profile | None = None,
     ) -> recommendation.Prompter:
-        about = self.processor.tokenizer, self.profile, self.titles
+        about = self.processor.tokenizer, profile or self.profile, self.titles
         return recommendation.Prompter(*about, visual, window)
 
-    def asked(self, dialogues: Sequence[data.Dialogue]) -> dict:
-        """What of dialogues, their candidates and the profile decides what a model is asked."""
+    def asked(self, dialogues: Sequence[data.Dialogue], method: str) -> dict:
+        """What of dialogues, their candidates and a method's settings decides what it is asked."""
         which, rows = self.profile.candidates, []
         for d in dialogues:
             names = getattr(d, which)
@@ -465,7 +489,7 @@ class Experiment:
         return {
             "dialogues": key(rows=rows),
             "prompts": self.profile.prompts.model_dump(),
-            "settings": self.profile.recommendation.deciding(),
+            "settings": self.profile.arm(method).recommendation.deciding(),
         }
 
     @once
@@ -474,23 +498,22 @@ class Experiment:
         prompts that were too long lost (`cut`), and the items without a readable image (`images`);
         the adapter stays in `seed<seed>/stage2/<method>/<domain>/adapter`."""
         variant, folder = methods.find(method), self.tuned_folder(method, domain)
+        profile = self.profile.arm(variant.name)
         dialogues = self.dialogues(domain, "train")
         examples = recommendation.training_examples(dialogues, self.profile.candidates, self.seed)
-        examples = examples[: round(len(examples) * variant.examples)]
 
         def make() -> dict:
             visual, model = variant.visual(self, "train"), self.model()
-            prompter = self.prompter(visual)
-            log = recommendation.fine_tune(
-                self.profile, model, prompter, examples, folder, self.seed
-            )
+            prompter = self.prompter(visual, profile=profile)
+            log = recommendation.fine_tune(profile, model, prompter, examples, folder, self.seed)
             images = visual.counted if isinstance(visual, store.Store) else None
-            about = {"examples": len(examples), "cut": prompter.cut, "images": images}
-            return {"log": log, **about}
+            steps = profile.recommendation.steps(len(examples))
+            about = {"examples": len(examples), "steps": steps, "cut": prompter.cut}
+            return {"log": log, **about, "images": images}
 
         reads = {
             "base": self.base(),
-            "asked": self.asked(dialogues),
+            "asked": self.asked(dialogues, variant.name),
             "seed": self.seed,
             "examples": key(rows=[[e.dialogue.line, e.candidates, e.target] for e in examples]),
             "visual": self.visual_reads(variant.tokens, "train"),
@@ -519,8 +542,8 @@ class Experiment:
     ) -> dict:
         """A method's answers to a split, kept: `rows`, one record a dialogue (the fields of
         `recommendation.Answer`, and its `line`), and `cost`. `control` changes the visual tokens at
-        inference (a negative control, called `name`); with it, or in another `order` of the
-        candidates, only free generation is read. `limit`: the first so many dialogues, not kept
+        inference (a negative control, called `name`). In another `order` of the candidates only
+        free generation is read. `limit`: the first so many dialogues, not kept
         (and of several processes known to the first alone)."""
         chosen = methods.find(method)
         part = f"{domain}_{split}" + (f"_order{order}" if order else "")
@@ -531,7 +554,7 @@ class Experiment:
             chosen.prepare(self, domain, split)
             if self.rank:
                 return {}
-            start, scored = time.monotonic(), control is None and not order
+            start, scored = time.monotonic(), not order
             found = chosen.answer(self, domain, split, dialogues, control, scored)
             pairs = zip(dialogues, found, strict=True)
             rows = [{"line": dialogue.line, **asdict(answer)} for dialogue, answer in pairs]
@@ -539,14 +562,32 @@ class Experiment:
 
         if limit is not None:
             return make()
-        reads = {"method": chosen.reads(self, domain, split), "asked": self.asked(dialogues)}
-        reads["control"] = name
+        reads = {"method": chosen.reads(self, domain, split), "control": name}
+        reads["asked"] = self.asked(dialogues, chosen.name)
         return self.stage("answers", folder, "methods", reads, make, together=True)
 
     @once
     def answers(self, method: str, domain: str, split: str = "test", **how) -> list[dict]:
         """The `rows` of `answered`."""
         return self.answered(method, domain, split, **how)["rows"]
+
+    def targets(self, domain: str, split: str = "test") -> list[str]:
+        """The target item of each dialogue, with the seed of a world of its own: what an interval
+        or a test draws whole."""
+        own = f"{self.seed}/" if self.of_data == self.folder else ""
+        return [own + d.gt_items[0] for d in self.dialogues(domain, split)]
+
+    def hits(
+        self,
+        method: str,
+        domain: str,
+        reading: str = "recommended",
+        rows: list[dict] | None = None,
+    ) -> list[bool]:
+        """Whether each test dialogue's answer, read so, is one of its ground-truth items."""
+        rows = self.answers(method, domain) if rows is None else rows
+        wanted = [d.gt_items for d in self.dialogues(domain, "test")]
+        return hits([row[reading] for row in rows], wanted)
 
     def score(
         self,
@@ -558,12 +599,14 @@ class Experiment:
         split: str = "test",
     ) -> Score:
         """HR@1 and VR of a method's answers; `reading` is "recommended" (generated), "constrained"
-        or "scored"; `keep(i)` chooses dialogues."""
+        or "scored"; `keep(i)` chooses dialogues; `ci95` is over target items."""
         rows = self.answers(method, domain, split) if rows is None else rows
-        pairs = list(zip(rows, self.dialogues(domain, split), strict=True))
-        kept = [pair for i, pair in enumerate(pairs) if keep(i)]
-        lists = [row["candidates"] for row, _ in kept] if methods.find(method).chooses else None
-        return score([row[reading] for row, _ in kept], [d.gt_items for _, d in kept], lists)
+        dialogues, targets = self.dialogues(domain, split), self.targets(domain, split)
+        triples = list(zip(rows, dialogues, targets, strict=True))
+        kept = [triple for i, triple in enumerate(triples) if keep(i)]
+        lists = [row["candidates"] for row, *_ in kept] if methods.find(method).chooses else None
+        named, truths = [row[reading] for row, *_ in kept], [d.gt_items for _, d, _ in kept]
+        return score(named, truths, lists, [target for *_, target in kept])
 
 
 # ------------------------------------------------------------ keeping results: the files
@@ -620,11 +663,17 @@ def cost(answers: Sequence[recommendation.Answer], seconds: float) -> dict[str, 
 
 
 # ------------------------------------------------------------ negative controls
-def shuffled(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every item shows another item's image (a fixed rotation of the sorted ids)."""
-    names = sorted(visual)
-    turned = names[len(names) // 2 :] + names[: len(names) // 2]
-    return {a: visual[b] for a, b in zip(names, turned, strict=True)}
+def shuffled(visual: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, Tensor]:
+    """Every item shows the image of another of its kind (item -> kind of product), by a fixed
+    rotation of the sorted ids; one alone of its kind shows its own."""
+    groups: dict[str, list[str]] = {}
+    for asin in sorted(visual):
+        groups.setdefault(kinds[asin], []).append(asin)
+    found = {}
+    for names in groups.values():
+        turned = names[len(names) // 2 :] + names[: len(names) // 2]
+        found |= {a: visual[b] for a, b in zip(names, turned, strict=True)}
+    return found
 
 
 def zeroed(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:

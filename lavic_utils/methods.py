@@ -246,11 +246,11 @@ class Requests(Sequence):
 @dataclass(frozen=True)
 class Trained(Method):
     """LaViC and its ablations: `tokens` its prompts carry ("distilled" or "base" [CLS], "full", or
-    None), the share of the training `examples` it sees, and how many [CLS] of an image it keeps
-    (`tiles`; None: one a tile)."""
+    None), whether stage 2 has `tuned` it, and how many [CLS] of an image it keeps (`tiles`; None:
+    one a tile). All are trained alike: the same examples, epochs and steps."""
 
     tokens: str | None = "distilled"
-    examples: float = 1.0
+    tuned: bool = True
     tiles: int | None = None
 
     def needs(self, run):
@@ -261,8 +261,10 @@ class Trained(Method):
         run.need_training_data()
 
     def reads(self, run, domain, split):
-        run.tune(self.name, domain)
-        adapter = folder_hash(run.tuned_folder(self.name, domain) / "adapter")
+        adapter = None
+        if self.tuned:
+            run.tune(self.name, domain)
+            adapter = folder_hash(run.tuned_folder(self.name, domain) / "adapter")
         return [run.base(), adapter, self.tiles, run.visual_reads(self.tokens, split)]
 
     def visual(self, run: Experiment, split: str) -> Mapping[str, Tensor] | None:
@@ -273,14 +275,17 @@ class Trained(Method):
         return {asin: tokens[: self.tiles] for asin, tokens in visual.items()}
 
     def prepare(self, run, domain, split):
-        run.tune(self.name, domain)
+        if self.tuned:
+            run.tune(self.name, domain)
         self.visual(run, split)
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
         visual = self.visual(run, split)
-        prompter = run.prompter(control(visual) if control else visual)
-        tuned, which = run.tuned(self.name, domain), run.profile.candidates
-        return recommendation.generate_answers(tuned, prompter, dialogues, which, scored)
+        shown, profile = control(visual) if control else visual, run.profile.arm(self.name)
+        prompter = run.prompter(shown, profile=profile)
+        model = run.tuned(self.name, domain) if self.tuned else run.model()
+        which = run.profile.candidates
+        return recommendation.generate_answers(model, prompter, dialogues, which, scored)
 
 
 VICUNA = (  # the form Vicuna v1.5 was trained with
@@ -312,18 +317,15 @@ METHODS = _registry(
     Proprietary("GPT-4o (title)", TITLE, "proprietary"),
     Proprietary("GPT-4o-mini (title+image)", BOTH, "proprietary"),
     Proprietary("GPT-4o (title+image)", BOTH, "proprietary"),
-    Trained("Entire tokens (5x577)", BOTH, "ablation", tokens="full", examples=0.15),
+    Trained("Entire tokens (5x577)", BOTH, "ablation", tokens="full"),
     Trained("LaViC w/o images", TITLE, "ablation", tokens=None),
     Trained("LaViC w/o self-distillation", BOTH, "ablation", tokens="base"),
     Trained("LaViC", BOTH, "proposed"),
 )
-# Beyond the paper (notebook 05, `reproduce --extended`): one [CLS] an image, and fewer dialogues.
-EXTENDED = _registry(
-    Trained("LaViC, one [CLS]", BOTH, "extended", tiles=1),
-    Trained("LaViC, 10% of the examples", BOTH, "extended", examples=0.1),
-    Trained("LaViC, 25% of the examples", BOTH, "extended", examples=0.25),
-    Trained("LaViC, 50% of the examples", BOTH, "extended", examples=0.5),
-)
+# What the paper does not print: the same student and prompts without stage 2.
+BEFORE = Trained("LaViC before stage 2", BOTH, "ablation", tuned=False)
+# Beyond the paper (notebook 05, `reproduce --extended`).
+EXTENDED = _registry(Trained("LaViC, one [CLS]", BOTH, "extended", tiles=1))
 
 
 def slug(method: str) -> str:
@@ -333,7 +335,7 @@ def slug(method: str) -> str:
 
 def find(name: str) -> Method:
     """The method of this name, in any case, or of this slug. UserError names those there are."""
-    for known, method in {**METHODS, **EXTENDED}.items():
+    for known, method in {**METHODS, BEFORE.name: BEFORE, **EXTENDED}.items():
         if name == known or slug(name) == slug(known):
             return method
     raise UserError(f"no method {name!r}; there are: {', '.join(METHODS)}")

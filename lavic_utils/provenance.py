@@ -72,9 +72,10 @@ def tree_hash(folder: Path | None) -> str:
     return key(files=files)
 
 
-def world_dir(profile: Profile) -> Path:
-    """Folder of the profile's rendered world: data/<profile>/, or under LAVIC_WORLD."""
-    return Path(os.environ.get("LAVIC_WORLD", ROOT / "data")) / profile.name
+def world_dir(profile: Profile, seed: int) -> Path:
+    """Folder of a seed's rendered world: data/<profile>/seed<seed>/, or under LAVIC_WORLD."""
+    place = Path(os.environ.get("LAVIC_WORLD", ROOT / "data"))
+    return place / profile.name / f"seed{seed}"
 
 
 # ------------------------------------------------------------ hashes of code
@@ -164,18 +165,22 @@ def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
     """What every file under results/ carries. No host name, no user name, no path.
 
     `code_hash` is of the whole package; `numbers_hash` of the settings and of the code that makes,
-    scores and ranks answers: rows of two different ones never stand in one metrics.json.
+    scores and ranks answers (and the mini world, where there is one): rows of two different ones
+    never stand in one metrics.json. `world`: the seed of the mini world, None for other data.
     """
     import psutil
 
     settings, memory = profile.model_dump(mode="json"), psutil.virtual_memory().total
+    code = code_of("report") | code_of("experiment")
+    code |= code_of("mini.world") if profile.world else {}
     return {
         "profile": profile.name,
         "seed": seed,
         "tier": profile.tier,
         "code_hash": code_hash(),
-        "numbers_hash": key(code=code_of("report") | code_of("experiment"), settings=settings),
+        "numbers_hash": key(code=code, settings=settings),
         "data_hash": data_hash,
+        "world": profile.world.of(seed).seed if profile.world else None,
         "versions": versions(),
         "python": platform.python_version(),
         "machine": {

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chisquare
 
-from lavic_utils.evaluation import mcnemar
+from lavic_utils.evaluation import paired_difference, sign_flip
 
 Rows = Sequence[Mapping[str, Any]]
 Truths = Sequence[Sequence[str]]
@@ -102,17 +102,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def paired_tests(
-    mine: Mapping[str, list[bool]], others: Mapping[tuple[str, str], list[bool]]
+    mine: Mapping[str, list[bool]],
+    others: Mapping[tuple[str, str], list[bool]],
+    targets: Mapping[str, Sequence[str]],
 ) -> pd.DataFrame:
-    """McNemar's exact test of one method (hits by domain) against others (by (method, domain)) on
-    the same conversations, with Holm's correction over all of them: only mine, only other,
-    difference, p, p (Holm)."""
+    """One method (hits by domain) against others (by (method, domain)) on the same conversations,
+    whose `targets` (by domain) are drawn or flipped whole: n, items, only mine, only other,
+    difference, its 95 % interval, p of `evaluation.sign_flip`, and p (Holm) over all rows."""
     rows = []
     for (method, domain), theirs in others.items():
-        a, b = np.array(mine[domain], bool), np.array(theirs, bool)
-        row = {"domain": domain, "against": method, "n": len(b)}
+        a, b, items = np.array(mine[domain], bool), np.array(theirs, bool), targets[domain]
+        row = {"domain": domain, "against": method, "n": len(b), "items": len(set(items))}
         row |= {"only mine": int((a & ~b).sum()), "only other": int((b & ~a).sum())}
-        row["difference"] = (row["only mine"] - row["only other"]) / len(b)
-        rows.append(row | {"p": mcnemar(row["only mine"], row["only other"])})
+        found = paired_difference(a, b, targets=items)
+        row |= dict(zip(("difference", "low", "high"), found, strict=True))
+        rows.append(row | {"p": sign_flip(a.astype(int) - b.astype(int), items)})
     table = pd.DataFrame(rows)
     return table.assign(**{"p (Holm)": holm(table["p"])}).set_index(["domain", "against"])

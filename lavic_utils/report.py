@@ -18,13 +18,14 @@ from lavic_utils.data import dialogue_file
 from lavic_utils.evaluation import Score, summary_by_seed
 from lavic_utils.methods import Trained, find, slug
 from lavic_utils.provenance import write_json, write_text
-from lavic_utils.ranking import ranking_scores
+from lavic_utils.ranking import paired_tests, ranking_scores
 
 if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment
 
 NOT_RUN = "not run here"
-ROW_FIELDS = ("method", "domain", "seed", *(field.name for field in fields(Score)))
+SCORED = ("hit_ratio_constrained", "hit_ratio_scored", "mrr", "ndcg@10")  # None: no likelihoods
+ROW_FIELDS = ("method", "domain", "seed", "world", *(f.name for f in fields(Score)), *SCORED)
 
 
 # ------------------------------------------------------------ published
@@ -74,7 +75,11 @@ def read_extended(run: Experiment) -> dict | None:
 
 
 def _same_state(one: Mapping, other: Mapping) -> bool:
-    return all(one.get(name) == other[name] for name in ("numbers_hash", "data_hash"))
+    """Whether rows of two runs may stand together. Each seed has a mini world of its own, which
+    `numbers_hash` knows by its code and settings; other data must be the same."""
+    drawn = [about.get("world") is not None for about in (one, other)]
+    names = ("numbers_hash",) if all(drawn) else ("numbers_hash", "data_hash")
+    return drawn[0] == drawn[1] and all(one.get(name) == other[name] for name in names)
 
 
 def record(
@@ -84,17 +89,20 @@ def record(
     path: Path | None = None,
 ) -> pd.DataFrame:
     """Score methods on test and put their rows into `results/<profile>/metrics.json` (or `path`):
-    beside the required fields the readings "constrained" and "scored", MRR and NDCG@10, and how
-    many prompts were refused as too long for the context."""
-    rows = []
+    ROW_FIELDS, how many prompts were `refused` as too long for the context, the pictures of a
+    prompt that did not fit it (`dropped_images`, a mean), and what a trained method was given."""
+    rows, about = [], run.stamp()
     for method in chosen:
         for domain in domains:
-            answers = run.answers(method, domain)
+            answers, variant = run.answers(method, domain), find(method)
             row = run.score(method, domain).row(method, domain, run.seed)
-            if isinstance(find(method), Trained):
-                row["examples"] = run.tune(method, domain)["examples"]
+            row |= {"world": about["world"], **dict.fromkeys(SCORED)}
             row["refused"] = refused(answers)
-            if any(a["log_likelihoods"] for a in answers):
+            row["dropped_images"] = sum(a["dropped_images"] for a in answers) / len(answers)
+            if isinstance(variant, Trained):
+                given = run.tune(method, domain) if variant.tuned else {"examples": 0, "steps": 0}
+                row |= {name: given[name] for name in ("examples", "steps")}
+            if all(a["log_likelihoods"] for a in answers if not a["refused"]):
                 for reading in ("constrained", "scored"):
                     found = run.score(method, domain, reading)
                     row[f"hit_ratio_{reading}"] = found.hit_ratio_conversations
@@ -102,8 +110,33 @@ def record(
                 ranked = ranking_scores(answers, truths)
                 row |= {"mrr": ranked["MRR"], "ndcg@10": ranked["NDCG@10"]}
             rows.append(row)
-    upsert_metrics(path or metrics_path(run), rows, run.stamp())
+    upsert_metrics(path or metrics_path(run), rows, about)
     return pd.DataFrame(rows)
+
+
+def runs(run: Experiment, methods: Sequence[str]) -> list[Experiment]:
+    """This run and those of the other seeds here whose rows of these methods stand in metrics.json:
+    what tests take together."""
+    wanted = {(method, domain) for method in methods for domain in DOMAINS}
+    found: dict[int, set] = {}
+    for row in read_metrics(metrics_path(run))["rows"]:
+        found.setdefault(row["seed"], set()).add((row["method"], row["domain"]))
+    others = [run.of_seed(seed) for seed in found if seed != run.seed and wanted <= found[seed]]
+    return [run, *(other for other in others if other.folder.is_dir())]
+
+
+def paired(
+    runs: Sequence[Experiment], others: Sequence[str], reading: str = "recommended"
+) -> pd.DataFrame:
+    """`ranking.paired_tests` of LaViC against others over the test dialogues of all `runs`."""
+
+    def hits(method: str, domain: str) -> list[bool]:
+        return [hit for run in runs for hit in run.hits(method, domain, reading)]
+
+    mine = {domain: hits("LaViC", domain) for domain in DOMAINS}
+    theirs = {(other, domain): hits(other, domain) for other in others for domain in DOMAINS}
+    targets = {d: [target for run in runs for target in run.targets(d)] for d in DOMAINS}
+    return paired_tests(mine, theirs, targets)
 
 
 def refused(answers: Iterable[Mapping]) -> int:
@@ -135,8 +168,9 @@ def upsert_metrics(
 # ------------------------------------------------------------ tables
 def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
     """The paper's table beside ours: published HR@1 and VR, measured HR@1 over conversations (mean
-    over seeds) with a 95 % interval over dialogues, and VR. A method that was not run says so."""
-    tier, ours, lines = metrics["provenance"]["tier"], {}, {}
+    over seeds) with its 95 % interval, VR, and HR@1 by likelihood. A method that was not run says
+    so; † marks one that `footnote` explains."""
+    tier, ours, lines, marked = metrics["provenance"]["tier"], {}, {}, losses(metrics)
     if metrics["rows"]:
         summary = summary_by_seed(metrics["rows"]).set_index(["method", "domain"])
         ours = summary.to_dict("index")
@@ -147,7 +181,8 @@ def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
             for domain, value in row["results"].items():
                 place = row["method"], domain
                 line[domain, "published"] = _published_cell(value)
-                line[domain, tier] = _measured_cell(ours.get(place), unasked.get(place, 0))
+                cell = _measured_cell(ours.get(place), unasked.get(place, 0))
+                line[domain, tier] = cell + (" †" if cell != NOT_RUN and place[0] in marked else "")
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("HR@1 / VR")
 
 
@@ -162,7 +197,30 @@ def _measured_cell(found: Mapping | None, unasked: int) -> str:
     text = f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
     if not pd.isna(found["validity_ratio"]):
         text += f" / {found['validity_ratio']:.3f}"
+    if not pd.isna(found["hit_ratio_scored"]):
+        text += f" / {found['hit_ratio_scored']:.3f}"
     return text + (f" ({unasked} refused)" if unasked else "")
+
+
+def losses(metrics: Mapping) -> dict[str, float]:
+    """Methods whose prompts do not fit their window -> pictures dropped a prompt (one or more)."""
+    found: dict[str, list[float]] = {}
+    for row in metrics["rows"]:
+        found.setdefault(row["method"], []).append(row.get("dropped_images", 0))
+    means = {method: sum(dropped) / len(dropped) for method, dropped in found.items()}
+    return {method: mean for method, mean in means.items() if mean >= 1}
+
+
+def footnote(metrics: Mapping) -> str:
+    """What † says of each row that bears it ("" where none does)."""
+    lines = []
+    for method, dropped in losses(metrics).items():
+        lines.append(
+            f"† {method}: ten pictures do not fit the window; {dropped:.1f} of them a prompt are "
+            "dropped, the last candidates' first, in training and at the test. The row shows what "
+            "that costs, not what full tokens are worth."
+        )
+    return "\n".join(lines)
 
 
 def table_rows(run: Experiment, table: str) -> list[dict[str, str]]:
@@ -183,7 +241,8 @@ def table_rows(run: Experiment, table: str) -> list[dict[str, str]]:
             if line[domain, tier] == NOT_RUN:
                 row |= {"ours": "", "tier of ours": "", "note": todo}
             else:
-                row |= {"ours": line[domain, tier], "tier of ours": tier, "note": ""}
+                note = footnote(metrics) if line[domain, tier].endswith("†") else ""
+                row |= {"ours": line[domain, tier], "tier of ours": tier, "note": note}
             rows.append(row)
     return rows
 

@@ -49,7 +49,7 @@ def mini_figures(metrics: Mapping[str, Any]) -> Figures:
     """Means over seeds of the mini run; n: test dialogues; 95 % interval over dialogues."""
     tier, found = metrics["provenance"]["tier"], {}
     for row in summary_by_seed(metrics["rows"]).to_dict("records"):
-        n, vr = int(row["pooled_conversations"] / row["seeds"]), row["validity_ratio"]
+        n, vr = row["conversations"], row["validity_ratio"]
         key = (row["method"], row["domain"])
         found[*key, "hr@1"] = _figure(tier, row["mean"], n, (row["low"], row["high"]))
         if not pd.isna(vr):

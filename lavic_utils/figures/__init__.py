@@ -21,7 +21,7 @@ from lavic_utils.config import DOMAINS, ROOT, Profile, results_dir
 from lavic_utils.evaluation import summary_by_seed
 from lavic_utils.figures import style
 from lavic_utils.provenance import save_figure
-from lavic_utils.report import published_rows
+from lavic_utils.report import losses, published_rows
 
 if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment
@@ -285,7 +285,8 @@ def bars(metrics: Mapping, methods: Sequence[str], tier: str):
             row = ours.loc[[(method, domain)]]
             mean = row["mean"].item()
             low.barh(method, mean, color=colour, alpha=0.85, xerr=spread(row), ecolor="0.25")
-            low.text(row["high"].item(), y, f" {mean:.3f}", va="center", fontsize=7)
+            text = f" {mean:.3f}" + (" †" if method in losses(metrics) else "")
+            low.text(row["high"].item(), y, text, va="center", fontsize=7)
             seeds = one_seed.loc[[(method, domain)], "hit_ratio_conversations"]
             low.plot(seeds, [y] * len(seeds), "k.", ms=3)
         top.set(title=domain, xlim=(0, 1.25 * np.nanmax(heights)))

@@ -116,7 +116,7 @@ def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
             record = {"status": "failed", "error": _failure(job, nb, index, error)}
             print(*record["error"], sep="\n", file=log)
     seed, results = job.parameters["seed"], config.results_dir(profile)
-    about = origin.provenance(profile, seed, profile_data_hash(profile))
+    about = origin.provenance(profile, seed, profile_data_hash(profile, seed))
     if record["status"] == "ok":
         given = {**job.parameters, "profile": profile.name}  # a path would be this machine's
         nb.metadata["papermill"] = {"parameters": given}

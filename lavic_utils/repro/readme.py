@@ -19,14 +19,14 @@ from lavic_utils.provenance import footer, write_text
 
 def results() -> str:
     """The results tables, from the committed metrics file alone."""
-    from lavic_utils.report import NOT_RUN, comparison
+    from lavic_utils.report import NOT_RUN, comparison, footnote
 
     metrics = json.loads((ROOT / "results" / "mini" / "metrics.json").read_text(encoding="utf-8"))
     tier = metrics["provenance"]["tier"]
     lines = [
-        f"*{footer(metrics['provenance'])}. HR@1 over conversations, mean over seeds [95 % "
-        "interval over dialogues] / VR; published figures: the paper's. The two columns measure "
-        "different worlds and are not comparable.*\n"
+        f"*{footer(metrics['provenance'])}. HR@1 over conversations, mean over seeds (worlds) [95 "
+        "% interval over target items] / VR / HR@1 by likelihood; published figures (HR@1 / VR): "
+        "the paper's. The two columns measure different worlds and are not comparable.*\n"
     ]
     for name in ("open_source", "ablation"):
         frame = comparison(metrics, name)
@@ -34,7 +34,7 @@ def results() -> str:
         frame.columns = [", ".join(column) for column in frame.columns]
         table = frame.rename_axis("method").reset_index()
         lines += [f"**Table: {name.replace('_', ' ')}**\n", markdown(list(table), table.values)]
-    return "\n".join(lines)
+    return "\n".join([*lines, footnote(metrics)]) + "\n"
 
 
 def markdown(heads: list[str], rows) -> str:
