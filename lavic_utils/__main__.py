@@ -180,6 +180,14 @@ def world(profile: Profile = "mini", seed: Seed = None) -> None:
     print(run.prepare().root)
 
 
+@app.command()
+def tune(profile: Profile = "mini") -> None:
+    """Search each arm's learning rate on validation; writes results/<profile>/tuning.json."""
+    from lavic_utils.repro.tuning import tune as search
+
+    print(*search(load_profile(profile)), sep="\n")
+
+
 @app.command("mini-model")
 def mini_model() -> None:
     """Train the mini vision-language model (hours on 2 cores; resumable)."""

@@ -42,13 +42,18 @@ class Picture:
 
 
 class Student(training.Stage):
-    """The loss of the teacher's description, given the title and each tile's [CLS]."""
+    """The loss of the teacher's description, given the title and each tile's [CLS] (or what else
+    `how` makes one token of)."""
+
+    def __init__(self, llava, how: Callable = vision.cls_tokens) -> None:
+        super().__init__(llava)
+        self.how = how
 
     def forward(self, input_ids, labels, attention_mask, pixel_values, image_sizes) -> dict:
         """Tensors of `StudentCollator`: ids, labels and mask (batch, length), pixels (batch, tiles,
         3, side, side), sizes (batch, 2)."""
         # v = projector([CLS] of each tile): per image (tiles, hidden size)
-        visual = vision.cls_tokens(self.llava, pixel_values, image_sizes)
+        visual = self.how(self.llava, pixel_values, image_sizes)
         embeds = vision.place(self.llava, input_ids, visual)  # (batch, length, hidden size)
         # -log p(description | title, v), mean over its tokens
         return {"loss": target_loss(self.llava, embeds, attention_mask, labels)}
@@ -146,11 +151,16 @@ def distil(
     folder: Path,
     seed: int,
     on_epoch: Callable | None = None,
+    how: Callable = vision.cls_tokens,
 ) -> list[dict]:
     """Train the student and leave the best epoch's adapter in `folder/adapter`; a killed run goes
-    on. Returns one record an epoch, to which `on_epoch(model) -> dict` adds measurements."""
+    on. Returns one record an epoch, to which `on_epoch(model) -> dict` adds measurements. `how`:
+    another way to one token a tile, from the last layer but one, whose follower is not trained."""
     torch.manual_seed(seed)
-    settings = profile.distillation
+    settings, target = profile.distillation, VISION_LINEAR
+    if how is not vision.cls_tokens:
+        last = model.config.vision_config.num_hidden_layers - 1
+        target = target.replace(r"vision_tower\.", rf"vision_tower\.(?!.*\.layers\.{last}\.)")
     pictures = Pictures(processor, settings.keep_pixels)
     arguments = training.training_arguments(
         folder / "checkpoints",
@@ -167,7 +177,7 @@ def distil(
         per_device_eval_batch_size=settings.eval_batch_size,
     )
     trainer = training.StageTrainer(
-        model=training.add_adapter(Student(model), settings.lora, VISION_LINEAR),
+        model=training.add_adapter(Student(model, how), settings.lora, target),
         processing_class=processor.tokenizer,
         train_dataset=list(train),
         eval_dataset=list(valid),

@@ -30,7 +30,15 @@ from PIL import Image
 from torch import Tensor
 
 from lavic_utils import data, distillation, methods, recommendation, store, training, vision
-from lavic_utils.config import DOMAINS, Profile, UserError, load_profile, real_data_dir, results_dir
+from lavic_utils.config import (
+    DOMAINS,
+    Profile,
+    UserError,
+    World,
+    load_profile,
+    real_data_dir,
+    results_dir,
+)
 from lavic_utils.evaluation import Score, hits, score
 from lavic_utils.provenance import (
     code_of,
@@ -101,13 +109,13 @@ class Experiment:
 
     def prepare(self) -> Experiment:
         """Render the mini world if it is not there, seed torch, and choose this process's card."""
-        if self.profile.world and not self.data_folder:
+        if self.world:
             from lavic_utils.mini.world import make_world
 
             place = world_dir(self.profile, self.seed)
             place.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(place.parent / f".{place.name}.lock"):  # one process makes it
-                make_world(place, self.profile.world.of(self.seed))
+                make_world(place, self.world)
         if torch.cuda.is_available() and self.processes > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.manual_seed(self.seed)
@@ -149,9 +157,15 @@ class Experiment:
         return self.place / f"seed{self.seed}"
 
     @property
+    def world(self) -> World | None:
+        """The mini world of this seed; None where the data are others."""
+        drawn = self.profile.world and not self.data_folder
+        return self.profile.world.of(self.seed) if drawn else None
+
+    @property
     def of_data(self) -> Path:
         """Where results that depend on the data alone go: each seed has a mini world of its own."""
-        return self.folder if self.profile.world and not self.data_folder else self.place
+        return self.folder if self.world else self.place
 
     @cached_property
     def data_hash(self) -> str:
@@ -230,7 +244,7 @@ class Experiment:
 
     def need_training_data(self) -> None:
         """UserError where a file is missing that training reads (cheap: nothing is read)."""
-        if self.profile.world and not self.data_folder:
+        if self.world:
             return
         files = [data.dialogue_file(self.root, domain, "train") for domain in DOMAINS]
         for path in [self.root / "item2meta_train.json", *files]:
@@ -256,9 +270,7 @@ class Experiment:
     def stamp(self) -> dict:
         processes = {"processes": self.processes} if self.processes > 1 else {}
         about = provenance(self.profile, self.seed, self.data_hash)
-        if self.data_folder:
-            about["world"] = None
-        return {**about, **processes}
+        return {**about, "world": self.world and self.world.seed, **processes}
 
     def stage(
         self,
@@ -394,27 +406,30 @@ class Experiment:
         return distillation.Pictures(self.processor, keep=self.profile.distillation.keep_pixels)
 
     @once
-    def distil(self) -> dict:
+    def distil(self, kind: str = "cls") -> dict:
         """Stage 1. Returns its history by epoch and, on the mini world, attribute accuracies on
-        unseen items; the student's adapter stays in `seed<seed>/stage1/adapter`."""
-        folder, mini = self.folder / "stage1", bool(self.facts["items"])
+        unseen items; the student's adapter stays in `seed<seed>/stage1/adapter`. `kind`: another
+        one of `vision.TOKENS` than the paper's, of one token a tile."""
+        plain, how = kind == "cls", vision.TOKENS[kind]
+        folder = self.folder / ("stage1" if plain else f"stage1_{kind}")
+        name, mini = "[CLS]" if plain else kind, bool(self.facts["items"])
         train, valid = self.taught("train"), self.taught("valid")
 
         def measure(model) -> dict[str, float]:
-            found = self.accuracy(model, vision.cls_tokens, valid[::8])
+            found = self.accuracy(model, how, valid[::8])
             return {f"accuracy_{name}": value for name, value in found.items()}
 
         def make() -> dict:
             what = self.profile, self.model(), self.processor, train, valid
             on_epoch = measure if mini else None
-            history = distillation.distil(*what, folder, self.seed, on_epoch)
+            history = distillation.distil(*what, folder, self.seed, on_epoch, how)
             found = {"history": history, "train_images": len(train), "valid_images": len(valid)}
             if mini:  # what can be read off each kind of visual tokens, on items never trained on
                 base, texts = self.model(), [p.description for p in valid]
                 read = {"teacher (full tokens)": self._attributes(texts, valid)}
-                read["raw [CLS]"] = self.accuracy(base, vision.cls_tokens, valid)
+                read[f"raw {name}"] = self.accuracy(base, how, valid)
                 student = distillation.load_student(base, folder)
-                read["distilled [CLS]"] = self.accuracy(student, vision.cls_tokens, valid)
+                read[f"distilled {name}"] = self.accuracy(student, how, valid)
                 found["accuracy"] = read
             return found
 
@@ -424,6 +439,7 @@ class Experiment:
             "settings": self.profile.distillation.deciding(),
             "seed": self.seed,
             "pictures": [self.contents(train), self.contents(valid)],
+            **({} if plain else {"kind": kind}),
         }
         return self.stage("distil", folder, "distillation", reads, make, together=True)
 
@@ -432,29 +448,32 @@ class Experiment:
         """Item -> its first image's file, of all items of these splits' dialogues."""
         return {a: data.image_file(self.root, a) for split in splits for a in self.items[split]}
 
-    def student_adapter(self) -> Path:
-        self.distil()
-        return self.folder / "stage1" / "adapter"
+    def student(self, tokens: str) -> Path | None:
+        """The adapter of stage 1 where visual tokens are distilled ones; None for the base's."""
+        if not tokens.startswith("distilled"):
+            return None
+        self.distil(kind_of(tokens))
+        name = "stage1" if kind_of(tokens) == "cls" else f"stage1_{kind_of(tokens)}"
+        return self.folder / name / "adapter"
 
     def visual(
         self, tokens: str | None, splits: Sequence[str] = ("train", "test")
     ) -> Mapping[str, Tensor] | None:
         """Visual tokens of every dialogue item with a readable first image: "distilled" or "base"
-        [CLS], or "full" (None: none). Each image is encoded once and its vectors read from a
+        [CLS], "full" (None: none), or another of `vision.TOKENS`, as it comes or "distilled" (as in
+        "distilled mean"). Each image is encoded once and its vectors read from a
         `store.Store`, which other seeds share where the key is the same."""
         if tokens is None:
             return None
         paths = self.image_files(splits)
         if tokens == "full" and not self.profile.world:  # a 7B model's take 47 MB an item
             return vision.lazy_full_tokens(self.model(), self.processor, paths)
-        adapter = self.student_adapter() if tokens == "distilled" else None
+        profile, kind, adapter = self.profile, kind_of(tokens), self.student(tokens)
 
         def encoder() -> store.Encode:
             model = training.load_adapter(self.model(), adapter) if adapter else self.model()
-            how = vision.full_tokens if tokens == "full" else vision.cls_tokens
-            return vision.file_encoder(model, self.processor, how)
+            return vision.file_encoder(model, self.processor, vision.TOKENS[kind])
 
-        profile, kind = self.profile, "full" if tokens == "full" else "cls"
         base = profile.model_path, profile.revision, adapter, self.processor
         name = store.key_of(*base, vision.dtype(profile), kind)
         return store.open_store(self.place / "tokens" / name, paths, encoder)
@@ -467,8 +486,9 @@ class Experiment:
         files = self.image_files((split,))
         scanned = self.scan(files.values())
         images = {asin: scanned[path] for asin, path in files.items()}
-        adapter = folder_hash(self.student_adapter()) if tokens == "distilled" else None
-        return {"tokens": tokens, "images": key(images=images), "adapter": adapter}
+        adapter = self.student(tokens)
+        about = {"tokens": tokens, "images": key(images=images)}
+        return {**about, "adapter": adapter and folder_hash(adapter)}
 
     # ------------------------------------------------------------ stage 2 and inference
     def prompter(
@@ -494,8 +514,9 @@ class Experiment:
 
     @once
     def tune(self, method: str, domain: str) -> dict:
-        """Stage 2 of one trained method and domain: its loss log, its number of examples, what
-        prompts that were too long lost (`cut`), and the items without a readable image (`images`);
+        """Stage 2 of one trained method and domain: its loss log, its numbers of examples and
+        steps, what prompts that were too long lost (`cut`), the items without a readable image
+        (`images`), and on the mini world LaViC's HR@1 on validation on the way (`curve`);
         the adapter stays in `seed<seed>/stage2/<method>/<domain>/adapter`."""
         variant, folder = methods.find(method), self.tuned_folder(method, domain)
         profile = self.profile.arm(variant.name)
@@ -504,12 +525,24 @@ class Experiment:
 
         def make() -> dict:
             visual, model = variant.visual(self, "train"), self.model()
-            prompter = self.prompter(visual, profile=profile)
-            log = recommendation.fine_tune(profile, model, prompter, examples, folder, self.seed)
+            prompter, curve, on_step = self.prompter(visual, profile=profile), [], None
+            if self.profile.world and variant.name == "LaViC":
+                look, valid = self.prompter(variant.visual(self, "valid")), "valid"
+
+                def on_step(step: int) -> None:
+                    asked = model, look, self.dialogues(domain, valid), self.profile.candidates
+                    rows = [asdict(answer) for answer in recommendation.generate_answers(*asked)]
+                    for reading in ("recommended", "scored"):
+                        found = self.score(method, domain, reading, rows, split=valid)
+                        value = found.hit_ratio_conversations
+                        curve.append({"step": step, "reading": reading, "hit_ratio": value})
+
+            about = profile, model, prompter, examples, folder, self.seed, on_step
+            log = recommendation.fine_tune(*about)
             images = visual.counted if isinstance(visual, store.Store) else None
             steps = profile.recommendation.steps(len(examples))
             about = {"examples": len(examples), "steps": steps, "cut": prompter.cut}
-            return {"log": log, **about, "images": images}
+            return {"log": log, "curve": curve, **about, "images": images}
 
         reads = {
             "base": self.base(),
@@ -574,7 +607,7 @@ class Experiment:
     def targets(self, domain: str, split: str = "test") -> list[str]:
         """The target item of each dialogue, with the seed of a world of its own: what an interval
         or a test draws whole."""
-        own = f"{self.seed}/" if self.of_data == self.folder else ""
+        own = f"{self.seed}/" if self.world else ""
         return [own + d.gt_items[0] for d in self.dialogues(domain, split)]
 
     def hits(
@@ -607,6 +640,11 @@ class Experiment:
         lists = [row["candidates"] for row, *_ in kept] if methods.find(method).chooses else None
         named, truths = [row[reading] for row, *_ in kept], [d.gt_items for _, d, _ in kept]
         return score(named, truths, lists, [target for *_, target in kept])
+
+
+def kind_of(tokens: str) -> str:
+    """The kind of `vision.TOKENS` that a method's visual tokens are."""
+    return {"distilled": "cls", "base": "cls"}.get(tokens) or tokens.removeprefix("distilled ")
 
 
 # ------------------------------------------------------------ keeping results: the files

@@ -261,11 +261,14 @@ class Trained(Method):
         run.need_training_data()
 
     def reads(self, run, domain, split):
-        adapter = None
-        if self.tuned:
-            run.tune(self.name, domain)
-            adapter = folder_hash(run.tuned_folder(self.name, domain) / "adapter")
-        return [run.base(), adapter, self.tiles, run.visual_reads(self.tokens, split)]
+        self.trained(run, domain)
+        adapter = folder_hash(run.tuned_folder(self.name, domain) / "adapter")
+        about = run.base(), self.tuned and adapter, self.tiles
+        return [*about, run.visual_reads(self.tokens, split)]
+
+    def trained(self, run: Experiment, domain: str) -> dict:
+        """What stage 2 did, trained now if it is not yet."""
+        return run.tune(self.name, domain) if self.tuned else {"examples": 0, "steps": 0}
 
     def visual(self, run: Experiment, split: str) -> Mapping[str, Tensor] | None:
         """Visual tokens of a split's items, as its prompts carry them."""
@@ -275,8 +278,7 @@ class Trained(Method):
         return {asin: tokens[: self.tiles] for asin, tokens in visual.items()}
 
     def prepare(self, run, domain, split):
-        if self.tuned:
-            run.tune(self.name, domain)
+        self.trained(run, domain)
         self.visual(run, split)
 
     def answer(self, run, domain, split, dialogues, control=None, scored=True):
@@ -303,6 +305,7 @@ def _registry(*methods: Method) -> dict[str, Method]:
     return {method.name: method for method in methods}
 
 
+RAW = "LaViC w/o self-distillation"
 METHODS = _registry(
     Retrieval("BM25", family="retrieval"),
     # SBERT, RoBERTa-Large, SimCSE-Large, BLaIR-Base
@@ -319,13 +322,18 @@ METHODS = _registry(
     Proprietary("GPT-4o (title+image)", BOTH, "proprietary"),
     Trained("Entire tokens (5x577)", BOTH, "ablation", tokens="full"),
     Trained("LaViC w/o images", TITLE, "ablation", tokens=None),
-    Trained("LaViC w/o self-distillation", BOTH, "ablation", tokens="base"),
+    Trained(RAW, BOTH, "ablation", tokens="base"),
     Trained("LaViC", BOTH, "proposed"),
 )
 # What the paper does not print: the same student and prompts without stage 2.
 BEFORE = Trained("LaViC before stage 2", BOTH, "ablation", tuned=False)
-# Beyond the paper (notebook 05, `reproduce --extended`).
-EXTENDED = _registry(Trained("LaViC, one [CLS]", BOTH, "extended", tiles=1))
+# Beyond the paper (`mini.beyond`, `reproduce --extended`): other visual tokens.
+EXTENDED = _registry(
+    Trained("LaViC, one [CLS]", BOTH, "extended", tiles=1),
+    Trained("LaViC, mean of patches", BOTH, "extended", tokens="distilled mean"),
+    Trained(f"{RAW}, mean of patches", BOTH, "extended", tokens="mean"),
+    Trained(f"{RAW}, 4 patches a tile", BOTH, "extended", tokens="pooled"),
+)
 
 
 def slug(method: str) -> str:

@@ -43,7 +43,7 @@ def ranking_scores(rows: Rows, truths: Truths) -> dict[str, float]:
             within[k].append(any(found[:k]))
         reciprocal.append(1 / (found.index(True) + 1) if True in found else 0.0)
         ideal = sum(discounts[: len(set(truth))])
-        gains.append(sum(discounts[: len(found)][found]) / ideal)
+        gains.append(sum(discounts[: len(found)][found[:10]]) / ideal)
     scores = {f"HR@{k}": float(np.mean(within[k])) for k in within}
     return scores | {"MRR": float(np.mean(reciprocal)), "NDCG@10": float(np.mean(gains))}
 

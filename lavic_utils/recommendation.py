@@ -7,14 +7,14 @@ The vision side stays as stage 1 left it, so every item's visual tokens are cons
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, TrainerCallback
 
 from lavic_utils import training, vision
 from lavic_utils.config import Profile
@@ -28,6 +28,9 @@ LANGUAGE_LINEAR = (
     r"(base_model\.model\.)?(llava\.)?model\.language_model\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 )
+
+
+SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a training, where `fine_tune` looks at what is learnt
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,31 @@ class RecommendationTrainer(training.StageTrainer):
         return sampler
 
 
+class Watched(TrainerCallback):
+    """Calls `on_step` with the step where a given share of the training is done."""
+
+    def __init__(self, model, on_step: Callable[[int], None]) -> None:
+        self.model, self.on_step = model, on_step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step in [round(share * state.max_steps) for share in SHARES]:
+            self.model.eval()
+            self.on_step(state.global_step)
+            self.model.train()
+
+
 def fine_tune(
-    profile: Profile, model, prompter: Prompter, examples: list[Example], folder: Path, seed: int
+    profile: Profile,
+    model,
+    prompter: Prompter,
+    examples: list[Example],
+    folder: Path,
+    seed: int,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[dict]:
     """Fine-tune one domain's adapter, put into `model` and saved as a standard peft folder,
-    `folder/adapter`. Returns the loss log: [{"step", "loss"}]."""
+    `folder/adapter`. Returns the loss log: [{"step", "loss"}]. `on_step(step)` is called SHARES of
+    the way, with `model` as it is then."""
     torch.manual_seed(seed)
     settings = profile.recommendation
     arguments = training.training_arguments(
@@ -177,7 +200,8 @@ def fine_tune(
         train_dataset=[prompter.row(example) for example in examples],
         data_collator=prompter.collate,
         args=arguments,
-        callbacks=[training.Reseeded()],  # rows are ordered by the global random state
+        # rows are ordered by the global random state
+        callbacks=[training.Reseeded(), *([Watched(model, on_step)] if on_step else [])],
     )
     trainer.fit(folder / "adapter")
     model.eval()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lavic_utils.config import DOMAINS, PACKAGE, UserError, results_dir
+from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, results_dir
 from lavic_utils.data import dialogue_file
 from lavic_utils.evaluation import Score, summary_by_seed
 from lavic_utils.methods import Trained, find, slug
@@ -88,19 +88,29 @@ def record(
     domains: Iterable[str] = DOMAINS,
     path: Path | None = None,
 ) -> pd.DataFrame:
-    """Score methods on test and put their rows into `results/<profile>/metrics.json` (or `path`):
-    ROW_FIELDS, how many prompts were `refused` as too long for the context, the pictures of a
-    prompt that did not fit it (`dropped_images`, a mean), and what a trained method was given."""
-    rows, about = [], run.stamp()
+    """Score methods on test and put their `scored_rows` into `results/<profile>/metrics.json` (or
+    `path`)."""
+    rows = scored_rows(run, chosen, domains)
+    upsert_metrics(path or metrics_path(run), rows, run.stamp())
+    return pd.DataFrame(rows)
+
+
+def scored_rows(
+    run: Experiment, chosen: Sequence[str], domains: Iterable[str] = DOMAINS
+) -> list[dict[str, Any]]:
+    """A row a method and domain: ROW_FIELDS, how many prompts were `refused` as too long for the
+    context, the pictures of a prompt that did not fit it (`dropped_images`, a mean), and what a
+    trained method was given."""
+    rows = []
     for method in chosen:
         for domain in domains:
             answers, variant = run.answers(method, domain), find(method)
             row = run.score(method, domain).row(method, domain, run.seed)
-            row |= {"world": about["world"], **dict.fromkeys(SCORED)}
+            row |= {"world": run.world and run.world.seed, **dict.fromkeys(SCORED)}
             row["refused"] = refused(answers)
             row["dropped_images"] = sum(a["dropped_images"] for a in answers) / len(answers)
             if isinstance(variant, Trained):
-                given = run.tune(method, domain) if variant.tuned else {"examples": 0, "steps": 0}
+                given = variant.trained(run, domain)
                 row |= {name: given[name] for name in ("examples", "steps")}
             if all(a["log_likelihoods"] for a in answers if not a["refused"]):
                 for reading in ("constrained", "scored"):
@@ -110,8 +120,7 @@ def record(
                 ranked = ranking_scores(answers, truths)
                 row |= {"mrr": ranked["MRR"], "ndcg@10": ranked["NDCG@10"]}
             rows.append(row)
-    upsert_metrics(path or metrics_path(run), rows, about)
-    return pd.DataFrame(rows)
+    return rows
 
 
 def runs(run: Experiment, methods: Sequence[str]) -> list[Experiment]:
@@ -200,6 +209,22 @@ def _measured_cell(found: Mapping | None, unasked: int) -> str:
     if not pd.isna(found["hit_ratio_scored"]):
         text += f" / {found['hit_ratio_scored']:.3f}"
     return text + (f" ({unasked} refused)" if unasked else "")
+
+
+def tuning_table(run: Experiment) -> pd.DataFrame:
+    """The search of `tune` as it is kept, an arm a row and a rate a column: validation HR@1 by
+    generating / by scoring, * where it was chosen. UserError where there is none."""
+    for folder in (results_dir(run.profile), ROOT / "results" / run.profile.name):
+        if (path := folder / "tuning.json").is_file():
+            break
+    else:
+        raise UserError(f"{path}: no search is kept; run `python -m lavic_utils tune`")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        star = " *" if row["chosen"] else ""
+        row["cell"] = f"{row['hit_ratio']:.3f} / {row['hit_ratio_scored']:.3f}{star}"
+        row["learning rate"] = row["setting"]["learning_rate"]
+    return pd.DataFrame(rows).pivot(index="arm", columns="learning rate", values="cell")
 
 
 def losses(metrics: Mapping) -> dict[str, float]:

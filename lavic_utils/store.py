@@ -33,14 +33,14 @@ GROUP, CHUNK = 64, 256  # images encoded at once, and in a file
 Encode = Callable[[Sequence[Path]], list[Tensor | None]]  # image files -> tokens, None: unreadable
 Shards = dict[str, tuple[Path, int]]  # name of a vector -> its file, its tokens
 MAKE_VECTORS = (open_image, vision.pixels, vision.tile_count, vision.real_tiles, vision.cls_tokens,
-                vision.full_tokens, vision.encode)  # fmt: skip
+                vision.full_tokens, vision.patch_tokens, vision.encode)  # fmt: skip
 
 
 def key_of(
     model: str, revision: str | None, adapter: Path | None, processor, dtype: torch.dtype, kind: str
 ) -> str:
     """Name of the store's folder. `model`: a hub id or a checkpoint's folder; `adapter`: a peft
-    folder; `kind`: "cls" or "full". Comments in the code do not count."""
+    folder; `kind`: one of `vision.TOKENS`. Comments in the code do not count."""
     code = [ast.unparse(ast.parse(inspect.getsource(function))) for function in MAKE_VECTORS]
     return key(
         model=folder_hash(model) or [model, revision],

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
@@ -145,6 +146,26 @@ def cls_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
     cls = inner(model).vision_tower(tiles).last_hidden_state[:, 0]  # (all tiles, vision size)
     projected = inner(model).multi_modal_projector(cls)  # section 4.1: one vector v a tile
     return list(projected.split(counts))
+
+
+def patch_tokens(model, pixel_values: Tensor, sizes: Tensor, side: int = 1) -> list[Tensor]:
+    """Beyond the paper: the patches of every tile, projected as in full tokens, then averaged over
+    a grid of `side` x `side`: per image (tiles * side * side, hidden size)."""
+    tiles, counts = real_tiles(model, pixel_values, sizes)
+    seen = inner(model).vision_tower(tiles, output_hidden_states=True).hidden_states[-2]
+    projected = inner(model).multi_modal_projector(seen[:, 1:])  # (all tiles, patches, hidden size)
+    rows = round(projected.shape[1] ** 0.5)
+    grid = projected.transpose(1, 2).unflatten(2, (rows, rows))
+    pooled = F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
+    return [tokens.flatten(0, 1) for tokens in pooled.split(counts)]
+
+
+TOKENS: dict[str, Callable] = {  # kind of visual tokens -> what makes them
+    "cls": cls_tokens,
+    "full": full_tokens,
+    "mean": patch_tokens,
+    "pooled": functools.partial(patch_tokens, side=2),
+}
 
 
 @torch.inference_mode()

@@ -222,6 +222,48 @@ def test_mcnemar() -> None:
     assert ev.mcnemar(2, 8) == ev.mcnemar(8, 2) and ev.mcnemar(0, 0) == ev.mcnemar(5, 5) == 1
 
 
+def test_intervals_over_items_are_wider_where_dialogues_share_them() -> None:
+    """Two dialogues an item that are always answered alike are worth one: wider by a root of 2."""
+    rng = np.random.default_rng(1)
+    items = np.repeat(np.arange(200), 2)
+    hit = np.repeat(rng.random(200) < 0.4, 2)
+    low, high = ev.clustered(hit, items)
+    apart = ev.clustered(hit, range(400))
+    assert high - low == pytest.approx(2**0.5 * (apart[1] - apart[0]), rel=0.08)
+    one = ev.clustered(hit[::2], items[::2])  # the same items, each asked once
+    assert (low, high) == pytest.approx(one, abs=0.01)
+    shuffled = ev.clustered(rng.permutation(hit), items)  # negative control: items tell nothing
+    assert shuffled[1] - shuffled[0] == pytest.approx(apart[1] - apart[0], rel=0.12)
+    named = [str(item) for item in items]
+    truths = [[one] for one in named]
+    answers = [one if right else None for one, right in zip(named, hit, strict=True)]
+    assert ev.score(answers, truths, None, named).ci95 == (low, high)
+    assert ev.score(named, truths, None, named).ci95 == ev.wilson(200, 200)  # not 400 trials
+    difference = ev.paired_difference(hit, ~hit, 0, named)
+    assert difference[2] - difference[1] > 1.3 * np.diff(ev.paired_difference(hit, ~hit)[1:])[0]
+
+
+def test_intervals_over_items_cover() -> None:
+    """Measured: 240 dialogues about 60 items of unlike difficulty; over dialogues: too sure."""
+    rng, covered = np.random.default_rng(2), {"items": 0, "dialogues": 0}
+    for _ in range(300):
+        items = rng.integers(60, size=240)
+        hit = rng.random(240) < rng.choice([0.1, 0.9], size=60)[items]
+        for name, targets in (("items", items), ("dialogues", range(240))):
+            low, high = ev.clustered(hit, list(targets))
+            covered[name] += low <= 0.5 <= high
+    assert covered["items"] / 300 > 0.9 and covered["dialogues"] / 300 < 0.85
+
+
+def test_sign_flip_is_mcnemar_where_no_item_is_asked_twice() -> None:
+    signs = [1] * 8 + [-1] * 2 + [0] * 5
+    assert ev.sign_flip(signs, range(15)) == pytest.approx(ev.mcnemar(8, 2))
+    twice = ev.sign_flip(signs * 2, [*range(15), *range(15)])  # the same items again: no news
+    assert twice == pytest.approx(ev.mcnemar(8, 2)) and twice > 10 * ev.mcnemar(16, 4)
+    assert ev.sign_flip([1, -1], ["a", "a"]) == 1 == ev.sign_flip([0], ["a"])
+    assert ev.sign_flip([2, 2, -1], "abc") == pytest.approx(4 / 8)  # totals +-3 and +-5 of +-1..5
+
+
 def test_summary_by_seed() -> None:
     truths, lists = world(300)
     rows = []
@@ -231,28 +273,18 @@ def test_summary_by_seed() -> None:
         rows.append(ev.score(answers, truths).row("BM25", "home", seed))
     table = ev.summary_by_seed(rows).set_index("method")
     line = table.loc["LaViC"]
-    assert (line["seeds"], line["pooled_conversations"], line["pooled_hits"]) == (3, 900, 225)
+    assert (line["seeds"], line["conversations"]) == (3, 300)
     assert (line["mean"], line["min"], line["max"]) == pytest.approx((0.25, 0.2, 0.3))
-    assert (line["pooled_low"], line["pooled_high"]) == pytest.approx(ev.wilson(225, 900))
-    assert line["low"] < line["pooled_low"] < 0.25 < line["pooled_high"] < line["high"]
-    assert np.isnan(table.loc["BM25", "validity_ratio"]) and line[
-        "validity_ratio"
-    ] == pytest.approx(0.25)
+    assert np.isnan(table.loc["BM25", "validity_ratio"]) and line["validity_ratio"] == 0.25
+    together = np.mean([np.diff(row["ci95"])[0] for row in rows if row["method"] == "LaViC"])
+    assert line["high"] - line["low"] == pytest.approx(together)  # the same dialogues each time
+    worlds = [row | {"world": row["seed"], "hit_ratio_scored": 0.5} for row in rows]
+    apart = ev.summary_by_seed(worlds).set_index("method").loc["LaViC"]
+    assert apart["high"] - apart["low"] == pytest.approx(together / 3**0.5, rel=0.01)
+    assert apart["hit_ratio_scored"] == 0.5
     for wrong in ([], [rows[0], rows[0]]):
         with pytest.raises(ValueError):
             ev.summary_by_seed(wrong)
-
-
-def test_pooled_interval_is_too_narrow_where_seeds_agree() -> None:
-    """Measured: runs that all answer a dialogue alike leave the pooled interval too often."""
-    rng, covered = np.random.default_rng(0), {"pooled": 0, "plain": 0}
-    for hits in rng.binomial(200, 0.2, size=300):  # three seeds, the same outcomes
-        for name, (low, high) in {
-            "pooled": ev.wilson(3 * hits, 600),
-            "plain": ev.wilson(hits, 200),
-        }.items():
-            covered[name] += low <= 0.2 <= high
-    assert covered["plain"] / 300 > 0.92 and covered["pooled"] / 300 < 0.85
 
 
 def dialogue(gt: list[str], ten: list[str]) -> Dialogue:

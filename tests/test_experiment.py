@@ -171,8 +171,11 @@ def test_without_the_mini_world_one_line_says_what_to_do(run, monkeypatch, tmp_p
 
 def test_negative_controls_change_every_item():
     visual = {f"B00000000{i}": torch.full((3, 4), float(i + 1)) for i in range(7)}
-    swapped, empty = experiment.shuffled(visual), experiment.zeroed(visual)
+    kinds = {a: "lamp" if i % 3 else "shoe" for i, a in enumerate(visual)}
+    swapped, empty = experiment.shuffled(visual, kinds), experiment.zeroed(visual)
     assert all(not torch.equal(swapped[a], visual[a]) for a in visual)
+    of = {tokens[0, 0].item(): kinds[a] for a, tokens in visual.items()}
+    assert all(of[tokens[0, 0].item()] == kinds[a] for a, tokens in swapped.items())
     assert sorted(t[0, 0].item() for t in swapped.values()) == sorted(
         t[0, 0].item() for t in visual.values()
     )
@@ -210,6 +213,59 @@ def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile):
         report.upsert_metrics(path, [row], about)
 
 
+def test_rows_of_other_worlds_stay_and_rows_of_other_data_do_not(tmp_path, tiny_profile):
+    path, tiny = tmp_path / "metrics.json", load_profile(str(tiny_profile))
+    mini = load_profile("mini")
+    row = dict.fromkeys(report.ROW_FIELDS, 1) | {"method": "m", "domain": "home"}
+    seeds = {}
+    for profile in (tiny, mini):  # real data, then worlds
+        for seed, data in ((5, "one"), (6, "other")):
+            about = provenance.provenance(profile, seed, data)
+            out = report.upsert_metrics(path, [row | {"seed": seed}], about)
+        seeds[profile.name] = out["provenance"]["seeds"]
+    assert seeds == {"tiny": [6], "mini": [5, 6]}
+    mine = provenance.provenance(mini, 5, "one") | {"world": None}  # --data FOLDER
+    assert not report._same_state(out["provenance"], mine)
+
+
+def test_a_seed_changes_world_and_training(run):
+    other = run.of_seed(43)
+    assert run.profile.world.of(43).seed == run.profile.world.of(42).seed + 1
+    places = {provenance.world_dir(run.profile, seed).name for seed in (42, 43)}
+    assert places == {"seed42", "seed43"} and other.of_data != run.of_data
+    fixed = experiment.Experiment("mini", 43, Path("folder"))  # data of one's own: every seed's
+    assert fixed.of_data == fixed.place != fixed.folder
+
+
+def test_an_arm_may_have_settings_of_its_own_and_nothing_else(tmp_path):
+    text = (lavic_utils.config.PACKAGE / "profiles" / "mini.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "own.yaml"
+    path.write_text(text + "\narms:\n  LaViC w/o images: {learning_rate: 0.5}\n")
+    profile = load_profile(str(path))
+    assert profile.arm("LaViC w/o images").recommendation.learning_rate == 0.5
+    assert profile.arm("LaViC") == profile
+    for arm, wrong in (
+        ("LaViC: {learning_rate: -1}", "LaViC, learning_rate: Input should be greater than 0"),
+        ("LaViC: {rate: 1}", "LaViC, rate: Extra inputs are not permitted"),
+    ):
+        path.write_text(text + f"\narms:\n  {arm}\n")
+        with pytest.raises(UserError, match=wrong):
+            load_profile(str(path))
+    path.write_text(text + "\narms:\n  LaVic: {learning_rate: 0.5}\n")
+    with pytest.raises(UserError, match="no method 'LaVic'"):
+        experiment.Experiment(str(path))
+
+
+def test_what_loses_pictures_bears_a_footnote():
+    found = score(["B000000001"], [["B000000001"]], [["B000000001"]]).row("LaViC", "home", 42)
+    entire = found | {"method": "Entire tokens (5x577)", "dropped_images": 6.9}
+    metrics = {"provenance": {"tier": "mini run"}, "rows": [found, entire]}
+    table = report.comparison(metrics, "ablation")["home", "mini run"]
+    assert table["Entire tokens (5x577)"].endswith(" †") and "†" not in table["LaViC"]
+    assert "† Entire tokens (5x577): ten pictures do not fit" in report.footnote(metrics)
+    assert report.footnote({"rows": [found]}) == ""
+
+
 def test_bad_profiles_are_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="mini, paper, t4"):
         load_profile("nano")
@@ -240,7 +296,7 @@ def shop(tmp_path_factory):
     patch.setenv("LAVIC_WORLD", str(folder))
     made = []
     patch.setattr(experiment.Experiment, "tune", lambda *asked: made.append(asked[1:]))
-    root = make_world(folder / "mini", TINY)
+    root = make_world(folder / "mini" / "seed42", TINY)
     patch.setattr(experiment.Experiment, "prepare", lambda run: run)
     run = experiment.Experiment("mini")
     places = {distillation.VISION_LINEAR: run.folder / "stage1"}

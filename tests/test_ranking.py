@@ -88,9 +88,12 @@ def test_holm_by_hand():
 def test_paired_tests_correct_for_their_number():
     mine = {"home": [True] * 12 + [False] * 8}
     others = {("a", "home"): [False] * 20, ("b", "home"): [True] * 12 + [False] * 8}
-    table = ranking.paired_tests(mine, others)
+    table = ranking.paired_tests(mine, others, {"home": [str(i) for i in range(20)]})
     first, second = table.loc[("home", "a")], table.loc[("home", "b")]
     assert (first["only mine"], first["only other"], second["p"]) == (12, 0, 1.0)
     assert first["p (Holm)"] == pytest.approx(2 * first["p"]) and first["p"] == pytest.approx(
         2 * 0.5**12
     )
+    pairs = ranking.paired_tests(mine, others, {"home": [str(i // 2) for i in range(20)]})
+    found = pairs.loc[("home", "a")]
+    assert found["items"] == 10 and found["p"] == pytest.approx(2 * 0.5**6)  # six items, not twelve

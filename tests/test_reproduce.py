@@ -294,9 +294,45 @@ def test_files_are_whole_or_as_they_were_and_a_run_ends_with_its_scores(
     with pytest.raises(ValueError, match="JSON compliant|NaN"):
         provenance.write_json(path, {"x": float("nan")})
     assert json.loads(path.read_text()) == out and [p.name for p in tmp_path.glob(".*")] == []
+    about = {**about, "seeds": [5, 6]}  # another run's rows, of another seed
+    report.upsert_metrics(path, [{**row, "seed": 6, "hit_ratio_conversations": 0}], about)
     job = driver.Job(path, path, {"seed": 5}, True, 1, "", {"seconds": 60, "peak_mb": 9})
     driver.summary([job], tmp_path)
-    assert re.search(r"m +home +1 +1\.0000 +1\.0000", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"m +home +1 +1\.0000 +1\.0000", said)  # of its own seed alone
+    assert said.endswith("no committed run of the same seed to compare with\n")
+
+
+def test_the_last_line_compares_with_the_committed_rows_of_the_same_seed():
+    row = {"method": "m", "domain": "home", "seed": 5, "conversations": 10, "pairs": 12, "hits": 7}
+    row |= {"valid": 9, "hit_ratio_scored": 0.7, "hit_ratio_conversations": 0.7}
+    ours = [row, row | {"domain": "beauty"}, row | {"seed": 6}]
+    assert driver.compared(ours[:2], ours) == "2 of 2 rows equal the committed run"
+    other = row | {"hits": 6, "hit_ratio_conversations": 0.6}
+    said = "1 of 2 rows equal the committed run; m, home, seed 5: HR@1 -0.1000"
+    assert driver.compared([other, ours[1]], ours) == said
+    assert driver.compared([row | {"valid": 8}], ours).startswith("0 of 1")
+    assert driver.compared([row | {"seed": 7}], ours).startswith("no committed run")
+
+
+def test_the_time_left_follows_the_pace_of_this_machine():
+    expected = [60.0, 120.0, 240.0]
+    for pace in (0.5, 1.0, 3.0):
+        done = [(expected[0], pace * expected[0])]
+        left = driver.minutes_left(done, expected[1:])
+        assert left == pytest.approx(pace * 6, rel=0.3)
+    assert driver.minutes_left([], expected) == 7 == driver.minutes_left([(2.0, 9.0)], expected)
+
+
+def test_a_run_over_kept_results_says_nothing_about_the_time(folder, tiny_profile, results):
+    save(folder / "02_b.ipynb", "1", per_seed=True, minutes=3)
+    given, profile = [{"profile": "tiny", "seed": 5}], load_profile(str(tiny_profile))
+    place = results / "seed5"
+    place.mkdir(parents=True)
+    for made, wanted in ((["seed5/x/result.json"], 90), (["metrics.json"], 180)):
+        record = {"seconds": 90, "made": made, "key": "", "status": "ok"}
+        (place / "run.json").write_text(json.dumps({"notebooks": {"02_b": record}}))
+        assert [job.seconds for job in driver.plan(profile, given)] == [wanted]
 
 
 def test_provenance_names_no_host_and_no_path(tiny_profile):

@@ -78,7 +78,10 @@ def plan(profile: config.Profile, given: list[dict], only: Sequence[str] = ()) -
             own = {name: wanted[name] for name in wanted if nbs.has_parameter(nb, name)}
             key = origin.key(cells=nbs.source_hash(nb), earlier=earlier, given=own, common=common)
             earlier = [*earlier, nbs.source_hash(nb, code_only=True)]
-            seconds = record.get("seconds") or 60 * about.get("minutes", 1)
+            made = any(name.endswith("result.json") for name in record.get("made", ()))
+            seconds = 60 * about.get("minutes", 1)
+            if record and (made or not trains):  # a run that read kept results says nothing
+                seconds = record["seconds"]
             if path in chosen:
                 jobs.append(Job(path, out / path.name, own, trains, seconds, key, record))
     return jobs
@@ -174,26 +177,37 @@ def _run_all(jobs: list[Job], profile: config.Profile, force: bool) -> int:
 
         for stage in STAGES:
             refuse_here(profile, stage)
-    left = sum(job.seconds for job in todo) / 60
+    done: list[tuple[float, float]] = []
     for job in jobs:
         if job not in todo:
             print(f"{job.name}: unchanged, not run again", flush=True)
             continue
+        left = minutes_left(done, [one.seconds for one in todo[len(done) :]])
         print(f"{job.name}: started, about {left:.1f} minutes left in all", flush=True)
+        expected = job.seconds
         job.record = run_job(job, profile)
         if job.record["status"] != "ok":
             failed = relpath(job.out.with_suffix(".failed.ipynb"))
             print(*job.record["error"], sep="\n")
             print(f"the cells so far: {failed}; the same command continues from here")
             return 1
-        left -= job.seconds / 60
+        done.append((expected, job.record["seconds"]))
         print(f"{job.name}: done in {job.record['seconds'] / 60:.1f} minutes", flush=True)
     summary(jobs, results)
     return 0
 
 
+def minutes_left(done: Sequence[tuple[float, float]], todo: Sequence[float]) -> float:
+    """Minutes that what is left takes, from the seconds expected of it and the pace so far: seconds
+    (expected, taken) of what is done, once that is a minute's worth."""
+    expected, taken = (sum(column) for column in zip(*done, strict=True)) if done else (0, 0)
+    pace = taken / expected if expected >= 60 else 1.0
+    return pace * sum(todo) / 60
+
+
 def summary(jobs: Sequence[Job], results: Path) -> None:
-    """Print minutes by notebook, peak memory, HR@1 and VR (means over seeds), where files are."""
+    """Print minutes by notebook, peak memory, HR@1 and VR of this run's seeds (means), where files
+    are, and how this run compares with the committed one."""
     import pandas as pd
 
     print()
@@ -202,11 +216,37 @@ def summary(jobs: Sequence[Job], results: Path) -> None:
     minutes = sum(job.record["seconds"] for job in jobs) / 60
     peak = max(job.record["peak_mb"] for job in jobs)
     print(f"{'in all':44} {minutes:5.1f} min, peak memory {peak} MB\n")
-    path = results / "metrics.json"
-    if path.is_file():
-        rows = pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["rows"])
-        rows["seeds"] = 1
+    where = f"executed notebooks, figures, tables, metrics.json: {relpath(results)}"
+    seeds, path = {job.parameters["seed"] for job in jobs}, results / "metrics.json"
+    rows = _rows(path, seeds)
+    if rows:
+        frame = pd.DataFrame(rows).assign(seeds=1)
         how = {"seeds": "sum", "hit_ratio_conversations": "mean", "validity_ratio": "mean"}
-        means = rows.groupby(["method", "domain"], as_index=False).agg(how)
+        means = frame.groupby(["method", "domain"], as_index=False).agg(how)
         print(means.to_string(index=False, float_format="{:.4f}".format, na_rep="-"), end="\n\n")
-    print(f"executed notebooks, figures, tables, metrics.json: {relpath(results)}")
+    print(where)
+    print(compared(rows, _rows(config.ROOT / "results" / results.name / path.name, seeds)))
+
+
+def _rows(path: Path, seeds: set[int]) -> list[dict]:
+    """The rows of some seeds in a metrics file, none where there is no file."""
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return [row for row in found if row["seed"] in seeds]
+
+
+def compared(mine: Sequence[dict], ours: Sequence[dict]) -> str:
+    """One line: how many rows of a run equal the committed ones of the same seeds, and by how much
+    the others' HR@1 differs."""
+    measured = ("conversations", "pairs", "hits", "valid", "hit_ratio_scored")
+    known = {(row["method"], row["domain"], row["seed"]): row for row in ours}
+    both = [(row, known.get((row["method"], row["domain"], row["seed"]))) for row in mine]
+    both = [(row, other) for row, other in both if other]
+    if not both:
+        return "no committed run of the same seed to compare with"
+    apart = []
+    for row, other in both:
+        if any(row.get(name) != other.get(name) for name in measured):
+            by = row["hit_ratio_conversations"] - other["hit_ratio_conversations"]
+            apart.append(f"{row['method']}, {row['domain']}, seed {row['seed']}: HR@1 {by:+.4f}")
+    said = f"{len(both) - len(apart)} of {len(both)} rows equal the committed run"
+    return "; ".join([said, *apart])

@@ -1,0 +1,64 @@
+"""`tune`: every trained arm over the same few learning rates, judged on validation.
+
+The search is kept as `results/<profile>/tuning.json`; what it chooses goes into the profile, by
+hand, as `arms`. Each training is a stage like any other: a killed search goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lavic_utils import methods
+from lavic_utils.config import DOMAINS, Profile, UserError, results_dir
+from lavic_utils.experiment import Experiment
+from lavic_utils.provenance import write_json
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+ARMS = ("LaViC", "LaViC w/o self-distillation", "LaViC w/o images", "Entire tokens (5x577)")
+RULE = "highest mean of the two readings over all domains; of equals the lowest learning rate"
+
+
+def tune(profile: Profile) -> list[str]:
+    """Train every arm with every rate on every domain, write the table, and say for each arm which
+    rate it chooses and which one the profile has. UserError where that would take days."""
+    if not profile.world:
+        raise UserError(f"profile {profile.name}: only the mini world is searched; take mini")
+    trials, own = {}, dict(profile.arms)
+    for arm in ARMS:
+        for rate in RATES:
+            trial = replace(methods.find(arm), name=f"{arm} at {rate:g}")
+            methods.EXTENDED[trial.name] = trial
+            own[trial.name] = profile.arms.get(arm, {}) | {"learning_rate": rate}
+            trials[arm, rate] = trial.name
+    run = Experiment(profile.model_copy(update={"arms": own})).prepare()
+    rows, said = [], []
+    for arm in ARMS:
+        tried = [measured(run, trials[arm, rate], arm, rate) for rate in RATES]
+        best = max(tried, key=lambda row: row["hit_ratio"] + row["hit_ratio_scored"])
+        rows += [row | {"chosen": row is best} for row in tried]
+        rate, has = best["setting"]["learning_rate"], profile.arm(arm).recommendation.learning_rate
+        said.append(
+            f"{arm}: {rate:g} is best on validation (HR@1 {best['hit_ratio']:.3f} by generating, "
+            f"{best['hit_ratio_scored']:.3f} by scoring); the profile has {has:g}"
+        )
+    path = results_dir(profile) / "tuning.json"
+    write_json(path, {"provenance": run.stamp(), "rule": RULE, "rows": rows})
+    return [*said, str(path)]
+
+
+def measured(run: Experiment, trial: str, arm: str, rate: float) -> dict:
+    """A row of the table: validation HR@1 by both readings over all domains' conversations, VR, and
+    the optimiser steps of each domain."""
+    totals, steps = {"recommended": 0, "scored": 0, "valid": 0, "n": 0}, {}
+    for domain in DOMAINS:
+        steps[domain] = run.tune(trial, domain)["steps"]
+        rows = run.answers(trial, domain, "valid")
+        for reading in ("recommended", "scored"):
+            found = run.score(trial, domain, reading, rows, split="valid")
+            totals[reading] += found.hits
+            totals["valid"] += found.valid if reading == "recommended" else 0
+        totals["n"] += found.conversations
+    n = totals["n"]
+    row = {"arm": arm, "setting": {"learning_rate": rate}, "steps": steps, "conversations": n}
+    row |= {"hit_ratio": totals["recommended"] / n, "hit_ratio_scored": totals["scored"] / n}
+    return row | {"validity_ratio": totals["valid"] / n}
