@@ -259,6 +259,22 @@ def loss_figure(logs: Mapping[str, Mapping[str, Sequence[Mapping]]]):
     return fig
 
 
+def course_figure(course: pd.DataFrame):
+    """HR@1 on validation from before stage 2 to its end, a line a domain: solid by generating,
+    dotted by scoring. `course`: columns domain, step, reading, HR@1."""
+    fig, axis = plt.subplots(figsize=(5.5, 2.8))
+    ends = {}
+    for (domain, reading), part in course.sort_values("step").groupby(["domain", "reading"]):
+        colour, free = style.DOMAINS[domain], reading == "recommended"
+        axis.plot(part["step"], part["HR@1"], "o-" if free else ":", ms=4, color=colour)
+        if free:
+            ends[domain] = (part["HR@1"].iloc[-1], colour)
+    axis.set(xlabel="optimiser steps of stage 2", ylabel="HR@1 on validation", ylim=(0, 1))
+    style.end_labels(axis, course["step"].max(), ends)
+    fig.tight_layout()
+    return fig
+
+
 def spread(rows: pd.DataFrame) -> list[pd.Series]:
     """The arms of error bars: from `mean` down to `low`, and up to `high`."""
     return [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]

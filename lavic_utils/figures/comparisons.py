@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 
 from lavic_utils.config import DOMAINS
-from lavic_utils.evaluation import summary_by_seed
-from lavic_utils.figures import spread, style
+from lavic_utils.figures import style
 
 GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # of words that a line would cross
 
@@ -78,39 +76,45 @@ def controls_figure(scores: pd.DataFrame, references: Mapping[str, Mapping[str, 
     return fig
 
 
-def extended_figure(beyond: Mapping, metrics: Mapping):
-    """Beyond the paper: HR@1 by training examples, and with one [CLS] an image or one a tile.
+def frontier_figure(rows: pd.DataFrame):
+    """HR@1 and the share of descriptions with all looks right, by visual tokens an image.
 
-    Means over seeds (dots: each seed) with 95 % intervals over dialogues.
+    `rows`: those of `mini.beyond`; means over domains and seeds, small dots the single ones.
     """
-    rows = beyond["rows"] + [row for row in metrics["rows"] if row["method"] == "LaViC"]
-    frame = pd.DataFrame(rows)
-    means = summary_by_seed(rows).set_index(["method", "domain"])
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
-    ends = {}
-    for domain, colour in style.DOMAINS.items():
-        part = frame[(frame["domain"] == domain) & (frame["method"] != "LaViC, one [CLS]")]
-        sizes = part.groupby("method")["examples"].mean().sort_values()
-        line = means.loc[[(method, domain) for method in sizes.index]]
-        look = {"color": colour, "marker": "o", "ms": 4, "capsize": 2}
-        left.errorbar(sizes, line["mean"], spread(line), **look)
-        left.plot(part["examples"], part["hit_ratio_conversations"], ".", color=colour, ms=3)
-        ends[domain] = (line["mean"].iloc[-1], colour)
-    left.set(xlabel="training examples", ylabel="HR@1 over conversations", xscale="log")
-    left.set_ylim(0, 1)
-    left.set_xticks([50, 100, 200, 500], [50, 100, 200, 500])
-    left.minorticks_off()
-    style.end_labels(left, frame["examples"].max(), ends)
-    for shift, method, alpha, words in (
-        (-0.2, "LaViC, one [CLS]", 0.5, "one [CLS]\nan image"),
-        (0.2, "LaViC", 0.9, "one a\ntile"),
-    ):
-        line = means.loc[[(method, domain) for domain in DOMAINS]]
-        places = np.arange(len(DOMAINS)) + shift
-        look = {"ecolor": "0.25", "color": style.method_colour(method), "alpha": alpha}
-        right.bar(places, line["mean"], 0.38, yerr=spread(line), **look)
-        for x in places:
-            right.text(x, 0.02, words, ha="center", fontsize=7)
-    right.set_xticks(range(len(DOMAINS)), list(DOMAINS))
+    measured = {"hit_ratio_conversations": "HR@1 over conversations", "accuracy": "looks described"}
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.2))
+    for axis, (value, label) in zip(axes, measured.items(), strict=True):
+        shown = rows[rows["tokens"].notna() & rows[value].notna()]
+        for method, part in shown.groupby("method"):
+            colour, x, y = style.method_colour(method), part["tokens"].mean(), part[value].mean()
+            axis.plot(part["tokens"], part[value], ".", ms=3, alpha=0.4, color=colour)
+            axis.plot(x, y, "o", ms=6, color=colour)
+            name = method.removeprefix("LaViC").strip(", ") or "LaViC"
+            style.note(axis, name, x, y, right=6, va="center", fontsize=7)
+        axis.set(xlabel="visual tokens an image", ylabel=label, ylim=(0, 1.02))
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(right=8 * shown["tokens"].max())
     fig.tight_layout(w_pad=3)
+    return fig
+
+
+def lists_figure(rows: pd.DataFrame):
+    """HR@1 by the candidates of a list, a line a method: means over domains and seeds, with the
+    pictures of a prompt that did not fit the window. `rows`: those of `mini.beyond`."""
+    fig, axis = plt.subplots(figsize=(5.5, 2.8))
+    ends = {}
+    for method, part in rows.groupby("of"):
+        means = part.groupby("candidates")[["hit_ratio_conversations", "dropped_images"]].mean()
+        heights, colour = means["hit_ratio_conversations"], style.method_colour(method)
+        axis.plot(part["candidates"], part["hit_ratio_conversations"], ".", ms=3, color=colour)
+        axis.plot(heights.index, heights, "o-", ms=5, color=colour)
+        for count, row in means.iterrows():
+            if row["dropped_images"] >= 0.05:
+                text = f"{row['dropped_images']:.1f} pictures dropped"
+                style.note(axis, text, count, row.iloc[0], up=7, ha="center", fontsize=7)
+        ends[method] = (heights.iloc[-1], colour)
+    axis.set(xlabel="candidates", ylabel="HR@1 over conversations", ylim=(0, 1))
+    axis.set_xticks(sorted(rows["candidates"].dropna().unique()))
+    style.end_labels(axis, rows["candidates"].max(), ends)
+    fig.tight_layout()
     return fig

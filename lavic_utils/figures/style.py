@@ -19,6 +19,7 @@ METHODS = {
     "LaViC": VERMILLION,
     "LaViC w/o images": BLUE,
     "LaViC w/o self-distillation": SKY,
+    "LaViC before stage 2": "#8C510A",
     "Entire tokens (5x577)": PURPLE,
     "LLaVA-v1.6 (title)": GREEN,
     "LLaVA-v1.6 (title+image)": "#66C2A4",
