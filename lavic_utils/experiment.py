@@ -525,23 +525,26 @@ class Experiment:
 
         def make() -> dict:
             visual, model = variant.visual(self, "train"), self.model()
-            prompter, curve, on_step = self.prompter(visual, profile=profile), [], None
+            prompter, on_step = self.prompter(visual, profile=profile), None
             if self.profile.world and variant.name == "LaViC":
                 look, valid = self.prompter(variant.visual(self, "valid")), "valid"
 
-                def on_step(step: int) -> None:
+                def on_step() -> dict[str, float]:
                     asked = model, look, self.dialogues(domain, valid), self.profile.candidates
                     rows = [asdict(answer) for answer in recommendation.generate_answers(*asked)]
+                    found = {}
                     for reading in ("recommended", "scored"):
-                        found = self.score(method, domain, reading, rows, split=valid)
-                        value = found.hit_ratio_conversations
-                        curve.append({"step": step, "reading": reading, "hit_ratio": value})
+                        s = self.score(method, domain, reading, rows, split=valid)
+                        found[reading] = s.hit_ratio_conversations
+                    return found
 
             about = profile, model, prompter, examples, folder, self.seed, on_step
             log = recommendation.fine_tune(*about)
             images = visual.counted if isinstance(visual, store.Store) else None
             steps = profile.recommendation.steps(len(examples))
             about = {"examples": len(examples), "steps": steps, "cut": prompter.cut}
+            curve = [entry for entry in log if "scored" in entry]
+            log = [entry for entry in log if "loss" in entry]
             return {"log": log, "curve": curve, **about, "images": images}
 
         reads = {

@@ -157,15 +157,15 @@ class RecommendationTrainer(training.StageTrainer):
 
 
 class Watched(TrainerCallback):
-    """Calls `on_step` with the step where a given share of the training is done."""
+    """Puts what `on_step` measures SHARES of the way into the log, which a killed run keeps."""
 
-    def __init__(self, model, on_step: Callable[[int], None]) -> None:
+    def __init__(self, model, on_step: Callable[[], dict[str, float]]) -> None:
         self.model, self.on_step = model, on_step
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step in [round(share * state.max_steps) for share in SHARES]:
             self.model.eval()
-            self.on_step(state.global_step)
+            state.log_history.append({"step": state.global_step, **self.on_step()})
             self.model.train()
 
 
@@ -176,11 +176,11 @@ def fine_tune(
     examples: list[Example],
     folder: Path,
     seed: int,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[], dict[str, float]] | None = None,
 ) -> list[dict]:
     """Fine-tune one domain's adapter, put into `model` and saved as a standard peft folder,
-    `folder/adapter`. Returns the loss log: [{"step", "loss"}]. `on_step(step)` is called SHARES of
-    the way, with `model` as it is then."""
+    `folder/adapter`. Returns the log: [{"step", "loss"}], and between them, SHARES of the way, the
+    step and what `on_step` measured of `model` as it was then."""
     torch.manual_seed(seed)
     settings = profile.recommendation
     arguments = training.training_arguments(
@@ -206,7 +206,9 @@ def fine_tune(
     trainer.fit(folder / "adapter")
     model.eval()
     log = trainer.state.log_history
-    return [{"step": e["step"], "loss": e["loss"]} for e in log if "loss" in e]
+    measured = ("step", "loss", "recommended", "scored")
+    entries = [{name: entry[name] for name in measured if name in entry} for entry in log]
+    return [entry for entry in entries if len(entry) > 1]
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,15 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from lavic_utils import data, provenance, recommendation, store, training, vision
+from lavic_utils import data, provenance, recommendation, report, store, training, vision
 from lavic_utils.bench import memory
 from lavic_utils.bench import reference as direct
 from lavic_utils.config import PACKAGE
 from lavic_utils.distillation import VISION_LINEAR
 from lavic_utils.experiment import Experiment
+from lavic_utils.mini import beyond
 from lavic_utils.mini import model as minimodel
+from lavic_utils.recommendation import LANGUAGE_LINEAR
 
 DOMAIN = "fashion"
 
@@ -50,7 +53,7 @@ def run(tmp_path_factory):
     )
     patch.setenv("LAVIC_RESULTS", str(folder / "results"))
     patch.setenv("LAVIC_WORLD", str(folder / "data"))
-    patch.setattr(Experiment, "distil", lambda self: {})
+    patch.setattr(Experiment, "distil", lambda self, kind="cls": {})
     made = Experiment(str(folder / "small.yaml")).prepare()
     torch.manual_seed(0)
     tuned = training.add_adapter(made.model(), made.profile.distillation.lora, VISION_LINEAR)
@@ -152,8 +155,10 @@ def test_swapped_images_move_the_scores_with_the_item(run, tmp_path):
 
 
 def test_what_training_prompts_lost_is_in_the_result_of_stage_two(run, monkeypatch):
-    def train(profile, model, prompter, examples, folder, seed):
-        return [len(prompter.row(e)["input_ids"]) for e in examples]
+    def train(profile, model, prompter, examples, folder, seed, on_step):
+        rows = [prompter.row(e)["input_ids"] for e in examples]
+        looked = [{"step": 1, **on_step()}] if on_step else []
+        return [*looked, *({"step": i, "loss": len(row)} for i, row in enumerate(rows))]
 
     monkeypatch.setattr(recommendation, "fine_tune", train)
     visual = run.visual("distilled", ("train",))
@@ -169,12 +174,65 @@ def test_what_training_prompts_lost_is_in_the_result_of_stage_two(run, monkeypat
     assert found["cut"]["prompts"] == whole.count(whole[-1]) < len(whole) == found["examples"]
     assert (
         found["cut"]["dialogue_tokens"] >= found["cut"]["prompts"]
-        and max(found["log"]) <= whole[-1] + stage.max_new_tokens
+        and max(e["loss"] for e in found["log"]) <= whole[-1] + stage.max_new_tokens
     )
     assert (
         found["images"] == visual.counted
         and tight.tune("LaViC w/o images", DOMAIN)["images"] is None
     )
+
+
+def test_before_stage_two_is_the_same_student_and_prompts_and_is_looked_at_on_the_way(
+    run, monkeypatch, tmp_path
+):
+    """Three readings of the untuned model, and a training that changes nothing is no better."""
+
+    def train(profile, model, prompter, examples, folder, seed, on_step):
+        folder = folder / "adapter"
+        tuned = training.add_adapter(model, profile.recommendation.lora, LANGUAGE_LINEAR)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=scale)
+        training.save_adapter(tuned, folder)
+        return [{"step": 1, "loss": 1.0}, {"step": 1, **on_step()}]
+
+    monkeypatch.setattr(recommendation, "fine_tune", train)
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
+    shutil.copytree(run.folder / "stage1", tmp_path / "small" / "seed42" / "stage1")
+    found = {}
+    for scale in (1e-9, 0.1):
+        fresh = Experiment(run.profile)
+        rows = report.scored_rows(fresh, ["LaViC before stage 2", "LaViC"], [DOMAIN])
+        before, after = ([one[name] for name in report.SCORED[:2]] for one in rows)
+        assert [row["steps"] for row in rows] == [0, 1] and rows[0]["examples"] == 0
+        assert all(0 <= value <= 1 for value in before + after)
+        found[scale] = before == after, fresh.answers("LaViC before stage 2", DOMAIN)
+        valid = [fresh.score("LaViC", DOMAIN, r, split="valid") for r in ("recommended", "scored")]
+        (look,) = fresh.tune("LaViC", DOMAIN)["curve"]
+        assert [look["recommended"], look["scored"]] == [s.hit_ratio_conversations for s in valid]
+        assert not fresh.tuned_folder("LaViC before stage 2", DOMAIN).exists()
+        shutil.rmtree(tmp_path / "small" / "seed42" / "stage2")
+    assert found[1e-9][0] and found[1e-9][1] == found[0.1][1]
+
+
+def test_other_visual_tokens_are_means_of_projected_patches(run):
+    """Beyond the paper: one or four vectors a tile, and longer lists of the same pool."""
+    one, four, full = (run.visual(kind, ("test",)) for kind in ("mean", "pooled", "full"))
+    name = next(iter(one))
+    values, sizes = vision.pixels(run.processor, [data.open_image(data.image_file(run.root, name))])
+    tiles = vision.tile_count(run.model(), sizes[0])
+    assert len(one[name]) == tiles and len(four[name]) == 4 * tiles < len(full[name])
+    assert torch.allclose(four[name].unflatten(0, (tiles, 4)).mean(1), one[name], atol=1e-5)
+    tower = run.model().config.vision_config
+    whole = full[name][: (tower.image_size // tower.patch_size) ** 2]
+    assert torch.allclose(whole.mean(0), one[name][0], atol=1e-4)  # the first tile: all of it
+    rows = run.dialogues(DOMAIN, "test")
+    longer = beyond.lists(run, DOMAIN, "test", rows, 20)
+    pool = {asin for row in rows for asin in row.candidates_st}
+    for short, long in zip(rows, longer, strict=True):
+        names = long.candidates_st
+        assert set(short.candidates_st) <= set(names) <= pool and len(set(names)) == len(names)
+        assert len(names) == min(20, len(pool))
 
 
 # ------------------------------------------- the store itself, on made-up vectors
