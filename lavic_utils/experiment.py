@@ -538,14 +538,16 @@ class Experiment:
                         found[reading] = s.hit_ratio_conversations
                     return found
 
-            about = profile, model, prompter, examples, folder, self.seed, on_step
-            log = recommendation.fine_tune(*about)
-            images = visual.counted if isinstance(visual, store.Store) else None
-            steps = profile.recommendation.steps(len(examples))
-            about = {"examples": len(examples), "steps": steps, "cut": prompter.cut}
-            curve = [entry for entry in log if "scored" in entry]
-            log = [entry for entry in log if "loss" in entry]
-            return {"log": log, "curve": curve, **about, "images": images}
+            given = profile, model, prompter, examples, folder, self.seed, on_step
+            log = recommendation.fine_tune(*given)
+            return {
+                "log": [entry for entry in log if "loss" in entry],
+                "curve": [entry for entry in log if "scored" in entry],
+                "examples": len(examples),
+                "steps": profile.recommendation.steps(len(examples)),
+                "cut": prompter.cut,
+                "images": visual.counted if isinstance(visual, store.Store) else None,
+            }
 
         reads = {
             "base": self.base(),
@@ -579,8 +581,8 @@ class Experiment:
         """A method's answers to a split, kept: `rows`, one record a dialogue (the fields of
         `recommendation.Answer`, and its `line`), and `cost`. `control` changes the visual tokens at
         inference (a negative control, called `name`). In another `order` of the candidates only
-        free generation is read. `limit`: the first so many dialogues, not kept
-        (and of several processes known to the first alone)."""
+        free generation is read. `limit`: the first so many dialogues, not kept (and of several
+        processes known to the first alone)."""
         chosen = methods.find(method)
         part = f"{domain}_{split}" + (f"_order{order}" if order else "")
         folder = self.folder / "answers" / methods.slug(chosen.name + name) / part

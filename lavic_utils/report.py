@@ -131,7 +131,7 @@ def runs(run: Experiment, methods: Sequence[str]) -> list[Experiment]:
     for row in read_metrics(metrics_path(run))["rows"]:
         found.setdefault(row["seed"], set()).add((row["method"], row["domain"]))
     others = [run.of_seed(seed) for seed in found if seed != run.seed and wanted <= found[seed]]
-    return [run, *(other for other in others if other.folder.is_dir())]
+    return [run, *(other.prepare() for other in others if other.folder.is_dir())]
 
 
 def paired(
