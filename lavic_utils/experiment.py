@@ -621,10 +621,11 @@ class Experiment:
         domain: str,
         reading: str = "recommended",
         rows: list[dict] | None = None,
+        split: str = "test",
     ) -> list[bool]:
-        """Whether each test dialogue's answer, read so, is one of its ground-truth items."""
-        rows = self.answers(method, domain) if rows is None else rows
-        wanted = [d.gt_items for d in self.dialogues(domain, "test")]
+        """Whether each dialogue's answer, read so, is one of its ground-truth items."""
+        rows = self.answers(method, domain, split) if rows is None else rows
+        wanted = [d.gt_items for d in self.dialogues(domain, split)]
         return hits([row[reading] for row in rows], wanted)
 
     def score(

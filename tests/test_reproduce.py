@@ -16,9 +16,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lavic_utils import provenance, report
+from lavic_utils import experiment, provenance, report
 from lavic_utils.config import Profile, UserError, load_profile
-from lavic_utils.repro import driver
+from lavic_utils.repro import driver, tuning
 from lavic_utils.repro import notebooks as nbs
 
 NOTEBOOKS = nbs.NOTEBOOKS
@@ -313,6 +313,30 @@ def test_the_last_line_compares_with_the_committed_rows_of_the_same_seed():
     assert driver.compared([other, ours[1]], ours) == said
     assert driver.compared([row | {"valid": 8}], ours).startswith("0 of 1")
     assert driver.compared([row | {"seed": 7}], ours).startswith("no committed run")
+
+
+def test_every_arm_is_searched_over_the_same_rates_and_the_best_is_kept(results, monkeypatch):
+    """Made-up hits: an arm's best rate is its own, and equals go to the lowest one."""
+    best = {"LaViC": 2e-3, "LaViC w/o images": 4e-3}
+
+    def hits(self, method, domain, reading, split):
+        arm, rate = method.split(" at ")
+        assert self.profile.arm(method).recommendation.learning_rate == float(rate)
+        return [float(rate) == best.get(arm), False]
+
+    monkeypatch.setattr(experiment.Experiment, "hits", hits)
+    monkeypatch.setattr(experiment.Experiment, "tune", lambda *asked: {"steps": 7})
+    monkeypatch.setattr(experiment.Experiment, "prepare", lambda self: self)
+    monkeypatch.setattr(experiment.Experiment, "data_hash", "x")
+    said = tuning.tune(load_profile("mini"))
+    rows = json.loads((results.parent / "mini" / "tuning.json").read_text())["rows"]
+    chosen = {row["arm"]: row["setting"]["learning_rate"] for row in rows if row["chosen"]}
+    lowest = min(tuning.RATES)
+    assert chosen == dict.fromkeys(tuning.ARMS, lowest) | best and len(rows) == 16
+    assert {row["steps"]["home"] for row in rows} == {7} and rows[0]["conversations"] == 6
+    assert "LaViC w/o images: 0.004 is best" in "".join(said)
+    table = report.tuning_table(experiment.Experiment("mini"))
+    assert table.loc["LaViC", 2e-3] == "0.500 / 0.500 *"
 
 
 def test_the_time_left_follows_the_pace_of_this_machine():

@@ -47,18 +47,14 @@ def tune(profile: Profile) -> list[str]:
 
 
 def measured(run: Experiment, trial: str, arm: str, rate: float) -> dict:
-    """A row of the table: validation HR@1 by both readings over all domains' conversations, VR, and
-    the optimiser steps of each domain."""
-    totals, steps = {"recommended": 0, "scored": 0, "valid": 0, "n": 0}, {}
+    """A row of the table: validation HR@1 by both readings over all domains' conversations, and the
+    optimiser steps of each domain."""
+    right, steps = {"recommended": [], "scored": []}, {}
     for domain in DOMAINS:
         steps[domain] = run.tune(trial, domain)["steps"]
-        rows = run.answers(trial, domain, "valid")
-        for reading in ("recommended", "scored"):
-            found = run.score(trial, domain, reading, rows, split="valid")
-            totals[reading] += found.hits
-            totals["valid"] += found.valid if reading == "recommended" else 0
-        totals["n"] += found.conversations
-    n = totals["n"]
-    row = {"arm": arm, "setting": {"learning_rate": rate}, "steps": steps, "conversations": n}
-    row |= {"hit_ratio": totals["recommended"] / n, "hit_ratio_scored": totals["scored"] / n}
-    return row | {"validity_ratio": totals["valid"] / n}
+        for reading, found in right.items():
+            found += run.hits(trial, domain, reading, split="valid")
+    generated, scored = (sum(found) / len(found) for found in right.values())
+    row = {"arm": arm, "setting": {"learning_rate": rate}, "steps": steps}
+    row |= {"conversations": len(right["scored"]), "hit_ratio": generated}
+    return row | {"hit_ratio_scored": scored}
