@@ -94,7 +94,10 @@ class Experiment:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
         self.seed = self.profile.seed if seed is None else seed
         for method in self.profile.arms:
-            methods.find(method)  # says which there are
+            if (known := methods.find(method).name) != method:
+                raise UserError(
+                    f"profile {self.profile.name}, arms: write {known!r}, not {method!r}"
+                )
         self.data_folder, self.api, self.force = data_folder, api, force
         self.lists = methods.find(lists) if lists else None
         if self.lists and self.lists.chooses:

@@ -251,9 +251,10 @@ def test_an_arm_may_have_settings_of_its_own_and_nothing_else(tmp_path):
         path.write_text(text + f"\narms:\n  {arm}\n")
         with pytest.raises(UserError, match=wrong):
             load_profile(str(path))
-    path.write_text(text + "\narms:\n  LaVic: {learning_rate: 0.5}\n")
-    with pytest.raises(UserError, match="no method 'LaVic'"):
-        experiment.Experiment(str(path))
+    for name, wrong in (("LaVic", "write 'LaViC', not 'LaVic'"), ("Lavik", "no method 'Lavik'")):
+        path.write_text(text + f"\narms:\n  {name}: {{learning_rate: 0.5}}\n")
+        with pytest.raises(UserError, match=wrong):
+            experiment.Experiment(str(path))
 
 
 def test_what_loses_pictures_bears_a_footnote():
