@@ -129,7 +129,7 @@ class Recommendation(Stage):
 
 class Profile(Section):
     name: str
-    tier: Literal["mini run", "full run"]
+    tier: Literal["mini run", "full run", "rehearsal"]  # the last is given by the weights
     model: str  # a folder inside the package, a path, or a hub id
     revision: str | None = None  # a commit of the hub's repository
     download_gb: float = Field(0, ge=0)

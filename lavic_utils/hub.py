@@ -44,8 +44,19 @@ class HubModel:
         why = "which is not in the local cache; nothing is downloaded unasked"
         raise Unavailable(f"needs {self}, {why}. With a network: {self.command}")
 
-    def cached(self) -> bool:
+    def cached(self) -> Path | None:
+        """Its folder in the local cache; None where it is not there."""
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.id, "config.json", revision=self.revision)
-        return isinstance(found, str)
+        return Path(found).parent if isinstance(found, str) else None
+
+    def stand_in(self, folder: str) -> bool:
+        """Are the weights in `folder` (no folder: in the cache) less than a tenth of this model's?
+        Then they are a narrow stand-in's: it rehearses a run, and says nothing of the model."""
+        if not self.gigabytes:
+            return False
+        place = Path(folder) if Path(folder).is_dir() else self.cached()
+        files = place.iterdir() if place else ()
+        size = sum(one.stat().st_size for one in files if one.suffix in (".safetensors", ".bin"))
+        return 0 < size < self.gigabytes * 1e8

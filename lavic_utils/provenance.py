@@ -9,6 +9,7 @@ import io
 import json
 import os
 import platform
+import subprocess
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,8 +21,9 @@ from typing import Any
 from lavic_utils.config import PACKAGE, ROOT, Profile
 
 # The libraries that can change a number: recorded beside every result.
-PACKAGES = tuple(
-    "torch transformers peft datasets accelerate sentence-transformers numpy pillow".split()
+PACKAGES = (
+    *"torch transformers peft datasets accelerate bitsandbytes".split(),
+    *"sentence-transformers numpy pillow".split(),
 )
 
 
@@ -161,6 +163,16 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
+def _gpus() -> list[str]:
+    """Name and driver of each NVIDIA GPU, as `nvidia-smi` says; empty where it is not there."""
+    ask = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
+    with suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run(ask.split(), capture_output=True, text=True, timeout=10, check=True)
+        return said.stdout.splitlines()
+    return []
+
+
 def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
     """What every file under results/ carries. No host name, no user name, no path.
 
@@ -187,6 +199,7 @@ def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
             "processor": _processor(),
             "cores": psutil.cpu_count(logical=True),
             "memory_gb": round(memory / 2**30, 1),
+            "gpus": _gpus(),
         },
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -91,7 +91,7 @@ def _four_bits(profile: Profile):
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
         raise UserError(
             f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and "
-            "bitsandbytes: pip install 'lavic-companion[gpu]', or use another profile"
+            "bitsandbytes: pip install -r requirements-gpu.lock, or use another profile"
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -253,7 +253,7 @@ def test_committed_claims_hold_every_published_cell_and_the_mini_run() -> None:
         for row in found["rows"]
         for one in row["ours"]
     )
-    mini = claims.mini_figures(
+    mini = claims.measured(
         json.loads((ROOT / "results/mini/metrics.json").read_text(encoding="utf-8"))
     )
     committed = {
@@ -274,7 +274,7 @@ def test_committed_claims_hold_every_published_cell_and_the_mini_run() -> None:
 
 @both
 def test_committed_claims_are_what_the_data_give() -> None:
-    fresh = claims.claims(real_data_dir(), replications_dir(), ROOT / "results/mini/metrics.json")
+    fresh = claims.claims(real_data_dir(), replications_dir(), ROOT / "results")
     assert json.loads(json.dumps(fresh)) == claims.read_claims(), STALE
     changed = json.loads(json.dumps(fresh))
     changed["rows"][0]["published"] += 0.0001  # negative control
@@ -300,6 +300,28 @@ def test_a_mini_result_never_passes_for_the_papers() -> None:
         "outside"
         in claims._status(0.1, False, [one | {"tier": "replication answers", "low": 0.2}])[0]
     )
+
+
+def test_a_full_run_counts_first_and_a_rehearsal_never(tmp_path, monkeypatch) -> None:
+    one = {"tier": "rehearsal", "value": 0.1, "n": 9, "low": 0.0, "high": 1.0}
+    mini, full = one | {"tier": "mini run"}, one | {"tier": "full run", "low": 0.2}
+    assert claims._status(0.1, False, [one])[0] == claims.REHEARSAL
+    assert claims._status(0.1, False, [mini, one])[0] == claims.MINI
+    assert "full run; published value outside" in claims._status(0.1, False, [full, mini, one])[0]
+    for name in ("read_splits", "published_cells"):
+        monkeypatch.setattr(claims.published, name, lambda *_: {})
+    monkeypatch.setattr(claims, "read_replications", lambda _: {})
+    monkeypatch.setattr(claims, "replication_figures", lambda _: {})
+    results = tmp_path / "results"
+    made = {"provenance": {"tier": "rehearsal"}, "rows": []}
+    (results / "paper").mkdir(parents=True)
+    (results / "paper" / "metrics.json").write_text(json.dumps(made), encoding="utf-8")
+    monkeypatch.setattr(claims, "ROOT", tmp_path)  # as if these were the committed ones
+    with pytest.raises(UserError, match="a rehearsal's figures are no claims"):
+        claims.claims(tmp_path, tmp_path, results)
+    # negative control: the committed results hold no rehearsal
+    kept = [p.read_text(encoding="utf-8") for p in ROOT.glob("results/*/metrics.json")]
+    assert kept and not any(json.loads(text)["provenance"]["tier"] == "rehearsal" for text in kept)
 
 
 def test_missing_claims_say_what_to_do(tmp_path) -> None:

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from lavic_utils import provenance
 from lavic_utils.__main__ import main
 from lavic_utils.config import ROOT, UserError, load_profile
 from lavic_utils.repro import doctor
@@ -137,6 +138,19 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
         assert [(card["gib"], card["half"]) for card in doctor.gpus()] == expected
 
 
+def test_card_and_driver_stand_beside_every_result(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    fake, here = tmp_path / "nvidia-smi", []
+    fake.touch(0o755)
+    for said in ("echo 'Tesla T4, 580.95.05'", "echo failed; exit 9"):  # the second has no card
+        fake.write_text(f"#!/bin/sh\n{said}\n", encoding="utf-8")
+        provenance._gpus.cache_clear()
+        here.append(provenance.provenance(load_profile("mini"), 1, "none")["machine"]["gpus"])
+    provenance._gpus.cache_clear()
+    assert here == [["Tesla T4, 580.95.05"], []]
+    assert "bitsandbytes" in provenance.versions()
+
+
 def test_a_gpu_counts_only_where_torch_can_use_it_and_the_profile_fits(monkeypatch, capsys):
     import torch
 
@@ -146,7 +160,9 @@ def test_a_gpu_counts_only_where_torch_can_use_it_and_the_profile_fits(monkeypat
     assert "torch cannot use the GPU" in doctor.obstacle(load_profile("t4"), found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "does not fit" in doctor.obstacle(load_profile("paper"), found)
-    assert "bitsandbytes" in doctor.obstacle(load_profile("t4"), found)
+    assert "requirements-gpu.lock" in doctor.obstacle(load_profile("t4"), found)
+    old = {**card, "name": "Tesla V100-SXM2-16GB", "gib": 16.0, "compute": 7.0}
+    assert "7.5 and newer" in doctor.obstacle(load_profile("t4"), {**found, "gpus": [old]})
     assert (
         doctor.obstacle(load_profile("t4"), {**found, "packages": {"bitsandbytes": True}}) is None
     )

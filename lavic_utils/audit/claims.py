@@ -26,8 +26,11 @@ from lavic_utils.report import read_metrics
 BESIDE = {"LaViC": "title+image", "LaViC w/o images": "title"}
 ABSENT = "absent in the paper"
 MINI = "mini run only: not comparable with the paper"
+REHEARSAL = "rehearsal only: random weights, no evidence"
 WHY_MINI = "tiny model, rendered catalogue: shows how the method behaves there, nothing about the "
 WHY_MINI += "published figure"
+WHY_REHEARSAL = "narrow stand-in of the model: shows that the commands run, nothing else"
+WHY_FULL = "this code's run of the 7B model on the published data"
 WHY_OTHER = "4-bit weights, stage 1 with one view an image, one run, some rows missing: not the "
 WHY_OTHER += "published run"
 # None: not in the paper; no ceiling: VR, retrieval
@@ -45,8 +48,8 @@ def _figure(tier: str, value: float, n: int, bounds: Sequence[float]) -> dict[st
     return {"tier": tier, "value": round(float(value), 4), "n": n, "low": low, "high": high}
 
 
-def mini_figures(metrics: Mapping[str, Any]) -> Figures:
-    """Means over seeds of the mini run; n: test dialogues; 95 % interval over dialogues."""
+def measured(metrics: Mapping[str, Any]) -> Figures:
+    """Means over seeds of a profile's runs; n: test dialogues; 95 % interval over dialogues."""
     tier, found = metrics["provenance"]["tier"], {}
     for row in summary_by_seed(metrics["rows"]).to_dict("records"):
         n, vr = row["conversations"], row["validity_ratio"]
@@ -75,11 +78,14 @@ def _status(value: float | None, retrieval: bool, ours: Sequence[Mapping]) -> tu
         why = "VR is not defined for retrieval" if retrieval else "out of memory in the paper"
         return ABSENT, why
     for one in ours:
+        where = "inside" if one["low"] <= value <= one["high"] else "outside"
+        if one["tier"] == "full run":
+            return f"full run; published value {where} its interval", WHY_FULL
         if one["tier"] == "replication answers":
-            where = "inside" if one["low"] <= value <= one["high"] else "outside"
             return f"another setting; published value {where} its interval", WHY_OTHER
     if ours:
-        return MINI, WHY_MINI
+        mini = any(one["tier"] == "mini run" for one in ours)
+        return (MINI, WHY_MINI) if mini else (REHEARSAL, WHY_REHEARSAL)
     return "not measured", "a service or model that this project does not run"
 
 
@@ -105,14 +111,21 @@ def claim_rows(splits: Mapping[str, published.Split], *figures: Figures) -> list
     return rows
 
 
-def claims(data: Path, replications: Path, metrics: Path) -> dict[str, Any]:
-    """What results/claims.json holds: split sizes, rows, LaViC's comparisons, value of images."""
+def claims(data: Path, replications: Path, root: Path) -> dict[str, Any]:
+    """What claims.json holds: split sizes, rows, LaViC's comparisons, value of images. `root`: the
+    folder of results, by profile. UserError for a rehearsal among those that are committed."""
     splits, runs = published.read_splits(data), read_replications(replications)
-    mini = mini_figures(read_metrics(metrics)) if metrics.is_file() else {}
+    figures = [replication_figures(runs)]
+    for path in sorted(root.glob("*/metrics.json")):
+        metrics = read_metrics(path)
+        tier = metrics["provenance"]["tier"]
+        if tier == "rehearsal" and root.resolve() == ROOT / "results":
+            raise UserError(f"{path}: a rehearsal's figures are no claims; move that folder away")
+        figures.insert(0 if tier == "full run" else len(figures), measured(metrics))
     sizes = {domain: asdict(split) for domain, split in splits.items()}
     for split in sizes.values():
         split.pop("truths")
-    rows = claim_rows(splits, replication_figures(runs), mini)
+    rows = claim_rows(splits, *figures)
     leads = published.comparisons(published.published_cells(), splits)
     images = published.value_of_images(runs)
 
@@ -163,7 +176,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 def write_claims(data: Path, replications: Path) -> dict[str, Any]:
     """Write claims.json and claims.md below `results_root()`; returns what claims.json holds."""
     root = results_root()
-    found = claims(data, replications, root / "mini" / "metrics.json")
+    found = claims(data, replications, root)
     write_json(root / "claims.json", found)
     write_text(root / "claims.md", markdown(found))
     return found

@@ -1,6 +1,6 @@
 """`bench gpu`: seconds and peak memory of a profile's true model, with random weights, on a card.
 
-On a machine with a card and 16 GB of main memory (t4 also: pip install 'lavic-companion[gpu]'):
+On a machine with a card and 16 GB of main memory (t4 also: pip install -r requirements-gpu.lock):
 
     for p in paper t4; do CUDA_VISIBLE_DEVICES=0 python -m lavic_utils bench gpu --profile $p; done
 

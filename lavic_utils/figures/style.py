@@ -33,6 +33,7 @@ TIERS = {
     "replication answers": GREEN,
     "reported by others": ORANGE,
     "full run": BLUE,
+    "rehearsal": PALE,
 }
 DEFAULTS = {
     "figure.dpi": 90,

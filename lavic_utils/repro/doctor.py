@@ -20,11 +20,12 @@ from packaging.utils import canonicalize_name
 from lavic_utils import config
 from lavic_utils.config import ROOT, Profile, UserError
 from lavic_utils.hub import HubModel
-from lavic_utils.repro.environment import installed, read_lock, wanted
+from lavic_utils.repro.environment import EXTRAS, installed, read_lock, wanted
 
 GIB, CGROUP = 2**30, Path("/sys/fs/cgroup")
 INSTALLED_GB = 2.3  # what requirements.lock takes on the disk with torch's build for CPUs
 MINI_GIB = 2.0  # the mini run's measured peak is below it
+OLDEST = 7.5  # Turing: CUDA 13, which torch is built with, has left Volta and older out
 TABLE = "python -m lavic_utils table open_source"
 Facts = dict[str, Any]
 
@@ -90,18 +91,20 @@ def obstacle(profile: Profile, found: Facts) -> str | None:
         return f"needs {MINI_GIB:g} GiB, {free:g} can be had" if free < MINI_GIB else None
     if not cards:
         return "needs an NVIDIA GPU"
+    if cards[0]["compute"] < OLDEST:
+        return f"torch's CUDA 13 runs on compute capability {OLDEST} and newer alone (T4 on)"
     import torch
 
     from lavic_utils.bench.plan import Card, refuse
 
     if not torch.cuda.is_available():
-        return "the installed torch cannot use the GPU (a build for CPUs, or an old driver)"
+        return "the installed torch cannot use the GPU (a build for CPUs, or a driver before 580)"
     try:
         refuse(profile, Card(cards[0]["name"], cards[0]["gib"], 0, 0))
     except UserError as error:
         return str(error)
     missing = profile.quantize_4bit and not found["packages"]["bitsandbytes"]
-    return "needs bitsandbytes: python -m pip install -e '.[gpu]'" if missing else None
+    return f"needs bitsandbytes: python -m pip install -r {EXTRAS['gpu']}" if missing else None
 
 
 def state(profile: Profile, found: Facts) -> Facts:

@@ -15,6 +15,7 @@ from lavic_utils.provenance import write_text
 
 HEAD = "# Written by `make lock` from what is installed; do not edit.\n"
 NOT_LOCKED = {"pip", "setuptools", "wheel", "lavic-companion"}
+EXTRAS = {"demo": "requirements-demo.lock", "gpu": "requirements-gpu.lock"}  # locks of their own
 
 
 def wanted(root: Path = ROOT, extra: str = "dev") -> list[Requirement]:
@@ -41,19 +42,22 @@ def read_lock(path: Path) -> dict[str, str]:
 
 
 def write_lock(root: Path = ROOT) -> None:
-    """Pin what is installed here, but for what requirements-demo.lock pins."""
-    apart = NOT_LOCKED | set(read_lock(root / "requirements-demo.lock"))
+    """Pin what is installed here, but for what the locks of extras pin."""
+    apart = NOT_LOCKED.union(*(read_lock(root / name) for name in EXTRAS.values()))
     pins = sorted((name, version) for name, version in installed().items() if name not in apart)
     lines = "".join(f"{name}=={version}\n" for name, version in pins)
     write_text(root / "requirements.lock", HEAD + lines)
 
 
 def check(root: Path = ROOT) -> list[str]:
-    """What pyproject.toml asks for and requirements.lock does not give, one line each."""
-    pins, problems = read_lock(root / "requirements.lock"), []
-    for one in wanted(root):
+    """What pyproject.toml asks for and the locks do not give, one line each."""
+    pins, asked, problems = {}, {}, []
+    for extra, lock in {"dev": "requirements.lock", **EXTRAS}.items():
+        pins |= read_lock(root / lock)
+        asked |= {str(one): one for one in wanted(root, extra)}
+    for one in asked.values():
         pin = pins.get(canonicalize_name(one.name))
         if pin is None or not one.specifier.contains(pin, prereleases=True):
             found = f"pins {pin}" if pin else "lacks it"
-            problems.append(f"pyproject.toml wants {one}, requirements.lock {found}: `make lock`")
+            problems.append(f"pyproject.toml wants {one}, the lock {found}: `make lock`")
     return problems
