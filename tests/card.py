@@ -4,16 +4,14 @@ weights. Not run by pytest.
     python tests/card.py rehearsal OUT.json   # both stages and answers of a stand-in checkpoint
     python tests/card.py notebooks OUT.json   # the code cells of notebooks 00 to 02, mini profile
 
-The stand-in is a LLaVA-NeXT in the hub's own layout: the true model's tiles and pinpoints, tiny
-widths, random weights. The profiles are `paper` and `t4` as they are, but for the model's path and
-two epochs of stage 1. In float32, and without dropout, whose masks differ from one device to
-another, the card is held against the processor."""
+Model and data are those of `stand_ins`. The profiles are `paper` and `t4` as they are, but for the
+model's path and two epochs of stage 1. In float32, and without dropout, whose masks differ from one
+device to another, the card is held against the processor."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -29,111 +27,6 @@ KINDS = (
     "t4, 4 bits, card",
 )
 NEEDS_SBERT = "world.make_world("  # its weights (90 MB) may not be there
-
-
-# ---------------------------------------------------------------- what is rehearsed on
-def stand_in(folder: Path) -> None:
-    """A checkpoint of LLaVA-v1.6's form: 336-pixel tiles, its pinpoints, two narrow layers a side,
-    the mini model's tokenizer."""
-    import torch
-    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
-    from transformers.models.llava_next.image_processing_pil_llava_next import (
-        LlavaNextImageProcessorPil,
-    )
-
-    from lavic_utils.bench import memory
-    from lavic_utils.mini import model as minimodel
-
-    tokenizer = minimodel.build_tokenizer()
-    given = json.loads(next(iter(memory.CONFIGS.values())).read_text(encoding="utf-8"))
-    narrow = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    given["text_config"] |= narrow | {
-        "num_key_value_heads": 2,
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "initializer_range": 0.1,
-    }
-    given["vision_config"] |= narrow
-    given["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
-    torch.manual_seed(0)
-    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**given))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    side = given["vision_config"]["image_size"]
-    LlavaNextImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_grid_pinpoints=given["image_grid_pinpoints"],
-    ).save_pretrained(folder)
-
-
-def data_folder(folder: Path) -> None:
-    """Written dialogues about drawn items, in the published layout: one domain, images of three
-    shapes, one image missing."""
-    from lavic_utils.mini import words as w
-    from lavic_utils.mini.drawing import draw_product
-
-    rng, catalogue, looks = random.Random(0), {}, {}
-    ids = [f"B0{a}{b}" for a, b in zip(w.ID_CHUNKS[:28], w.ID_CHUNKS[40:68], strict=True)]
-    for name in ("train_images", "valid_images", "all_beauty"):
-        (folder / name).mkdir(parents=True)
-    valid = []
-    for i, asin in enumerate(ids):
-        facts = {name: rng.choice(known) for name, known in w.ATTRIBUTES.items()}
-        facts["kind"] = rng.choice(list(w.KINDS["beauty"]))
-        facts["brand"] = rng.choice(w.BRANDS["beauty"])
-        facts["feature"] = rng.choice(w.FEATURES["beauty"])
-        title, said, looks[asin] = w.title(facts), w.description(facts), facts
-        image = draw_product(facts, [(500, 500), (500, 250), (300, 500)][i % 3], rng)
-        place = "valid_images" if i >= 24 else "train_images"
-        file, link = f"{asin}_0.jpg", {"large": f"https://example.org/{i}.jpg"}
-        if i != 3:
-            image.save(folder / place / file, "JPEG")
-        if i >= 24:
-            valid.append(
-                {
-                    "title": title,
-                    "image_name": file,
-                    "image": link["large"],
-                    "image_description_llava_cleaned": said,
-                }
-            )
-        else:
-            catalogue[asin] = {
-                "title": title,
-                "categories": ["all_beauty", facts["kind"]],
-                "features": [],
-                "description": [],
-                "images": [link],
-                "image_descriptions_llava_cleaned": {file: said},
-            }
-    (folder / "item2meta_train.json").write_text(json.dumps(catalogue))
-    (folder / "item2meta_valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in valid))
-    for split, count in (("train", 16), ("valid", 4), ("test", 12)):
-        rows = []
-        for _ in range(count):
-            ten = rng.sample(ids[:24], 10)
-            wish = f"{looks[ten[0]]['colour']} and {looks[ten[0]]['pattern']}"
-            rows.append(
-                {
-                    "context": f"<submission>i want something {wish}</submission>\n",
-                    "context_items": [],
-                    "gt": "this one",
-                    "gt_items": [ten[0]],
-                    "candidates_st": rng.sample(ten, 10),
-                    "candidates_gpt_large": rng.sample(ten, 10),
-                }
-            )
-        (folder / "all_beauty" / f"{split}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
 
 
 # ---------------------------------------------------------------- one training and its answers
@@ -214,9 +107,11 @@ def compared(card: dict, processor: dict) -> dict:
 def rehearsal(out: Path) -> dict:
     """Every kind in a process of its own, side by side; the file is written anew as each is
     done."""
+    import stand_ins
+
     place = out.parent / "rehearsal"
-    stand_in(place / "model")
-    data_folder(place / "data")
+    stand_ins.llava_next(place / "model")
+    stand_ins.data_folder(place / "data")
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     }
@@ -293,20 +188,13 @@ def about() -> dict:
     from lavic_utils.config import load_profile
     from lavic_utils.provenance import provenance
 
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if card else None
-    return provenance(load_profile("paper"), 42, "none") | {
-        "tier": "rehearsal",
-        "card": card,
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
+    found = provenance(load_profile("paper"), 42, "none")  # card and driver are in its `machine`
+    torches = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    return found | {"tier": "rehearsal", **torches}
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     what, where, *more = sys.argv[1:]
     if what == "one":
         result = rehearse(more[0], Path(where))

@@ -1,40 +1,66 @@
-"""The rehearsal that `tests/card.py` runs on a card: its checkpoint and its data can be read."""
+"""What rehearsals run on: stand-ins in the hub's form, and data in the published one."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from stand_ins import COUNTS, SENTENCEPIECE, data_folder, llava_15, llava_next, vicuna
 
-from lavic_utils import data, vision
-from lavic_utils.config import UserError, load_profile
+from lavic_utils import data, experiment, methods, vision
+from lavic_utils.config import DOMAINS, UserError, load_profile
 
-spec = importlib.util.spec_from_file_location("card", Path(__file__).with_name("card.py"))
-card = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(card)
-
-
-def test_the_rehearsals_data_is_of_the_published_form(tmp_path):
-    card.data_folder(tmp_path)
-    rows = {split: data.read_dialogues(tmp_path, "beauty", split) for split in data.SPLITS}
-    assert {split: len(found) for split, found in rows.items()} == {
-        "train": 16,
-        "valid": 4,
-        "test": 12,
-    }
-    catalogue = data.read_catalogue(tmp_path)
-    assert all(asin in catalogue for d in rows["test"] for asin in d.candidates_st)
-    missing = [a for a in catalogue if data.open_image(data.image_file(tmp_path, a)) is None]
-    assert len(missing) == 1 and len(data.read_stage1_valid(tmp_path)) == 4
+TEXT = "ID: B00HO5EE9W\nTitle: a red lamp"
 
 
-def test_the_stand_in_has_the_hubs_layout_and_the_true_tiles(tmp_path):
-    card.stand_in(tmp_path / "model")
+def test_the_rehearsals_data_is_of_the_published_form_and_as_odd(tmp_path):
+    data_folder(tmp_path)
+    catalogue, odd = data.read_catalogue(tmp_path), set()
+    for domain in DOMAINS:
+        rows = {split: data.read_dialogues(tmp_path, domain, split) for split in data.SPLITS}
+        assert {split: len(found) for split, found in rows.items()} == COUNTS
+        named = {s: {a for d in found for a in d.candidates_st} for s, found in rows.items()}
+        assert named["train"] & named["valid"] & named["test"]  # the published splits share items
+        every = [d for found in rows.values() for d in found]
+        assert {a for d in every for a in (*d.candidates_st, *d.gt_items)} <= set(catalogue)
+        odd |= {"long" for d in rows["train"] if len(d.context.split()) > 1500}
+        odd |= {"twice" for d in every if len(d.gt_items) > len(set(d.gt_items))}
+        odd |= {"not listed" for d in every if not set(d.gt_items) & set(d.candidates_st)}
+        odd |= {"ISBN" for d in every for a in d.candidates_st if a.isdecimal()}
+    assert odd == {"long", "twice", "not listed", "ISBN"}
+    images = [data.image_file(tmp_path, a) for a in catalogue]
+    there = [data.open_image(path) is not None for path in images if path.is_file()]
+    assert 0 < there.count(False) < there.count(True) < len(images) / 2
+    assert len(data.read_stage1_valid(tmp_path)) == 6
+
+
+def test_the_stand_in_has_the_hubs_layout_and_the_true_tiles(tmp_path, results):
+    llava_next(tmp_path / "model")
     profile = load_profile("paper").model_copy(update={"model": str(tmp_path / "model")})
     model, processor = vision.load_model(profile), vision.load_processor(profile)
     assert model.config.vision_config.image_size == 336
     assert [vision.tile_count(model, size) for size in ((500, 500), (250, 500))] == [5, 3]
-    assert processor.tokenizer("red").input_ids
-    with pytest.raises(UserError):  # negative control: an empty folder is no checkpoint
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == 32000
+    run = experiment.Experiment(profile)
+    assert run.profile.tier == "rehearsal"
+    # negative controls: a model of this size, and an empty folder
+    small = profile.model_copy(update={"download_gb": 0.01})
+    assert experiment.Experiment(small).profile.tier == "full run"
+    with pytest.raises(UserError):
         vision.load_model(profile.model_copy(update={"model": str(tmp_path)}))
+
+
+def test_vicunas_slow_tokenizer_opens(tmp_path):
+    """It comes as tokenizer.model alone, which is read with protobuf: part of the environment."""
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    vicuna(tmp_path / "model")
+    assert not (tmp_path / "model" / "tokenizer.json").exists()
+    model, tokenizer = methods.load_open(load_profile("paper"), str(tmp_path / "model"), None)
+    true = SentencePieceTokenizer(str(SENTENCEPIECE)).encode(TEXT, bos=True, eos=False)
+    assert tokenizer(TEXT).input_ids == true and tokenizer.pad_token
+    assert model.config.model_type == "llama"
+
+
+def test_the_other_llava_opens_with_its_tiles(tmp_path):
+    llava_15(tmp_path / "model")
+    model, processor = methods.load_open(load_profile("paper"), str(tmp_path / "model"), None)
+    assert model.config.vision_config.image_size == 336 and hasattr(processor, "image_processor")
