@@ -211,15 +211,14 @@ def _measured_cell(found: Mapping | None, unasked: int) -> str:
     return text + (f" ({unasked} refused)" if unasked else "")
 
 
-def tuning_table(run: Experiment) -> pd.DataFrame:
+def tuning_table(run: Experiment) -> pd.DataFrame | None:
     """The search of `tune` as it is kept, an arm a row and a rate a column: validation HR@1 by
-    generating / by scoring, * where it was chosen. UserError where there is none."""
-    for folder in (results_dir(run.profile), ROOT / "results" / run.profile.name):
-        if (path := folder / "tuning.json").is_file():
-            break
-    else:
-        raise UserError(f"{path}: no search is kept; run `python -m lavic_utils tune`")
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    generating / by scoring, * where it was chosen. None where there is none."""
+    folders = results_dir(run.profile), ROOT / "results" / run.profile.name
+    found = [folder / "tuning.json" for folder in folders if (folder / "tuning.json").is_file()]
+    if not found:
+        return None
+    rows = json.loads(found[0].read_text(encoding="utf-8"))["rows"]
     for row in rows:
         star = " *" if row["chosen"] else ""
         row["cell"] = f"{row['hit_ratio']:.3f} / {row['hit_ratio_scored']:.3f}{star}"
