@@ -237,6 +237,22 @@ def test_a_seed_changes_world_and_training(run):
     assert fixed.of_data == fixed.place != fixed.folder
 
 
+def test_tests_take_the_worlds_of_all_seeds_together_and_the_same_data_once():
+    def seed(own: str) -> SimpleNamespace:
+        def hits(method, domain, reading):
+            return [method == "LaViC" or i % 2 == 0 for i in range(16)]
+
+        targets = [f"{own}{i}" for i in range(16)]
+        return SimpleNamespace(hits=hits, targets=lambda domain: targets)
+
+    one = report.paired([seed("a")], ["other"]).loc[("home", "other")]
+    two = report.paired([seed("a"), seed("b")], ["other"]).loc[("home", "other")]
+    same = report.paired([seed("a"), seed("a")], ["other"]).loc[("home", "other")]
+    assert (one["n"], one["items"], one["only mine"], one["p"]) == (16, 16, 8, 2 / 2**8)
+    assert (two["n"], two["items"], two["only mine"], two["p"]) == (32, 32, 16, 2 / 2**16)
+    assert (same["n"], same["items"], same["p"]) == (32, 16, one["p"])  # nothing was learnt
+
+
 def test_an_arm_may_have_settings_of_its_own_and_nothing_else(tmp_path):
     text = (lavic_utils.config.PACKAGE / "profiles" / "mini.yaml").read_text(encoding="utf-8")
     path = tmp_path / "own.yaml"
