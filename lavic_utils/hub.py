@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from lavic_utils.config import UserError
@@ -10,6 +12,19 @@ from lavic_utils.config import UserError
 
 class Unavailable(UserError):
     """A model or service that is not here: names it, its size, and the command that gets it."""
+
+
+def check_proxies() -> None:
+    """UserError that names the variable of a proxy which the HTTP clients cannot use (those of the
+    hub, of gradio and of `remote` all refuse it with a traceback)."""
+    usable = ("http", "https", *(("socks5", "socks5h") if find_spec("socksio") else ()))
+    for name, value in os.environ.items():
+        kind = value.partition("://")[0].lower() if "://" in value else "http"
+        if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and kind not in usable:
+            raise UserError(
+                f"{name} names a proxy of kind {kind}://, which cannot be used here: give it as "
+                f"http://HOST:PORT, or unset {name} (for socks5:// install the package socksio)"
+            )
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,7 @@ class HubModel:
                 raise UserError(f"{folder}: {why}; correct the profile's `models`")
             return folder, None
         if self.cached():
+            check_proxies()  # the hub is asked whether files that are not here exist
             return self.id, self.revision
         why = "which is not in the local cache; nothing is downloaded unasked"
         raise Unavailable(f"needs {self}, {why}. With a network: {self.command}")

@@ -16,12 +16,14 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from server import Handler, Server, serving
 
+from lavic_utils import hub
 from lavic_utils.__main__ import main
 from lavic_utils.config import DOMAINS, ROOT, UserError
 from lavic_utils.remote import crawl, download
@@ -141,6 +143,10 @@ class Shop(Handler):
     def inside(self, first: bool) -> None:
         self.send(b"", 302, Location=f"{self.server.address}/good/x")
 
+    def mirror(self, first: bool) -> None:
+        path = self.path.removeprefix("/mirror")
+        self.send(b"", 302, Location=f"{self.server.address}{path}")
+
     def tofile(self, first: bool) -> None:
         self.send(b"", 302, Location="file:///etc/hostname")
 
@@ -234,15 +240,24 @@ def test_all_that_can_arrive_does_and_nothing_corrupt_is_taken(server: Server, t
     assert {path.split("/")[1] for path in server.asked()} == {*UNREACHED, *SAID}
 
 
-def test_a_lone_surrogate_in_a_link_is_one_failed_row(server: Server, tmp_path: Path, monkeypatch):
-    links = {
-        "train_images/A_0.jpg": "http://h/\ud800",
-        "train_images/B_0.jpg": f"{server.address}/good",
-    }
-    monkeypatch.setattr(crawl, "image_links", lambda *about: links)
-    (tmp_path / "d").mkdir()
-    assert crawl.crawl(tmp_path / "d", settings=FAST)["ok"] == 1
-    assert crawl.crawl(tmp_path / "d", settings=FAST)["had"] == 1
+def test_a_lone_surrogate_in_a_link_is_one_failed_row(server: Server, tmp_path: Path):
+    links = {"A": [f"{server.address}/gone/\ud800"], "B": [f"{server.address}/good"]}
+    root = items(tmp_path / "d", links)
+    assert crawl.crawl(root, settings=FAST) == {"ok": 1, "failed": 1}
+    assert crawl.crawl(root, settings=FAST) == {"had": 1, "failed_before": 1}
+
+
+def test_links_that_no_answer_comes_for_keep_no_other_from_being_tried(
+    server: Server, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(crawl, "GIVE_UP", 5)
+    links = {f"A{i}": [f"{server.address}/down/{i}"] for i in range(5)}
+    root = items(tmp_path / "d", {**links, "B": [f"{server.address}/good"]})
+    one = replace(FAST, concurrency=1, attempts=1)
+    for images in (0, 1):  # as many are there after the first run, and after the second
+        with pytest.raises(UserError, match="5 images in a row"):
+            crawl.crawl(root, settings=one)
+        assert len(list((root / "train_images").iterdir())) == images
 
 
 def test_no_redirect_leads_from_a_public_host_inside(server: Server, tmp_path: Path, monkeypatch):
@@ -257,6 +272,17 @@ def test_no_redirect_leads_from_a_public_host_inside(server: Server, tmp_path: P
     assert "private" in rows(root)["A"]["error"] and list(server.asked()) == ["/inside/x"]
     # negative control: from a private host, as the user gave it, the same redirect is followed
     assert crawl.crawl(root, retry_failed=True, settings=FAST) == {"ok": 1}
+
+
+def test_no_mirror_of_the_files_leads_inside(server: Server, tmp_path: Path, monkeypatch):
+    inside, files = crawl.is_private, {NAME: hashlib.sha1(b"blob 1\0x").hexdigest()}
+    Shop.files = {f"/data/{NAME}": b"x"}
+    monkeypatch.setenv("LAVIC_DATA_URL", f"http://localhost:{server.server_address[1]}/mirror")
+    with monkeypatch.context() as patch:
+        patch.setattr(crawl, "is_private", lambda host: host != "localhost" and inside(host))
+        with pytest.raises(UserError, match="private address"):
+            download.fetch(tmp_path, files, 0.01)
+    assert "1 new" in download.fetch(tmp_path, files, 0.01)  # negative control
 
 
 def test_a_second_run_asks_only_for_what_is_lost_or_new(server: Server, tmp_path: Path):
@@ -322,7 +348,7 @@ def test_crawl_refuses_in_one_line(server: Server, tmp_path: Path, capfd, monkey
 def test_a_proxy_that_cannot_be_used_is_named(
     kind: str, server: Server, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(crawl, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub, "find_spec", lambda name: None)
     root = items(tmp_path / "d", {"A": [f"{server.address}/good/x"]})
     monkeypatch.setenv("ALL_PROXY", f"{kind}://me:secret@127.0.0.1:9")
     monkeypatch.setenv("LAVIC_DATA_URL", server.address)
@@ -330,8 +356,12 @@ def test_a_proxy_that_cannot_be_used_is_named(
         assert main(command) == 2
         text = capfd.readouterr().err
         assert "ALL_PROXY" in text and "secret" not in text and len(text.splitlines()) == 1
+    monkeypatch.setattr(hub.HubModel, "cached", lambda self: True)
+    model = hub.HubModel("me/model", None, 1.0)
+    with pytest.raises(UserError, match="ALL_PROXY"):  # the hub would be asked
+        model.source()
     monkeypatch.setenv("ALL_PROXY", "127.0.0.1:9")  # negative control: this machine needs none
-    assert crawl.crawl(root, settings=FAST) == {"ok": 1}
+    assert crawl.crawl(root, settings=FAST) == {"ok": 1} and model.source()[0] == "me/model"
 
 
 def zipped(*members: tuple[str, bytes]) -> bytes:

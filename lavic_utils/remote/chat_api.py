@@ -1,8 +1,10 @@
 """The proprietary rows: chat models behind an OpenAI-compatible service, under a cap in dollars.
 
 An answer is committed before it counts and never paid for again: a process killed at any moment
-loses the requests under way. Each attempt reserves the most it can cost before it is sent: the cap
-is passed only where a service suddenly counts more tokens, and by the requests under way at most.
+loses the requests under way. The cap: each attempt counts the most it can cost before it is sent,
+and goes on counting it where the connection drops, since the service may have answered. A run
+passes the cap only if a service counts more tokens than `most_tokens` says, and then by no more
+than the requests under way.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ import math
 import os
 import re
 import sqlite3
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
+from urllib.parse import urlsplit
 
 import openai
 from PIL import Image
@@ -31,7 +35,8 @@ from lavic_utils.config import UserError
 from lavic_utils.data import FORMATS, open_image
 from lavic_utils.hub import Unavailable
 from lavic_utils.provenance import key as key_of
-from lavic_utils.remote.crawl import Permanent, again, bar, database, direct, one_line, retrying
+from lavic_utils.remote import crawl
+from lavic_utils.remote.crawl import Permanent
 
 KEY = "OPENAI_API_KEY"  # the key comes from there alone, and is taken out of all that comes back
 OPENAI = "https://api.openai.com/v1"
@@ -44,12 +49,20 @@ OVERFLOW = re.compile(
     r"|exceeds? the maximum number of tokens|max_new_tokens` must be",
     re.IGNORECASE,
 )
+REASONING = re.compile(  # marked, also where it is cut; or all that stands before its end
+    r"[<[◁]WORD[>\]▷].*?(?:[<[◁]/WORD[>\]▷]|\Z)|.*[<[◁]/WORD[>\]▷]".replace(
+        "WORD", "(?:think(?:ing)?|thought|reasoning)"
+    ),
+    re.DOTALL | re.IGNORECASE,
+)
+LONGEST_TOKEN = 20  # characters, by far: where so few tokens were read, the prompt was cut
 GIVE_UP = 20  # requests in a row that brought nothing: all are wrong, not one dialogue
 SCHEMA = """CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, input_tokens
 INTEGER NOT NULL, output_tokens INTEGER NOT NULL, usd REAL NOT NULL, seconds REAL NOT NULL);"""
 INSERT = """INSERT OR REPLACE INTO answers (key, text, input_tokens, output_tokens, usd, seconds)
 VALUES (?, ?, ?, ?, ?, ?)"""
 Messages = list[dict]
+Requests = Sequence[Callable[[], Messages]]  # made when needed: ten pictures each take much memory
 log = logging.getLogger(__name__)
 
 
@@ -85,11 +98,13 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """`max_usd`: what one run may cost at the model's list price, whoever answers; seconds:
-    `timeout` without a byte, `backoff`; `served`: another name to ask for."""
+    """`max_usd`: what one run may cost at the list price of the row's model, whoever answers; a
+    service on this machine or in its private network costs nothing. `served`: another model to ask
+    for. Seconds: `timeout` without a byte, `backoff`. UserError for a cap that is none, or an
+    address that holds a secret or would carry the key in the clear."""
 
     max_usd: float
-    base_url: str | None = None
+    base_url: str = OPENAI
     concurrency: int = 8
     timeout: float = 60.0
     max_tokens: int = 20
@@ -101,13 +116,32 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.max_usd < math.inf:  # nan would unset the cap
             raise UserError(f"max_usd {self.max_usd}: give a number of dollars from 0 on")
+        if not SERVICE.fullmatch(self.base_url):
+            raise UserError(
+                "base_url has to be https://HOST/PATH, or http://127.0.0.1:PORT/PATH on this "
+                f"machine, with no user, password or query in it; the key belongs in {KEY}"
+            )
+
+    def row(self, method: str) -> dict[str, str]:
+        """What a row of a table says beside its figures. A model or a service that is not the
+        paper's stands under a name of its own, `beside` the paper's `method`."""
+        model = MODELS[method].served
+        by = f"{self.served or model} at {urlsplit(self.base_url).netloc}"
+        if self.base_url == OPENAI and self.served in (None, model):
+            return {"method": method, "answered_by": by}
+        return {"method": f"{by} {method.partition(' ')[2]}", "answered_by": by, "beside": method}
+
+    def priced(self, model: ApiModel) -> ApiModel:
+        """The model with what it costs at this service."""
+        if self.base_url != OPENAI and crawl.is_private(urlsplit(self.base_url).hostname or ""):
+            return replace(model, usd_input=0.0, usd_output=0.0)
+        return model
 
 
 @dataclass(frozen=True)
 class Reply:
     """`text`, None where there is none and `error` why; `usd`, with attempts that may have been
-    paid for. `cached`: nothing was paid in this run; `refused`: too long for the model's context.
-    """
+    paid for. `cached`: nothing was paid in this run; `refused`: longer than the model's context."""
 
     text: str | None
     input_tokens: int
@@ -118,23 +152,19 @@ class Reply:
     refused: bool = False
 
 
-def address(settings: Settings) -> tuple[str, bool]:
-    """The service's address, and whether it is on this machine. UserError for one that holds a
-    secret, or that would carry the key in the clear."""
-    given = settings.base_url or OPENAI
-    match = SERVICE.fullmatch(given)
-    if match is None:
-        raise UserError(
-            "base_url has to be https://HOST/PATH, or http://127.0.0.1:PORT/PATH on this machine, "
-            f"with no user, password or query in it; the key belongs in {KEY}"
-        )
-    return given.rstrip("/"), match[1] is not None
+def texts(messages: Messages) -> list[str]:
+    """The texts of a request: its prompt, and the id before each image."""
+    content = messages[0]["content"]
+    return [content] if isinstance(content, str) else [p["text"] for p in content if "text" in p]
 
 
-def visible(text: str) -> str:
-    """A text without its reasoning, also where that is cut or only its end is marked."""
-    text = re.sub(r"<think(ing)?>.*?(</think(ing)?>|\Z)", "", text, flags=re.DOTALL)
-    return re.split(r"</think(?:ing)?>", text)[-1].strip()
+def most_tokens(messages: Messages, model: ApiModel) -> int:
+    """Input tokens of a request at most: one for two bytes of text (an English prompt with ids
+    takes one for about three), those of its images, and the frame."""
+    said, content = texts(messages), messages[0]["content"]
+    images = 0 if isinstance(content, str) else len(content) - len(said)
+    text = sum(len(one.encode("utf-8", "replace")) // 2 + 1 for one in said)
+    return 16 + text + images * model.image_tokens
 
 
 class Endpoint:
@@ -142,28 +172,36 @@ class Endpoint:
     UserError for one that cannot be a key."""
 
     def __init__(self, model: ApiModel, settings: Settings) -> None:
-        self.model, self.settings, self.lock = model, settings, Lock()
+        self.model, self.settings, self.lock = settings.priced(model), settings, Lock()
         self.served = settings.served or model.served
         self.spent = 0.0  # dollars at most: a request under way counts all that it can cost
-        self.ahead = 0.0  # dollars at most of requests not yet sent
         self.dearer = 1.0  # how many times as much as reckoned an answer has cost
-        self.stopped = False  # no attempt is sent any more
+        self.stopped: BaseException | None = None  # why no attempt is sent any more
         self.key = os.environ.get(KEY, "").strip()
-        where, here = address(settings)
-        if not self.key and not here:
+        if not self.key and not SERVICE.fullmatch(settings.base_url)[1]:
             raise Unavailable(
                 f"needs a key in the environment variable {KEY}, which is not set; or name a "
                 "service on this machine as base_url"
             )
         if not re.fullmatch(r"[\w.~+/=-]*", self.key, re.ASCII):  # RFC 6750
             raise UserError(f"{KEY} holds characters that no key has; set it again")
+        mounts = crawl.direct([settings.base_url])
         self.client = openai.OpenAI(
             api_key=self.key or "none",
-            base_url=where,
+            base_url=settings.base_url,
             timeout=settings.timeout,
             max_retries=0,  # those of `ask` reserve what they can cost
-            http_client=openai.DefaultHttpxClient(mounts=direct([where]), follow_redirects=False),
+            http_client=openai.DefaultHttpxClient(mounts=mounts, follow_redirects=False),
         )
+
+    def check(self, most: float) -> None:
+        """Permanent where so many dollars more could pass the cap."""
+        if self.spent + most > self.settings.max_usd + 1e-9:
+            raise Permanent(
+                f"asking {self.served} may cost {self.spent + most:.6f} USD, of which "
+                f"{self.spent:.6f} are spent; that is more than max_usd "
+                f"{self.settings.max_usd:g}: raise it, or ask fewer with --limit"
+            )
 
     def scrub(self, text: str) -> str:
         """The text without the key. A dummy of a few letters is no secret: answers may hold it."""
@@ -172,28 +210,23 @@ class Endpoint:
         return text.encode("utf-8", "replace").decode()
 
     def ask(self, messages: Messages, tokens: int) -> Reply:
-        """Ask until there is a reply. Permanent where this attempt or all that is ahead could pass
-        the cap, and where no request can succeed. One without an answer may have been paid for."""
+        """Ask until there is a reply. Permanent where this attempt could pass the cap, and where no
+        request can succeed."""
         most, lost = self.model.usd(tokens, self.settings.max_tokens), 0.0
-        with self.lock:
-            self.ahead -= most
 
-        @retrying(self.settings.attempts, self.settings.backoff)
+        @crawl.retrying(self.settings.attempts, self.settings.backoff)
         def attempt() -> Reply:
             nonlocal lost
             with self.lock:  # counted as paid before it is sent
-                need, cap = most * self.dearer, self.settings.max_usd
-                worst = self.spent + need + self.ahead * self.dearer
-                if self.stopped or worst > cap + 1e-9:
-                    raise Permanent(
-                        f"asking {self.served} may cost {worst:.6f} USD ({self.spent:.6f} spent so "
-                        f"far), more than max_usd {cap:g}: raise it or ask fewer"
-                    )
+                need = most * self.dearer
+                if self.stopped:
+                    raise self.stopped
+                self.check(need)
                 self.spent += need
             try:
                 reply = self._once(messages, tokens)
             except TimeoutError:
-                lost += need
+                lost += need  # the service may have answered
                 raise
             except (Permanent, openai.APIStatusError):
                 with self.lock:
@@ -201,7 +234,7 @@ class Endpoint:
                 raise
             with self.lock:
                 self.spent += reply.usd - need
-                self.dearer = max(self.dearer, reply.usd / most)
+                self.dearer = max(self.dearer, reply.usd / (most or 1))
             return replace(reply, usd=reply.usd + lost)
 
         return attempt()
@@ -216,7 +249,7 @@ class Endpoint:
                 temperature=self.settings.temperature,
                 max_tokens=self.settings.max_tokens,
             )
-            return self._read(got.http_response.content, tokens)
+            return self._read(got.http_response.content, messages, tokens)
         except openai.APIConnectionError as error:
             raise TimeoutError(f"no answer from the service ({type(error).__name__})") from None
         except openai.APIStatusError as error:
@@ -228,42 +261,42 @@ class Endpoint:
                 return Reply(None, tokens, error=f"HTTP {code}: {said}", refused=refused)
             if code in (401, 403):  # their texts like to quote the key, or half of it
                 said = f"the service does not take the key in {KEY} for {self.served}"
-            elif again(error) and error.code != "insufficient_quota":
+            elif crawl.again(error) and error.code != "insufficient_quota":
                 raise
             raise Permanent(f"HTTP {code}: {said}") from None
 
-    def _read(self, body: bytes, tokens: int) -> Reply:
-        """What HTTP 200 brought: a text is an answer, cut at max_tokens or not. Without usage it
-        counts as the most it can have cost."""
+    def _read(self, body: bytes, messages: Messages, tokens: int) -> Reply:
+        """What HTTP 200 brought: a text is an answer, cut at max_tokens or not, if all of the
+        prompt was read. Without usage it counts as the most it can have cost."""
         answer, text, finish = None, "", "no chat answer"
         with suppress(Exception):
             answer = json.loads(body)
             choice = answer["choices"][0]
             finish = choice.get("finish_reason")
-            text = visible(choice["message"].get("content") or choice["message"]["refusal"])
+            said = choice["message"].get("content") or choice["message"]["refusal"]
+            text = REASONING.sub("", said).strip()
         used = [tokens, self.settings.max_tokens]
         with suppress(Exception):
             counts = [answer["usage"][name] for name in ("prompt_tokens", "completion_tokens")]
             used = counts if all(type(n) is int and 0 <= n < 2**40 for n in counts) else used
+        usd, size = self.model.usd(*used), sum(map(len, texts(messages)))
         if not text:
-            error = self.scrub(f"no text ({finish})")[:300]
-            return Reply(None, *used, self.model.usd(*used), error)
-        return Reply(self.scrub(text), *used, self.model.usd(*used))
+            return Reply(None, *used, usd, self.scrub(f"no text ({finish})")[:300])
+        if used[0] * LONGEST_TOKEN < size:
+            why = f"prompt cut ({used[0]} tokens of {size} characters): raise the model's context"
+            return Reply(None, *used, usd, why, refused=True)
+        return Reply(self.scrub(text), *used, usd)
 
 
-def reason(model: ApiModel, settings: Settings) -> str | None:
-    """Why a model cannot be asked here and now; None where it can. Where nothing may be spent, as
-    in notebooks, nothing is asked, whatever keys the environment holds."""
-    if settings.max_usd == 0:
-        return (
+def check(model: ApiModel, settings: Settings) -> None:
+    """Unavailable where a model cannot be asked here and now. Where nothing may be spent, as in
+    notebooks, nothing that costs is asked, whatever keys the environment holds."""
+    if settings.max_usd == 0 and settings.priced(model).usd(1, 1):
+        raise Unavailable(
             "costs money: run `python -m lavic_utils run METHOD --domain DOMAIN` with a key in "
             f"{KEY} or with --base-url, and --max-usd above 0"
         )
-    try:
-        Endpoint(model, settings)
-    except UserError as error:
-        return str(error)
-    return None
+    Endpoint(model, settings)
 
 
 def build_messages(prompt_text: str, images: Sequence[tuple[str, Path]] = ()) -> Messages:
@@ -286,20 +319,8 @@ def build_messages(prompt_text: str, images: Sequence[tuple[str, Path]] = ()) ->
     return [{"role": "user", "content": parts if len(parts) > 1 else prompt_text}]
 
 
-def most_tokens(messages: Messages, model: ApiModel) -> int:
-    """Input tokens of a request at most: one for two bytes of text (an English prompt with ids
-    takes one for about three), those of its images, and the frame."""
-    content, most = messages[0]["content"], 16
-    for part in [{"text": content}] if isinstance(content, str) else content:
-        if "text" in part:
-            most += len(part["text"].encode("utf-8", "replace")) // 2 + 1
-        else:
-            most += model.image_tokens
-    return most
-
-
 def _ask_new(
-    requests: Sequence[Messages],
+    requests: Requests,
     todo: dict[str, tuple[int, int]],
     found: dict[str, Reply],
     endpoint: Endpoint,
@@ -308,8 +329,6 @@ def _ask_new(
     """Ask for `todo`: replies go to `found`, answers are committed. Once something stops it, what
     is under way still arrives and is kept."""
     fruitless = 0  # requests in a row
-    model, answer = endpoint.model, endpoint.settings.max_tokens
-    endpoint.ahead = sum(model.usd(tokens, answer) for _, tokens in todo.values())
 
     def work(key: str) -> None:
         nonlocal fruitless
@@ -317,9 +336,9 @@ def _ask_new(
             raise Permanent(f"{fruitless} requests in a row brought nothing")
         index, tokens = todo[key]
         try:
-            reply = endpoint.ask(requests[index], tokens)
-        except BaseException:
-            endpoint.stopped = True
+            reply = endpoint.ask(requests[index](), tokens)
+        except BaseException as error:
+            endpoint.stopped = error
             raise
         with endpoint.lock:
             if reply.text:
@@ -331,42 +350,52 @@ def _ask_new(
     first, *others = todo
     work(first)  # alone: a wrong key, name or price shows before others are under way
     with ThreadPoolExecutor(endpoint.settings.concurrency) as pool:
-        with bar(MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        with crawl.bar(MofNCompleteColumn(), TimeRemainingColumn()) as progress:
             try:
                 list(progress.track(pool.map(work, others), len(others)))
-            finally:
-                endpoint.stopped = True
+            except BaseException as error:  # an interrupt too: nothing waits for its next attempt
+                endpoint.stopped = error
+                raise
 
 
 def ask_all(
-    requests: Sequence[Messages], model: ApiModel, settings: Settings, cache: Path
-) -> list[Reply]:
+    requests: Requests, model: ApiModel, settings: Settings, cache: Path, dry_run: bool = False
+) -> list[Reply] | str:
     """A reply to each request, in order; equal ones are asked once, and those whose answer the
-    file `cache` holds not at all. `requests` may make its items when they are read.
+    file `cache` holds not at all. `dry_run`: only what would be asked and its cost, in words.
 
     UserError where asking could pass the cap, where no request brought an answer, and where none
     can succeed: what was answered is kept. What brought no answer is logged by reason, and asked
     again by the next call."""
-    asked = {"endpoint": address(settings)[0], "model": settings.served or model.served}
+    asked = {"endpoint": settings.base_url.rstrip("/"), "model": settings.served or model.served}
     asked |= {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
+    price, most, problem = settings.priced(model), 0.0, ""
     keys: list[str] = []
     found: dict[str, Reply] = {}
     todo: dict[str, tuple[int, int]] = {}  # key -> (index of a request, its input tokens at most)
-    problem = ""
-    with database(cache, SCHEMA, "make room, or name another file") as base:
-        for index, messages in enumerate(requests):
+    with crawl.database(cache, SCHEMA, "make room, or name another file") as base:
+        for index, request in enumerate(requests):
+            messages = request()
             key = key_of(messages=messages, **asked)  # of all that is sent, images too
             keys.append(key)
             row = base.execute("SELECT * FROM answers WHERE key = ?", (key,)).fetchone()
             if row and row[1]:
                 found[key] = Reply(*row[1:5], cached=True)
-            else:
+            elif key not in todo:
                 todo[key] = index, most_tokens(messages, model)
+                most += price.usd(todo[key][1], settings.max_tokens)
+        cost = f"at most {most:.4f} USD by the list price" if most else "at no cost"
+        said = f"{len(todo)} requests to {asked['model']} at {asked['endpoint']}, {cost}"
+        if dry_run:
+            return f"{said}; {len(found)} more are answered already"
         if todo:
+            print(f"asking: {said}", file=sys.stderr)
             try:
-                _ask_new(requests, todo, found, Endpoint(model, settings), base)
+                endpoint = Endpoint(model, settings)
+                endpoint.check(most)
+                _ask_new(requests, todo, found, endpoint, base)
             except (Permanent, TimeoutError, openai.APIStatusError) as error:
-                problem = one_line(error)
+                problem = crawl.one_line(error)
     kept = sum(key in found and found[key].text is not None for key in keys)
     if keys and not kept and not problem:
         problem = f"none of {len(keys)} requests brought an answer"

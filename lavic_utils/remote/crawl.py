@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -30,6 +29,7 @@ from tenacity import wait_random_exponential as jitter
 
 from lavic_utils.config import UserError
 from lavic_utils.data import FORMATS, open_image, read_catalogue, read_stage1_valid
+from lavic_utils.hub import check_proxies
 
 MANIFEST = "images.sqlite"
 SCHEMA = """PRAGMA synchronous=NORMAL; CREATE TABLE IF NOT EXISTS images
@@ -85,18 +85,6 @@ def bar(*columns: ProgressColumn) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def check_proxies() -> None:
-    """UserError that names the variable of a proxy which the HTTP clients cannot use."""
-    usable = ("http", "https", *(("socks5", "socks5h") if find_spec("socksio") else ()))
-    for name, value in os.environ.items():
-        kind = value.partition("://")[0].lower() if "://" in value else "http"
-        if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and kind not in usable:
-            raise UserError(
-                f"{name} names a proxy of kind {kind}://, which cannot be used here: give it as "
-                f"http://HOST:PORT, or unset {name} (for socks5:// install the package socksio)"
-            )
-
-
 @cache
 def is_private(host: str) -> bool:
     """Does a host lead to this machine or into a private network? Its name is looked up."""
@@ -104,6 +92,16 @@ def is_private(host: str) -> bool:
         found = socket.getaddrinfo(host, None)
         return any(not ip_address(address[0]).is_global for *_, address in found)
     return False
+
+
+def guard(request: httpx.Request) -> None:
+    """Before every request, redirected ones too: Permanent where there is no host to ask, and where
+    a public host (`extensions`: `own_host`, that of the link given) leads to a private one."""
+    url, own = request.url, request.extensions["own_host"]
+    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 2**16:
+        raise Permanent(f"{url.scheme}: with this host and port is no address on the web")
+    if url.host != own and is_private(url.host) and not is_private(own):
+        raise Permanent("it leads to a private address, which is refused")
 
 
 def direct(addresses: Iterable[str]) -> dict[str, None]:
@@ -174,9 +172,8 @@ def image_fault(path: Path) -> str | None:
 
 
 async def _download(client: httpx.AsyncClient, link: str, part: Path, settings: Settings) -> None:
-    """Stream a link to `part`. Redirects carry the link's own host on: see `_crawl`'s `check`."""
-    own = {"own_host": httpx.URL(link).host}
-    get = client.stream("GET", link, extensions=own)
+    """Stream a link to `part`."""
+    get = client.stream("GET", link, extensions={"own_host": httpx.URL(link).host})
     async with asyncio.timeout(settings.total), get as response:
         response.raise_for_status()
         with part.open("wb") as file:
@@ -211,19 +208,11 @@ async def _crawl(
 ) -> Counter[str]:
     """Get all of `todo` (file -> link), record each, and count them by status."""
     counts, queue, unreached = Counter[str](), iter(todo.items()), 0
-    inside = direct(todo.values())
 
     async def check(request: httpx.Request) -> None:
-        """Before every request, redirected ones too: no public link leads to a private host."""
-        url = request.url
-        if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 2**16:
-            raise Permanent(f"an address of kind {url.scheme or 'none'}: without a host is refused")
-        own = request.extensions["own_host"]
-        if url.host != own and not await asyncio.to_thread(is_private, own):
-            if await asyncio.to_thread(is_private, url.host):
-                raise Permanent("a redirect to a private address is refused")
+        await asyncio.to_thread(guard, request)  # a host's name is looked up
 
-    options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": inside}
+    options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": direct(todo.values())}
     options |= {"follow_redirects": True, "max_redirects": MAX_REDIRECTS}
     options |= {"event_hooks": {"request": [check]}, "verify": httpx.create_ssl_context()}
 
@@ -266,17 +255,20 @@ def crawl(
         for name in ("train_images", "valid_images"):
             (root / name).mkdir(exist_ok=True)
         with database(root / MANIFEST, SCHEMA, "make room, or delete it: images stay") as base:
-            failed = dict(base.execute("SELECT name, url FROM images WHERE status = 'failed'"))
+            known = dict(base.execute("SELECT name, status || ' ' || url FROM images"))
             for name, link in every.items():
                 link = link.encode("utf-8", "replace").decode()  # no lone surrogate can be stored
                 if (root / name).is_file():
                     before["had"] += 1
                 elif not link:
                     before["no_link"] += 1
-                elif failed.get(name) == link and not retry_failed:
+                elif known.get(name) == f"failed {link}" and not retry_failed:
                     before["failed_before"] += 1
                 else:
                     todo[name] = link
+            # those that no answer came for stand last: they keep nothing else from being tried
+            order = sorted(todo, key=lambda name: known.get(name) == f"unreached {todo[name]}")
+            todo = {name: todo[name] for name in order}
             return before + asyncio.run(_crawl(root, base, todo, settings or Settings()))
     except OSError as error:
         raise UserError(

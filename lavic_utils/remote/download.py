@@ -48,11 +48,9 @@ def data_dir(given: Path | None = None) -> Path:
 
 def blob_id(path: Path) -> str:
     """Git blob id of a file: SHA-1 over "blob <bytes>", a zero byte and the content."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    begun = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: begun).hexdigest()
 
 
 def _catalogue(root: Path) -> bytes:
@@ -85,7 +83,8 @@ def _download(
     target.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.is_file() else 0
     asked = {"Range": f"bytes={have}-"} if have else {}
-    with client.stream("GET", address, headers=asked) as response:
+    own = {"own_host": httpx.URL(address).host}
+    with client.stream("GET", address, headers=asked, extensions=own) as response:
         if not (have and response.status_code == 416):  # else nothing comes after what is there
             response.raise_for_status()
             task = progress.add_task(target.name)
@@ -108,11 +107,12 @@ def fetch(root: Path, files: Mapping[str, str] = FILES, backoff: float = 1.0) ->
     """
     base, wrong = (os.environ.get("LAVIC_DATA_URL") or ADDRESS).rstrip("/"), []
     options = {"headers": crawl.HEADERS, "timeout": 20, "follow_redirects": True}
+    options |= {"mounts": crawl.direct([base]), "event_hooks": {"request": [crawl.guard]}}
     download = crawl.retrying(5, backoff)(_download)
     bar = crawl.bar(TextColumn("{task.description}"), DownloadColumn())
     try:
         missing = [name for name in files if not (root / name).is_file()]
-        with httpx.Client(**options, mounts=crawl.direct([base])) as client, bar as progress:
+        with httpx.Client(**options) as client, bar as progress:
             for name in missing:
                 try:
                     download(client, f"{base}/data/{name}", root / name, files[name], progress)
