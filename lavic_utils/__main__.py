@@ -105,17 +105,22 @@ def run(
     base_url: Annotated[str | None, Option(help="An OpenAI-compatible service.")] = None,
     served: Annotated[str | None, Option(help="The model's name at that service.")] = None,
     max_usd: Annotated[float, Option(min=0, help="Never spend more on this run.")] = 1.0,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what it takes and costs.")] = False,
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
+    from lavic_utils.bench.plan import foreseen
     from lavic_utils.experiment import Experiment
     from lavic_utils.methods import find
-    from lavic_utils.remote.chat_api import Settings
+    from lavic_utils.remote.chat_api import OPENAI, Settings
     from lavic_utils.report import metrics_path, record, run_method
 
-    settings = Settings(base_url=base_url, served=served, max_usd=max_usd)
+    settings = Settings(base_url=base_url or OPENAI, served=served, max_usd=max_usd)
     chosen = find(method)
     _refuse(profile, chosen.family)
     asked = Experiment(profile, seed, data_folder, settings, lists, force).prepare()
+    if dry_run:
+        print(foreseen(asked, method, domain, split, limit))
+        return
     said = run_method(asked, method, domain, split, order, limit, out)
     in_tables = split == "test" and not (limit or order or data_folder or lists)
     if said and in_tables:

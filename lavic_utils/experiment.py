@@ -11,6 +11,7 @@ Of several processes (`accelerate launch`) all train; the first alone does the r
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import random
@@ -64,9 +65,13 @@ def once(method: Callable) -> Callable:
     """A method whose answer an Experiment keeps while it lives: what a stage reads is hashed once,
     not at every mention of its result."""
 
+    signature = inspect.signature(method)
+
     @functools.wraps(method)
     def remembered(self, *args, **how):
-        place = (method.__name__, args, tuple(sorted(how.items())))
+        given = signature.bind(self, *args, **how)
+        given.apply_defaults()
+        place = (method.__name__, *given.args[1:])
         if place not in self._remembered:
             self._remembered[place] = method(self, *args, **how)
         return self._remembered[place]
@@ -575,6 +580,7 @@ class Experiment:
         adapter = self.tuned_folder(method, domain) / "adapter"
         return training.merged(training.load_adapter(self.model(), adapter)).eval()
 
+    @once
     def answered(
         self,
         method: str,
@@ -605,13 +611,12 @@ class Experiment:
             rows = [{"line": dialogue.line, **asdict(answer)} for dialogue, answer in pairs]
             return {"rows": rows, "cost": cost(found, time.monotonic() - start)}
 
-        if limit is not None:
-            return make()
+        if limit is not None or chosen.family == "proprietary":
+            return make()  # `chat_api` keeps what was answered; the rest is asked again
         reads = {"method": chosen.reads(self, domain, split), "control": name}
         reads["asked"] = self.asked(dialogues, chosen.name)
         return self.stage("answers", folder, "methods", reads, make, together=True)
 
-    @once
     def answers(self, method: str, domain: str, split: str = "test", **how) -> list[dict]:
         """The `rows` of `answered`."""
         return self.answered(method, domain, split, **how)["rows"]

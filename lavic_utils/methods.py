@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -55,6 +56,10 @@ class Method:
     def needs(self, run: Experiment) -> str:
         """What must be there for it to run, in words."""
         return str(self.hub) if self.hub else "nothing beyond the installed packages"
+
+    def row(self, run: Experiment) -> dict[str, str]:
+        """What its row in a table says beside the figures: the name it stands under, `method`."""
+        return {"method": self.name}
 
     def check(self, run: Experiment) -> None:
         """UserError where it cannot run here and now: why, and the command that helps."""
@@ -182,65 +187,52 @@ def load_open(profile: Profile, source: str, revision: str | None):
 
 
 class Proprietary(Method):
-    """A model behind an OpenAI-compatible service. Its answers are kept for good: nothing is paid
-    twice, and nothing at all unless a command says so."""
+    """A model behind an OpenAI-compatible service. `remote.chat_api` keeps each answer for good:
+    nothing is paid twice, and nothing at all unless a command says so."""
 
     def needs(self, run):
         from lavic_utils.remote import chat_api
 
         model = chat_api.MODELS[self.name]
-        service = f"another at an OpenAI-compatible service: key in {chat_api.KEY}"
-        here = f"{model.served} (at OpenAI until {model.until})"
-        return f"{here} or {service}, or --base-url and --served"
+        here = f"{model.served} (at OpenAI until {model.until}; key in {chat_api.KEY})"
+        return f"{here}, or any OpenAI-compatible service by --base-url and --served"
+
+    def row(self, run):
+        return run.api.row(self.name)
 
     def check(self, run):
         from lavic_utils.remote import chat_api
 
-        settings = run.api or chat_api.Settings(max_usd=0.0)
-        if why := chat_api.reason(chat_api.MODELS[self.name], settings):
-            raise UserError(why)
+        chat_api.check(chat_api.MODELS[self.name], run.api or chat_api.Settings(max_usd=0.0))
 
-    def reads(self, run, domain, split):
-        return str(run.api)
-
-    def answer(self, run, domain, split, dialogues, control=None, scored=True):
+    def ask(self, run: Experiment, dialogues: Sequence[Dialogue], dry_run: bool = False):
+        """A `chat_api.Reply` a dialogue; `dry_run`: what would be asked and its cost, in words."""
         from lavic_utils.remote import chat_api
 
-        which, model = run.profile.candidates, chat_api.MODELS[self.name]
-        kept = results_dir(run.profile) / "api_answers.sqlite"
-        requests = Requests(run, dialogues, self.inputs == BOTH)
-        answers, replies = [], chat_api.ask_all(requests, model, run.api, kept)
-        for dialogue, reply in zip(dialogues, replies, strict=True):
-            text, ten = reply.text or "", getattr(dialogue, which)
+        def messages(dialogue: Dialogue) -> chat_api.Messages:
+            ten = getattr(dialogue, run.profile.candidates)
+            items = [prompts.Candidate(asin, run.titles[asin]) for asin in ten]
+            text = prompts.recommend_message(run.profile.prompts, dialogue.turns, items)
+            shown = ten if self.inputs == BOTH else ()
+            return chat_api.build_messages(text, [(a, image_file(run.root, a)) for a in shown])
+
+        requests = [partial(messages, dialogue) for dialogue in dialogues]
+        cache = results_dir(run.profile) / "api_answers.sqlite"
+        return chat_api.ask_all(requests, chat_api.MODELS[self.name], run.api, cache, dry_run)
+
+    def answer(self, run, domain, split, dialogues, control=None, scored=True):
+        answers = []
+        for dialogue, reply in zip(dialogues, self.ask(run, dialogues), strict=True):
+            text, ten = reply.text or "", getattr(dialogue, run.profile.candidates)
             answer = Answer(text, parse_answer(text, ten), ten, new_tokens=reply.output_tokens)
             answer.usd = 0.0 if reply.cached else reply.usd
-            if reply.refused:  # the service's words: longer than its context
+            if reply.refused:  # longer than the model's context
                 answer.refused = reply.input_tokens
             else:
                 answer.prompt_tokens = reply.input_tokens
+                answer.unanswered = (reply.error or "").partition(":")[0]
             answers.append(answer)
         return answers
-
-
-class Requests(Sequence):
-    """Chat messages of dialogues, made when they are read: ten pictures each are too much for all
-    at once."""
-
-    def __init__(self, run: Experiment, dialogues: Sequence[Dialogue], images: bool) -> None:
-        self.run, self.dialogues, self.images = run, dialogues, images
-
-    def __len__(self) -> int:
-        return len(self.dialogues)
-
-    def __getitem__(self, i: int) -> list[dict]:
-        from lavic_utils.remote import chat_api
-
-        run, turns = self.run, self.dialogues[i].turns
-        ten = getattr(self.dialogues[i], run.profile.candidates)
-        items = [prompts.Candidate(asin, run.titles[asin]) for asin in ten]
-        text = prompts.recommend_message(run.profile.prompts, turns, items)
-        pictures = [(asin, image_file(run.root, asin)) for asin in ten if self.images]
-        return chat_api.build_messages(text, pictures)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class Answer:
     `recommended`: the id in the text it wrote; `constrained`: the one it would write if it could
     write candidates' ids alone; `scored`: the likeliest. In the order of `candidates`:
     `log_likelihoods`, mean over an id's tokens; `probabilities` of whole ids among the ten.
-    `refused`: the tokens of a prompt too long to be asked: a miss, and an invalid answer.
+    `refused`: the tokens of a prompt too long to be asked, `unanswered`: why a service gave no
+    answer; either is a miss, and an invalid answer.
     """
 
     response: str
@@ -64,6 +65,7 @@ class Answer:
     dropped_dialogue_tokens: int = 0
     dropped_images: int = 0
     refused: int = 0
+    unanswered: str = ""
     usd: float = 0.0
 
 

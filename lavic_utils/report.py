@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, results_dir
 from lavic_utils.data import dialogue_file
 from lavic_utils.evaluation import Score, summary_by_seed
-from lavic_utils.methods import Trained, find, slug
+from lavic_utils.methods import METHODS, Trained, find, slug
 from lavic_utils.provenance import write_json, write_text
 from lavic_utils.ranking import paired_tests, ranking_scores
 
@@ -99,15 +100,17 @@ def scored_rows(
     run: Experiment, chosen: Sequence[str], domains: Iterable[str] = DOMAINS
 ) -> list[dict[str, Any]]:
     """A row a method and domain: ROW_FIELDS, how many prompts were `refused` as too long for the
-    context, the pictures of a prompt that did not fit it (`dropped_images`, a mean), and what a
-    trained method was given."""
+    context, and by reason `unanswered` by a service; the pictures of a prompt that did not fit it
+    (`dropped_images`, a mean), and what a trained method was given."""
     rows = []
     for method in chosen:
         for domain in domains:
             answers, variant = run.answers(method, domain), find(method)
-            row = run.score(method, domain).row(method, domain, run.seed)
+            row = run.score(method, domain).row(method, domain, run.seed) | variant.row(run)
             row |= {"world": run.world and run.world.seed, **dict.fromkeys(SCORED)}
             row["refused"] = refused(answers)
+            if lost := unanswered(answers):
+                row["unanswered"] = lost
             row["dropped_images"] = sum(a["dropped_images"] for a in answers) / len(answers)
             if isinstance(variant, Trained):
                 given = variant.trained(run, domain)
@@ -153,6 +156,11 @@ def refused(answers: Iterable[Mapping]) -> int:
     return sum(answer["refused"] > 0 for answer in answers)
 
 
+def unanswered(answers: Iterable[Mapping]) -> dict[str, int]:
+    """Why a service gave no answer -> how many times."""
+    return dict(Counter(a["unanswered"] for a in answers if a.get("unanswered")))
+
+
 def upsert_metrics(
     path: Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -178,20 +186,24 @@ def upsert_metrics(
 def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
     """The paper's table beside ours: published HR@1 and VR, measured HR@1 over conversations (mean
     over seeds) with its 95 % interval, VR, and HR@1 by likelihood. A method that was not run says
-    so; † marks one that `footnote` explains."""
+    so; † marks one that `footnote` explains. What a service answered with another model than the
+    paper's stands in a row of its own, below the paper's."""
     tier, ours, lines, marked = metrics["provenance"]["tier"], {}, {}, losses(metrics)
     if metrics["rows"]:
         summary = summary_by_seed(metrics["rows"]).set_index(["method", "domain"])
         ours = summary.to_dict("index")
-    unasked = {(r["method"], r["domain"]): r.get("refused", 0) for r in metrics["rows"]}
+    found = {(r["method"], r["domain"]): r for r in metrics["rows"]}
     for row in published()["rows"]:
         if table in row["table"]:
-            line = lines[row["method"]] = {}
-            for domain, value in row["results"].items():
-                place = row["method"], domain
-                line[domain, "published"] = _published_cell(value)
-                cell = _measured_cell(ours.get(place), unasked.get(place, 0))
-                line[domain, tier] = cell + (" †" if cell != NOT_RUN and place[0] in marked else "")
+            name = row["method"]
+            others = {r["method"] for r in metrics["rows"] if r.get("beside") == name}
+            for method in (name, *sorted(others)):
+                line = lines[method] = {}
+                for domain, value in row["results"].items():
+                    line[domain, "published"] = _published_cell(value) if method == name else ""
+                    cell = _measured_cell(ours.get((method, domain)), found.get((method, domain)))
+                    star = " †" if cell != NOT_RUN and method in marked else ""
+                    line[domain, tier] = cell + star
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("HR@1 / VR")
 
 
@@ -200,15 +212,16 @@ def _published_cell(value: Mapping) -> str:
     return hit_ratio + ("" if value["vr"] is None else f" / {value['vr']:.3f}")
 
 
-def _measured_cell(found: Mapping | None, unasked: int) -> str:
-    if found is None:
+def _measured_cell(found: Mapping | None, row: Mapping | None) -> str:
+    if found is None or row is None:
         return NOT_RUN
     text = f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
     if not pd.isna(found["validity_ratio"]):
         text += f" / {found['validity_ratio']:.3f}"
     if not pd.isna(found["hit_ratio_scored"]):
         text += f" / {found['hit_ratio_scored']:.3f}"
-    return text + (f" ({unasked} refused)" if unasked else "")
+    lost = {"refused": row.get("refused"), "unanswered": sum(row.get("unanswered", {}).values())}
+    return text + "".join(f" ({count} {how})" for how, count in lost.items() if count)
 
 
 def tuning_table(run: Experiment) -> pd.DataFrame | None:
@@ -259,7 +272,8 @@ def table_rows(run: Experiment, table: str) -> list[dict[str, str]]:
     tier = metrics["provenance"]["tier"]
     for method, line in comparison(metrics, table).iterrows():
         todo = f"python -m lavic_utils run {method!r} --domain DOMAIN --profile {run.profile.name}"
-        todo = find(method).reason(run) or f"not run yet: {todo}"
+        known = METHODS.get(method)  # None: another model than the paper's
+        todo = (known.reason(run) or f"not run yet: {todo}") if known else ""
         for domain in DOMAINS:
             row = {"method": method, "domain": domain, "published": line[domain, "published"]}
             if line[domain, tier] == NOT_RUN:
@@ -309,7 +323,8 @@ def run_method(
     found = run.answered(chosen.name, domain, split, order=order, limit=limit)
     if run.rank:
         return ""
-    name, rows, lines = slug(chosen.name), found["rows"], []
+    label, rows, lines = chosen.row(run)["method"], found["rows"], []
+    name = slug(label)
     suffix = run.profile.candidates.removeprefix("candidates_") if chosen.chooses else name
     for dialogue, answer in zip(run.dialogues(domain, split)[: len(rows)], rows, strict=True):
         row = dialogue.model_dump(exclude={"domain", "split", "line"})
@@ -321,8 +336,9 @@ def run_method(
     file = f"{name}_{domain}_{split}{part}_seed{run.seed}.jsonl"
     out = out or run.place / "answers" / file
     write_text(out, "".join(lines))
-    spent = f"in {found['cost']['seconds']:g} s, {refused(rows)} prompts refused as too long"
-    return (
-        f"{chosen.name}, {domain}/{split}: {len(lines)} answers {spent}, "
-        f"${found['cost']['usd']:.4f}\n{out}\nscore them: python -m lavic_utils evaluate {out}"
-    )
+    lost, cost = unanswered(rows), found["cost"]
+    said = f"{label}, {domain}/{split}: {len(lines) - sum(lost.values())} answers in "
+    said += f"{cost['seconds']:g} s, {refused(rows)} prompts refused as too long"
+    said += "".join(f", {count} not answered ({why})" for why, count in lost.items())
+    said += f", ${cost['usd']:.4f} by the list price" if cost["usd"] else ""
+    return f"{said}\n{out}\nscore them: python -m lavic_utils evaluate {out}"

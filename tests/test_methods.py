@@ -27,6 +27,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from lavic_utils import experiment, methods, prompts, recommendation, report, vision
 from lavic_utils.__main__ import main
 from lavic_utils.audit import answer_files as answers
+from lavic_utils.bench import plan
 from lavic_utils.config import UserError, World, load_profile
 from lavic_utils.data import image_file, open_image
 from lavic_utils.evaluation import parse_answer
@@ -533,6 +534,11 @@ def service():
     server.server_close()
 
 
+def afresh(run: experiment.Experiment) -> experiment.Experiment:
+    """The same run, as another command makes it."""
+    return experiment.Experiment(run.profile, run.seed, run.root, run.api)
+
+
 @pytest.mark.parametrize(
     "name", [name for name, m in methods.METHODS.items() if m.family == "proprietary"]
 )
@@ -555,9 +561,57 @@ def test_proprietary_rows_ask_a_service_once(run, service, name):
         a["model"] for a in service.asked
     } == {"tiny"}
     before = len(service.asked)
-    report.run_method(run, name, "home", limit=3)
+    report.run_method(afresh(run), name, "home", limit=3)
     assert len(service.asked) == before == 3
     report.run_method(
         run, name, "home", limit=3, order=1
     )  # negative control: another order is another question
     assert len(service.asked) > before
+
+
+def test_another_model_stands_beside_the_papers_row_and_no_failure_is_kept(run, service):
+    name, second = "GPT-4o (title)", run.dialogues("home", "test")[1].candidates_st
+
+    def say(asked: dict) -> str:
+        lost = all(asin in asked["messages"][0]["content"] for asin in second)
+        return "" if lost else "none of them"
+
+    url, service.say = f"http://127.0.0.1:{service.server_port}/v1", say
+    run.api = endpoint.Settings(max_usd=0.0, base_url=url, served="tiny")
+    said = report.run_method(run, name, "home").split("\n")[0]
+    label, by = f"tiny at 127.0.0.1:{service.server_port} (title)", said.split(" (")[0]
+    assert said.startswith(f"{label}, home/test: 11 answers in ") and "$" not in said
+    assert said.endswith(", 1 not answered (no text (stop))")
+    report.record(run, [name], ["home"])
+    assert len(service.asked) == 12  # scoring asks nothing again
+    metrics = report.read_metrics(report.metrics_path(run))
+    found = {"method": label, "answered_by": by, "beside": name}
+    assert metrics["rows"][0].items() >= found.items()
+    assert metrics["rows"][0]["unanswered"] == {"no text (stop)": 1}
+    table = report.comparison(metrics, "proprietary")
+    assert list(table.index).index(label) == list(table.index).index(name) + 1
+    assert table.loc[name, ("home", "mini run")] == report.NOT_RUN
+    assert table.loc[label, ("home", "mini run")].endswith(" (1 unanswered)")
+    assert table.loc[label, ("home", "published")] == ""
+    rows = {row["method"]: row for row in report.table_rows(run, "proprietary")}
+    assert rows[label]["note"] == "" != rows[name]["note"]
+    service.say = lambda asked: "none of them"
+    assert "12 answers" in report.run_method(afresh(run), name, "home")
+    assert len(service.asked) == 13  # only what had no answer
+    report.run_method(afresh(run), name, "home")
+    assert len(service.asked) == 13
+
+
+def test_a_dry_run_says_what_a_run_takes(run, service):
+    url = f"http://127.0.0.1:{service.server_port}/v1"
+    run.api = endpoint.Settings(max_usd=0.0, base_url=url, served="tiny")
+    said = plan.foreseen(run, "GPT-4o (title+image)", "home", "test", 3)
+    assert f"\nto ask: 3 requests to tiny at {url}, at no cost; 0 more" in said
+    assert service.asked == []
+    said = plan.foreseen(run, "LaViC", "home", "test", None)
+    assert "12 dialogues; all that it reads is here\nto train: " in said
+    assert said.count("stage1") == said.count("stage2") == 1
+    said = plan.foreseen(run, "LaViC w/o images", "home", "test", None)
+    assert "stage1" not in said and "stage2" in said  # negative control
+    said = plan.foreseen(run, "bm25", "home", "test", None)
+    assert "to train" not in said and "to ask" not in said

@@ -14,6 +14,8 @@ import tomllib
 import types
 import zlib
 from pathlib import Path
+from unittest.mock import MagicMock
+from urllib.request import proxy_bypass
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ from lavic_utils import (
 )
 from lavic_utils.__main__ import main
 from lavic_utils.config import ROOT, UserError, World, load_profile
-from lavic_utils.demo import cards, panel
+from lavic_utils.demo import cards, page, panel
 from lavic_utils.demo.uploads import MAX_BYTES, read_upload
 from lavic_utils.mini.world import make_world
 
@@ -331,6 +333,28 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys, results):
     assert "set LAVIC_DATA" in capsys.readouterr().err
     assert main(["demo", "--data", "nowhere"]) == 2
     assert "no such folder" in capsys.readouterr().err
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:9")  # gradio's import would fail on it
+    assert main(["demo"]) == 2
+    assert "error: ALL_PROXY names a proxy of kind socks://" in capsys.readouterr().err
+
+
+def test_the_page_asks_itself_without_a_proxy(monkeypatch, results):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.org")
+    assert not proxy_bypass("127.0.0.1")  # negative control
+    monkeypatch.setitem(sys.modules, "gradio", MagicMock())
+    monkeypatch.setattr(experiment, "Experiment", MagicMock())
+    for name in ("prepare", "Panel"):
+        monkeypatch.setattr(page, name, MagicMock())
+    seen = []
+
+    def launch(**how) -> tuple:
+        seen.extend([proxy_bypass("127.0.0.1"), proxy_bypass("example.org")])
+        return None, "", None
+
+    monkeypatch.setattr(page, "page", lambda panel: types.SimpleNamespace(launch=launch))
+    page.serve("mini", None, None, "127.0.0.1", 1, block=False)
+    assert seen == [True, True]
 
 
 def test_what_is_not_there_is_made_and_said(run, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,24 +27,24 @@ from server import Handler, Server, serving
 
 from lavic_utils.config import PACKAGE, ROOT, UserError
 from lavic_utils.hub import Unavailable
-from lavic_utils.remote import chat_api
+from lavic_utils.remote import chat_api, crawl
 from lavic_utils.remote.chat_api import (
     KEY,
     MODELS,
     OPENAI,
+    REASONING,
     ApiModel,
     Reply,
     Settings,
-    address,
     ask_all,
     build_messages,
+    check,
     most_tokens,
-    reason,
-    visible,
 )
 
 SECRET = "sk-proj-Abc123_x-SECRET/of+tests=="
-MINI = MODELS["GPT-4o-mini (title)"]
+MINI, PRICED = MODELS["GPT-4o-mini (title)"], Settings.priced
+CUT = {"prompt_tokens": 34, "completion_tokens": 5}
 
 
 class Chat(Handler):
@@ -113,6 +114,9 @@ class Chat(Handler):
     def nousage(self, first: bool) -> None:
         self.say({"choices": [{"message": {"content": "B0"}}], "usage": {"prompt_tokens": None}})
 
+    def cutprompt(self, first: bool) -> None:
+        self.say({"choices": [{"message": {"content": "B0"}}], "usage": CUT})
+
     def nochoices(self, first: bool) -> None:
         self.answer(None)
 
@@ -174,6 +178,7 @@ class Chat(Handler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv(KEY, SECRET)
+    monkeypatch.setattr(Settings, "priced", lambda self, model: model)  # as if it were far away
     for name, value in {"times": 1, "usd": 0.0, "bodies": []}.items():
         monkeypatch.setattr(Chat, name, value)
     with serving(Chat) as made:
@@ -185,16 +190,16 @@ def settings(server: Server, **other) -> Settings:
     return Settings(**{"max_usd": 1.0, "base_url": f"{server.address}/v1", **fast, **other})
 
 
-def asks(*prompts: str) -> list[list[dict]]:
-    return [build_messages(prompt) for prompt in prompts]
+def asks(*prompts: str) -> list[partial]:
+    return [partial(build_messages, prompt) for prompt in prompts]
 
 
-def numbered(count: int, word: str = "good") -> list[list[dict]]:
+def numbered(count: int, word: str = "good") -> list[partial]:
     return asks(*(f"{word} {i}" for i in range(count)))
 
 
-def worst(requests: list[list[dict]]) -> float:
-    return sum(MINI.usd(most_tokens(one, MINI), 20) for one in requests)
+def worst(requests: list[partial]) -> float:
+    return sum(MINI.usd(most_tokens(one(), MINI), 20) for one in requests)
 
 
 def rows(cache: Path) -> list[tuple]:
@@ -273,10 +278,30 @@ def test_no_text_from_any_request_is_an_error_with_the_services_words(
     assert [reply.refused for reply in replies] == [word == "toolong"] * 5 + [False]
 
 
-def test_reasoning_is_no_answer():
-    assert visible("<think>B01</think> B02") == visible("B01 or\n</think>\n\nB02") == "B02"
-    assert visible("<think>B01\n") == visible("<thinking>B01</thinking>") == ""
-    assert visible("B02 <think>B01") == visible(" B02") == "B02"
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<think>B01</think> B02",
+        "B01 or\n</think>\n\nB02",
+        "B02 <think>B01",
+        "[THINK]B01[/THINK]B02",
+        "<thought>B01\n</thought>B02",
+        "◁think▷B01◁/think▷B02",
+        "B02",
+    ],
+)
+def test_reasoning_is_no_answer(said: str):
+    assert REASONING.sub("", said).strip() == "B02"
+    assert REASONING.sub("", "<think>B01\n") == REASONING.sub("", "<thinking>B01</thinking>") == ""
+
+
+def test_a_prompt_that_the_service_has_cut_is_refused(server: Server, tmp_path: Path):
+    long, cache = [*asks("cutprompt " * 80), *asks("good")], tmp_path / "a.sqlite"
+    cut, good = ask_all(long, MINI, settings(server), cache)
+    assert cut.text is None and cut.refused and "34 tokens of 800 characters" in cut.error
+    assert good.text == "answer to good" and len(rows(cache)) == 1
+    (short,) = ask_all(asks("cutprompt"), MINI, settings(server), cache)
+    assert short.text == "B0"  # negative control: so many tokens can be all of a short one
 
 
 def test_many_requests_in_a_row_that_bring_nothing_stop(server: Server, tmp_path: Path):
@@ -311,7 +336,8 @@ def test_another_parameter_model_endpoint_or_image_byte_is_another_key(server, t
 
     def asked(model: ApiModel = MINI, path: Path = red, text: str = "good", **other) -> int:
         before = len(server.log)
-        ask_all([build_messages(text, [("B01", path)])], model, replace(base, **other), cache)
+        request = partial(build_messages, text, [("B01", path)])
+        ask_all([request], model, replace(base, **other), cache)
         return len(server.log) - before
 
     assert asked() == 1 and asked() == 0
@@ -345,7 +371,7 @@ import sys
 from pathlib import Path
 from lavic_utils.remote.chat_api import MODELS, Settings, ask_all, build_messages
 made = Settings(max_usd=1.0, base_url=sys.argv[1], concurrency=4)
-requests = [build_messages(f"good {i}") for i in range(120)]
+requests = [lambda i=i: build_messages(f"good {i}") for i in range(120)]
 ask_all(requests, MODELS["GPT-4o-mini (title)"], made, Path(sys.argv[2]))
 print("done")
 """
@@ -385,7 +411,7 @@ def test_answers_of_earlier_versions_are_not_paid_for_again(server: Server, tmp_
 
 def test_over_the_estimate_nothing_is_asked(server: Server, tmp_path: Path):
     cache, most = tmp_path / "a.sqlite", worst(numbered(30))
-    said = r"asking gpt-4o-mini-2024-07-18 may cost .* USD \(0.000000 spent so far\), more than"
+    said = "asking gpt-4o-mini-2024-07-18 may cost .* USD, of which 0.000000 are spent; .* max_usd"
     with pytest.raises(UserError, match=said):
         ask_all(numbered(30), MINI, settings(server, max_usd=most * 0.99), cache)
     assert server.log == []
@@ -399,9 +425,9 @@ def test_over_the_estimate_nothing_is_asked(server: Server, tmp_path: Path):
 def test_a_service_that_counts_more_tokens_passes_no_cap(server: Server, tmp_path: Path):
     cache, Chat.times = tmp_path / "a.sqlite", 50
     limited = settings(server, max_usd=worst(numbered(40)) * 1.5)
-    with pytest.raises(UserError, match="may cost .* more than max_usd.*1 of 40 answers are kept"):
+    with pytest.raises(UserError, match="may cost .* more than max_usd.*12 of 40 answers are kept"):
         ask_all(numbered(40), MINI, limited, cache)
-    assert 0 < Chat.usd <= limited.max_usd and len(server.log) == 1
+    assert 0 < Chat.usd <= limited.max_usd and len(server.log) == 12
     enough = settings(server, max_usd=worst(numbered(40)) * 60)
     assert len(ask_all(numbered(40), MINI, enough, cache)) == 40
     assert set(server.asked().values()) == {1}  # the same call went on, nothing twice
@@ -417,7 +443,9 @@ def test_attempts_that_may_have_been_paid_for_count(server: Server, tmp_path: Pa
     one = worst(asks("dropped 1"))
     with pytest.raises(UserError, match="max_usd"):  # each attempt is reserved before it is sent
         ask_all(numbered(9, "dropped"), MINI, settings(server, max_usd=9.5 * one), tmp_path / "a")
-    assert len(server.log) == 1 and Chat.usd <= 9.5 * one
+    assert 0 < len(rows(tmp_path / "a")) < 9 and Chat.usd <= 9.5 * one
+    Chat.usd = 0.0
+    server.log.clear()
     limited = settings(server, max_usd=20 * one)
     replies = ask_all(numbered(9, "dropped"), MINI, limited, tmp_path / "b")
     assert Chat.usd <= sum(reply.usd for reply in replies) <= limited.max_usd  # reported too
@@ -445,6 +473,10 @@ def test_what_is_under_way_when_a_run_stops_still_arrives(server: Server, tmp_pa
     with pytest.raises(UserError, match="404.* 4 of 5 answers are kept"):
         ask_all(first, MINI, settings(server), cache)
     assert len(rows(cache)) == 4
+    # another that waits for its next attempt says why the run stopped, not that it was stopped
+    waits = asks("good", "busy 1", "late 4", "late 5", *["gone 2"])
+    with pytest.raises(UserError, match="404"):
+        ask_all(waits, MINI, settings(server), cache)
 
 
 def test_a_service_that_is_down_ends_the_run_and_keeps_what_came(server: Server, tmp_path: Path):
@@ -500,14 +532,51 @@ def test_a_key_is_needed_except_on_this_machine(server: Server, tmp_path: Path, 
 
 
 def test_where_nothing_may_be_spent_no_key_changes_anything(server: Server, monkeypatch):
-    free = Settings(max_usd=0.0)
-    said = reason(MINI, free)
-    assert said.startswith("costs money: run `python -m lavic_utils run ")
+    for change in (monkeypatch.delenv, lambda name: monkeypatch.setenv(name, SECRET)):
+        with pytest.raises(Unavailable, match="^costs money: run `python -m lavic_utils run "):
+            check(MINI, Settings(max_usd=0.0))
+        change(KEY)
+    check(MINI, Settings(max_usd=1.0))
     monkeypatch.delenv(KEY)
-    assert reason(MINI, free) == said
-    assert KEY in reason(MINI, Settings(max_usd=1.0)) != said  # negative control
-    monkeypatch.setenv(KEY, SECRET)
-    assert reason(MINI, Settings(max_usd=1.0)) is None and server.log == []
+    with pytest.raises(Unavailable, match=KEY):  # negative control
+        check(MINI, Settings(max_usd=1.0))
+    assert server.log == []
+
+
+def test_a_service_in_the_house_costs_nothing_and_needs_no_cap(
+    server: Server, tmp_path: Path, monkeypatch, capsys
+):
+    free = settings(server, max_usd=0.0, served="x")
+    with pytest.raises(UserError, match="more than max_usd 0"):  # negative control: as if far away
+        ask_all(numbered(2), MINI, free, tmp_path / "a.sqlite")
+    monkeypatch.setattr(Settings, "priced", PRICED)
+    check(MINI, free)
+    replies = ask_all(numbered(2), MINI, free, tmp_path / "a.sqlite")
+    assert [reply.usd for reply in replies] == [0.0, 0.0] and len(server.log) == 2
+    assert "at no cost" in capsys.readouterr().err
+
+
+def test_only_the_papers_model_at_its_service_stands_in_the_papers_row():
+    title, both = "GPT-4o-mini (title)", "GPT-4o-mini (title+image)"
+    own = {"method": both, "answered_by": "gpt-4o-mini-2024-07-18 at api.openai.com"}
+    assert Settings(1.0).row(both) == Settings(1.0, served=MINI.served).row(both) == own
+    here = Settings(1.0, "http://127.0.0.1:1/v1", served="x").row(title)
+    by = "x at 127.0.0.1:1"
+    assert here == {"method": f"{by} (title)", "answered_by": by, "beside": title}
+    for other in (Settings(1.0, "https://x.org/v1"), Settings(1.0, served="gpt-4o")):
+        assert other.row(both)["beside"] == both != other.row(both)["method"]
+
+
+def test_a_dry_run_says_what_asking_would_cost(server: Server, tmp_path: Path, capsys):
+    ask_all(numbered(2), MINI, settings(server), tmp_path / "a.sqlite")
+    said = f"asking: 2 requests to gpt-4o-mini-2024-07-18 at {server.address}/v1, at most 0.0"
+    assert said in capsys.readouterr().err
+    requests = numbered(500)
+    said = ask_all(requests, MINI, settings(server), tmp_path / "a.sqlite", dry_run=True)
+    most = worst(requests[2:])
+    assert said.startswith("498 requests to gpt-4o-mini") and "; 2 more are answered" in said
+    assert f"/v1, at most {most:.4f} USD by the list price; " in said
+    assert len(server.log) == 2
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "ALL_PROXY", "http_proxy"])
@@ -520,7 +589,7 @@ def test_a_service_on_this_machine_is_asked_without_a_proxy(
             here = settings(server, base_url=f"http://{host}:{server.server_address[1]}/v1")
             ask_all(asks("good"), MINI, here, tmp_path / host)
         assert len(server.log) == 2 and proxy.log == []
-        monkeypatch.setattr(chat_api, "direct", lambda addresses: {})
+        monkeypatch.setattr(crawl, "direct", lambda addresses: {})
         ask_all(asks("good"), MINI, settings(server), tmp_path / "control")
         assert len(proxy.log) == 1  # negative control: it would have got dialogue and key
 
@@ -531,7 +600,8 @@ def test_a_proxy_that_cannot_be_used_is_named(kind: str, server: Server, tmp_pat
     with pytest.raises(UserError, match=f"ALL_PROXY names a proxy of kind {kind}://") as caught:
         ask_all(asks("good"), MINI, settings(server), tmp_path / "a.sqlite")
     assert "secret" not in str(caught.value) and server.log == []
-    assert "ALL_PROXY" in reason(MINI, settings(server))
+    with pytest.raises(UserError, match="ALL_PROXY"):
+        check(MINI, settings(server))
 
 
 @pytest.mark.parametrize(
@@ -549,15 +619,12 @@ def test_a_proxy_that_cannot_be_used_is_named(kind: str, server: Server, tmp_pat
 )
 def test_addresses_that_hold_or_would_show_a_secret_are_refused(bad: str):
     with pytest.raises(UserError, match="base_url") as caught:
-        address(Settings(max_usd=1, base_url=bad))
+        Settings(max_usd=1, base_url=bad)
     assert "pass@" not in str(caught.value) and "abcdef" not in str(caught.value)
-    assert address(Settings(max_usd=1)) == (OPENAI, False)
-    for url in ("http://[::1]:1/v1", "http://127.0.0.9", "https://localhost/v1"):
-        assert address(Settings(max_usd=1, base_url=url)) == (url, True)
-    assert address(Settings(max_usd=1, base_url="https://x.org:1/v1/")) == (
-        "https://x.org:1/v1",
-        False,
-    )
+    here = ("http://[::1]:1/v1", "http://127.0.0.9", "https://localhost/v1")
+    for url in (OPENAI, "https://x.org:1/v1/", *here):
+        Settings(max_usd=1, base_url=url)
+        assert bool(chat_api.SERVICE.fullmatch(url)[1]) == (url in here)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -1, math.inf])
@@ -612,7 +679,7 @@ def test_it_runs_inside_a_running_loop_as_in_a_notebook(server: Server, tmp_path
 
 
 def test_a_cache_in_use_or_unusable_is_said_in_one_line(server: Server, tmp_path: Path):
-    with chat_api.database(tmp_path / "a.sqlite", chat_api.SCHEMA, ""):
+    with crawl.database(tmp_path / "a.sqlite", chat_api.SCHEMA, ""):
         with pytest.raises(UserError, match="another run uses it"):
             ask_all(numbered(1), MINI, settings(server), tmp_path / "a.sqlite")
     (tmp_path / "text").write_text("not a database" * 99, encoding="utf-8")

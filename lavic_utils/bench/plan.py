@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lavic_utils import methods
 from lavic_utils.bench import memory
 from lavic_utils.bench.memory import RESERVE, count, memories, number_bytes, skeleton, trainables
 from lavic_utils.config import DOMAINS, Profile, UserError
+from lavic_utils.experiment import Experiment
 from lavic_utils.vision import source
 
 
@@ -263,3 +265,19 @@ def show(found: dict[str, Any]) -> None:
         + f"\n\nlevers, {found['levers']['card']}\n"
         + pd.DataFrame(found["levers"]["rows"]).to_string(index=False)
     )
+
+
+def foreseen(run: Experiment, method: str, domain: str, split: str, limit: int | None) -> str:
+    """What `run` would download, train, ask and cost, in words."""
+    chosen, dialogues = methods.find(method), run.dialogues(domain, split)[:limit]
+    said = f"{chosen.name}, {domain}/{split}: {len(dialogues)} dialogues; "
+    said += chosen.reason(run) or "all that it reads is here"
+    if chosen.family == "proprietary":
+        return f"{said}\nto ask: {chosen.ask(run, dialogues, dry_run=True)}"
+    if isinstance(chosen, methods.Trained):
+        folders = [run.folder / "stage1"] if chosen.tokens == "distilled" else []
+        folders.append(run.tuned_folder(chosen.name, domain))
+        left = [str(one) for one in folders if not (one / "result.json").is_file()]
+        said += f"\nto train: {', '.join(left) or 'nothing, if what is kept is of these inputs'}"
+        said += f"\nhours and memory: python -m lavic_utils plan --profile {run.profile.name}"
+    return said

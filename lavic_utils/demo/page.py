@@ -16,6 +16,7 @@ from lavic_utils.demo import cards
 from lavic_utils.demo.panel import Case, Panel, prepare, tile_name
 from lavic_utils.demo.uploads import FORMATS, MAX_BYTES, read_upload
 from lavic_utils.figures import style
+from lavic_utils.hub import check_proxies
 
 NEEDS = (
     "the page needs gradio, which is not installed here: make demo, or pip install --no-deps -r "
@@ -168,6 +169,11 @@ def serve(
     UserError where gradio or data are missing, or the port is taken.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    check_proxies()  # gradio makes its clients when it is imported
+    # and asks its own page whether it is there: not through a proxy
+    os.environ["no_proxy"] = (
+        f"{os.environ.get('no_proxy') or os.environ.get('NO_PROXY', '')},{host}"
+    )
     try:
         import gradio as gr
     except ImportError:
