@@ -104,7 +104,7 @@ def run(
     force: Annotated[bool, Option("--force", help="Make its kept stages again, too.")] = False,
     base_url: Annotated[str | None, Option(help="An OpenAI-compatible service.")] = None,
     served: Annotated[str | None, Option(help="The model's name at that service.")] = None,
-    max_usd: Annotated[float, Option(min=0, help="Never spend more on this run.")] = 1.0,
+    max_usd: Annotated[float, Option(min=0, help="Spend no more, by the list price.")] = 1.0,
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it takes and costs.")] = False,
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
