@@ -225,21 +225,36 @@ def test_a_typed_request_gets_the_ten_titles_of_bm25(shop):
     assert set(asked.candidates) == set(best) and len(asked.candidates) == 10
     assert asked.candidates != tuple(best)  # the place in the list must not tell the rank
     assert asked.notes == (
-        "The ten candidates: what BM25 finds for the request among the "
-        f"{len(asins)} fashion titles.",
+        f"The ten candidates: what BM25 finds among the {len(asins)} fashion titles.",
     )
     assert asked.dialogue.turns == [("seeker", text)] and asked.dialogue.gt_items == ()
     assert "arbitrary" in shop.request("fashion", "blue.").notes[0]
 
 
-def test_words_that_the_model_does_not_know_are_named(shop):
+def test_with_words_that_the_model_cannot_read_it_guesses_and_is_not_sure(shop):
     asked = shop.request("home", "I want a Red mug (please) from NASA, quantum! quantum")
-    assert asked.notes[1].endswith("answers from the rest: NASA, quantum.")
+    assert asked.unknown == ("NASA", "quantum")
+    assert "model cannot read NASA, quantum, so each model only guesses" in asked.notes[1]
     assert asked.dialogue.turns == [
         ("seeker", "i want a red mug please from NASA, quantum! quantum")
     ]
-    assert len(shop.answer(asked)) == 3
-    assert len(shop.request("home", "i want a red mug.").notes) == 1  # negative control
+    answers = shop.answer(asked)
+    said = shop.sentence(asked, answers)
+    shown = cards.cards(shop, asked, answers, answers, asked.candidates[0])
+    assert not re.search(r"chooses|\d\.\d\d", said) and "guess of" in shown
+    assert 'class="bar"' not in shown and 'class="chosen"' not in shown
+    plain = shop.request("home", "i want a red mug.")  # negative control
+    answers = shop.answer(plain)
+    shown = cards.cards(shop, plain, answers, answers, plain.candidates[0])
+    assert plain.unknown == () and len(plain.notes) == 1 and "guess" not in shown
+    assert shown.count('class="bar"') == 30
+    assert "guess" not in shop.sentence(plain, answers)
+
+
+def test_a_request_of_which_nothing_can_be_read_is_not_asked(shop):
+    with pytest.raises(UserError, match="the model cannot read zorp, wug; try ") as refused:
+        shop.request("fashion", "zorp wug")
+    assert "handbag" in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_request_cannot_smuggle_in_what_prompts_are_made_of(shop):

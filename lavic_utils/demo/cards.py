@@ -60,19 +60,20 @@ def cards(panel: Panel, case: Case, now: Answers, before: Answers, item: str) ->
         title = panel.run.titles[asin]
         chosen = [short(method) for method, answer in now.items() if answer.recommended == asin]
         badges = {
-            f"choice of {', '.join(chosen)}": bool(chosen),
+            f"{'guess' if case.unknown else 'choice'} of {', '.join(chosen)}": bool(chosen),
             "right answer": asin in case.dialogue.gt_items,
             "picture changed": case.changed(asin),
         }
+        sure = "" if case.unknown else bars(now, before, place)
         found += (
-            f'<button type="button" class="{"chosen" if "LaViC" in chosen else ""}" '
+            f'<button type="button" class="{"chosen" if sure and "LaViC" in chosen else ""}" '
             f'data-item="{asin}" aria-pressed="{"true" if asin == item else "false"}">'
             f"{photo(panel.image(case.picture(asin)), f'picture at {title}')}"
-            f"<b>{escape(title)}</b><small>{asin}</small>{bars(now, before, place)}"
+            f"<b>{escape(title)}</b><small>{asin}</small>{sure}"
             f"{''.join(f'<span class=badge>{text}</span>' for text in badges if badges[text])}"
             "</button>"
         )
-    return f'<div class="shop">{found}</div>'
+    return f'<div class="shop" id="answer">{found}</div>'
 
 
 def closer(panel: Panel, case: Case, item: str) -> str:

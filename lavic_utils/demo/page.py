@@ -6,7 +6,7 @@ What it shows is computed in `panel`. Every visitor's state is a value of their 
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -26,8 +26,8 @@ INTRO = """<h1>LaViC: a recommender that looks</h1><p>Ask for something, see ten
 each of three models chooses, then change a picture. <b>{tier}</b></p>"""
 MINI = """mini run: a tiny model on a rendered catalogue; shows how the method works, never what a
 7B model scores."""
-PALETTE = f""":root {{--vermillion: {style.VERMILLION}; --blue: {style.BLUE}; --ink: {style.INK};
-  --pale: {style.PALE}; --orange: {style.ORANGE}}}"""
+PALETTE = f""":root {{--vermillion: {style.VERMILLION}; --blue: {style.BLUE};
+  --orange: {style.ORANGE}}}"""
 BLIND = "LaViC w/o images"  # what the titles alone suggest
 CLICK = """element.addEventListener('click', event => {
   const card = event.target.closest('button[data-item]');
@@ -36,6 +36,8 @@ CLICK = """element.addEventListener('click', event => {
   if (window.innerWidth < 700)
     document.getElementById('closer').scrollIntoView({behavior: 'smooth'});
 });"""
+
+NEAR = "() => document.getElementById('%s').scrollIntoView({block: 'nearest'})"
 
 
 @dataclass(frozen=True)
@@ -56,36 +58,35 @@ def begin(panel: Panel, case: Case) -> Visit:
     return Visit(case, answers, answers, item)
 
 
-def shop(panel: Panel, visit: Visit, problem: str) -> str:
-    """What was refused or is to be known, the answers in words, and the ten cards."""
-    notes = [problem, *visit.case.notes] if problem else visit.case.notes
-    lines = "".join(f'<p class="note">{escape(text)}</p>' for text in notes)
-    verdict = escape(panel.sentence(visit.case, visit.now))
-    ten = cards.cards(panel, visit.case, visit.now, visit.before, visit.item)
-    return (
-        f'<div id="answer"><div role="status">{lines}</div><p class="verdict" aria-live="polite">'
-        f"{verdict}</p>{ten}</div>"
-    )
+def said(lines: Iterable[str], verdict: str, place: str) -> str:
+    """What was refused or is to be known, then the answers in words: beside the control that caused
+    them, and read aloud."""
+    notes = "".join(f'<p class="note">{escape(text)}</p>' for text in lines if text)
+    return f'<div id="{place}" role="status">{notes}<p class="verdict">{escape(verdict)}</p></div>'
 
 
 def page(panel: Panel):
     """The Gradio page of a panel (`gradio.Blocks`), not yet served."""
     import gradio as gr
 
-    def show(visit: Visit, problem: str = "") -> list:
-        """The values of `outputs`."""
+    def show(visit: Visit, refused: str = "", new: bool = False) -> list:
+        """The values of `outputs`; `refused`: why a request (`new`) or a change is not taken."""
         case, item = visit.case, visit.item
+        asked, now = (panel.sentence(case, answers) for answers in (visit.before, visit.now))
+        lines = [refused if new else "", *case.notes]
         others = [(f"{panel.run.titles[a]} ({a})", a) for a in case.candidates if a != item]
         likely = dict(zip(case.candidates, visit.before[BLIND].probabilities, strict=True))
         rival = max((asin for _, asin in others), key=likely.get)  # with it a swap shows most
         tiles = [(tile_name(k), k) for k in range(len(panel.tiles(case, item)))]
         return [
             visit,
+            said(lines, asked, "asked"),
             cards.talk(case),
-            shop(panel, visit, problem),
+            cards.cards(panel, case, visit.now, visit.before, item),
             cards.closer(panel, case, item),
             gr.Dropdown(choices=others, value=rival),
             gr.CheckboxGroup(choices=tiles, value=sorted(case.hidden.get(item, ()))),
+            said([] if new else [refused], f"Now {now}" if case.altered() else "", "changed"),
         ]
 
     def examples(domain: str) -> dict:
@@ -105,7 +106,7 @@ def page(panel: Panel):
                 hint = "i want a red, striped handbag with a black strap."
                 text = gr.Textbox(label="Or your own request", max_length=2000, placeholder=hint)
                 send = gr.Button("Ask", variant="primary")
-                talk = gr.HTML()
+                asked, talk = gr.HTML(), gr.HTML()
             with gr.Column(scale=3, min_width=300):
                 answer = gr.HTML(js_on_load=CLICK, elem_id="shop")
         about = "<p>Click a candidate above, then change its picture.</p>"
@@ -121,8 +122,9 @@ def page(panel: Panel):
                 taken = f"{', '.join(FORMATS)}; at most {MAX_BYTES // 2**20} MB"
                 gr.HTML(f"<small>{taken}; deleted here within 20 minutes.</small>")
                 back = gr.Button("Put everything back")
+                changed = gr.HTML()
 
-        outputs = [state, talk, answer, item, other, tiles]
+        outputs = [state, asked, talk, answer, item, other, tiles, changed]
         private = {"api_visibility": "private"}
         alone = {"outputs": outputs, "concurrency_id": "model", "concurrency_limit": 1, **private}
 
@@ -136,9 +138,10 @@ def page(panel: Panel):
                         return show(begin(panel, case))
                     return show(replace(visit, case=case, now=panel.answer(case)))
                 except UserError as error:
-                    return show(visit, str(error))
+                    return show(visit, str(error), new)
 
-            event(handler, [state, *inputs], **alone)
+            place = "asked" if new else "changed"
+            event(handler, [state, *inputs], **alone).then(None, js=NEAR % place)
 
         def look(visit: Visit, event: gr.EventData) -> list:  # gradio reads this annotation
             clicked = event._data.get("item")

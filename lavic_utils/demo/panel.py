@@ -42,12 +42,14 @@ class Case:
 
     `shows`: item -> the picture it shows instead of its own (another item's id, or PNG bytes);
     `hidden`: item -> tiles whose [CLS] vector is taken out (0: the whole image, then the crops);
-    `notes`: lines that whoever asked should read.
+    `notes`: lines that whoever asked should read; `unknown`: words of the request that the model
+    cannot read, so that its answer is a guess and no likelihood is shown.
     """
 
     dialogue: data.Dialogue
     candidates: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
     shows: Mapping[str, str | bytes] = field(default_factory=dict)
     hidden: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
@@ -56,6 +58,9 @@ class Case:
 
     def changed(self, asin: str) -> bool:
         return self.picture(asin) != asin or bool(self.hidden.get(asin))
+
+    def altered(self) -> list[str]:
+        return [asin for asin in self.candidates if self.changed(asin)]
 
     def swap(self, one: str, other: str) -> Case:
         """The same with the pictures of two candidates exchanged; titles and ids stay."""
@@ -113,7 +118,8 @@ class Panel:
     def request(self, domain: str, text: str) -> Case:
         """A typed request, with the ten titles of the domain's catalogue that BM25 ranks first.
 
-        They stand in no particular order, as in the data. UserError for an empty or very long text.
+        They stand in no particular order, as in the data. UserError for an empty or very long text,
+        and where nothing in it can be read or found.
         """
         text = " ".join(re.sub(r"[<>]", " ", text).split())
         count = len(text.split())
@@ -124,18 +130,22 @@ class Panel:
         asins, titles = self.run.domain_catalogue(domain)
         order = retrieval.bm25_rank([text], titles)
         ten = tuple(retrieval.candidate_lists(order, asins, seed=self.run.seed)[0])
-        note = f"what BM25 finds for the request among the {len(asins)} {domain} titles."
+        notes = [f"The ten candidates: what BM25 finds among the {len(asins)} {domain} titles."]
         if _words(" ".join(titles)).isdisjoint(_words(text)):
-            note = f"arbitrary, since no {domain} title shares a word with the request."
-        notes = [f"The ten candidates: {note}"]
+            if unknown:
+                kinds = sorted({title.split()[-1] for title in titles})[:6]
+                why = f"no {domain} title has a word of it, and the model cannot read"
+                raise UserError(f"not asked: {why} {', '.join(unknown)}; try {', '.join(kinds)}")
+            notes = [f"The ten candidates are arbitrary: no {domain} title has a word of this."]
         if unknown:
-            model = f"this {self.run.profile.name} model"
-            note = f'{model}, which reads each as "unknown" and answers from the rest'
-            notes.append(f"Outside the vocabulary of {note}: {', '.join(unknown)}.")
+            why = "so each model only guesses from the rest, and no likelihoods are shown"
+            notes.append(
+                f"The {self.run.profile.name} model cannot read {', '.join(unknown)}, {why}."
+            )
         asked = {"context": f"<submission>{text}</submission>", "gt": "", "gt_items": ()}
         any_dialogue = self.run.dialogues(domain, "test")[0]
         dialogue = any_dialogue.model_copy(update={**asked, self.run.profile.candidates: ten})
-        return Case(dialogue, ten, tuple(notes))
+        return Case(dialogue, ten, tuple(notes), tuple(unknown))
 
     # ------------------------------------------------------------ what is seen
     def image(self, picture: str | bytes) -> Image.Image | None:
@@ -212,7 +222,8 @@ class Panel:
         for method, found in answers.items():
             if found.recommended in case.candidates:
                 weight = found.probabilities[case.candidates.index(found.recommended)]
-                said = f"chooses {self.run.titles[found.recommended]} ({weight:.2f})"
+                title = self.run.titles[found.recommended]
+                said = f"guesses {title}" if case.unknown else f"chooses {title} ({weight:.2f})"
             else:
                 said = f'writes "{found.response[:40]}", which is no candidate\'s id'
             parts.append(f"{method} {said}")
@@ -220,7 +231,7 @@ class Panel:
 
     def figure(self, case: Case) -> figures.Kept:
         """The case as a picture: `figures.case_figure`, beside the answers before its change."""
-        changed = [asin for asin in case.candidates if case.changed(asin)]
+        changed = case.altered()
         now, before = self.answer(case), self.answer(case.reset()) if changed else {}
         fig = figures.case_figure(
             self.run,

@@ -161,22 +161,21 @@ def test_click_an_item_swap_hide_and_put_back(shop, errors):
     assert not errors
 
 
-def test_a_request_with_an_unknown_word_is_answered_and_the_word_named(shop, errors):
+def test_an_unknown_word_is_named_and_gets_no_confident_answer(shop, errors):
     box = shop.get_by_label("Or your own request")
     box.fill("I want a red quantum handbag")
     click_and_wait(shop, lambda: box.press("Enter"))  # sends, like the button
-    notes = shop.locator(".note").all_inner_texts()
-    assert "what BM25 finds" in notes[0] and notes[1].endswith("answers from the rest: quantum.")
+    notes = shop.locator("#asked .note").all_inner_texts()
+    assert "what BM25 finds" in notes[0] and "model cannot read quantum, so" in notes[1]
+    assert "guesses" in shop.inner_text("#asked .verdict") and shop.locator(".bar").count() == 0
     assert sum("handbag" in text for text in shown(shop)) == 10 and not any(
         "right answer" in text for text in shown(shop)
     )
     before = shown(shop)
-    shop.get_by_label("Or your own request").fill("")
-    click_and_wait(shop, shop.get_by_role("button", name="Ask").click)
-    assert (
-        "a request of 1 to 200 words" in shop.locator(".note").first.inner_text()
-        and shown(shop) == before
-    )
+    for refused, why in (("", "a request of 1 to 200 words"), ("zorp wug", "not asked: no ")):
+        box.fill(refused)
+        click_and_wait(shop, shop.get_by_role("button", name="Ask").click, "#asked")
+        assert why in shop.locator("#asked .note").first.inner_text() and shown(shop) == before
     assert not errors
 
 
@@ -189,11 +188,10 @@ def test_a_picture_is_taken_and_a_text_with_its_name_is_not(shop, errors):
         lambda: given.set_input_files(
             {"name": "a.png", "mimeType": "image/png", "buffer": b"only text"}
         ),
+        "#changed",
     )
-    assert (
-        "not a whole PNG, JPEG or WebP" in shop.locator(".note").first.inner_text()
-        and shown(shop) == before
-    )
+    assert "not a whole PNG, JPEG or WebP" in shop.inner_text("#changed .note")
+    assert shop.locator("#asked .note").count() == 0 and shown(shop) == before
     click_and_wait(
         shop,
         lambda: given.set_input_files(
@@ -202,6 +200,34 @@ def test_a_picture_is_taken_and_a_text_with_its_name_is_not(shop, errors):
     )
     assert sum("picture changed" in text for text in shown(shop)) == 1
     assert not errors
+
+
+def test_hiding_every_tile_leaves_nothing_to_describe(shop, errors):
+    boxes = shop.get_by_role("group", name="Hide tiles").get_by_role("checkbox")
+    for k in range(boxes.count()):
+        boxes.nth(k).check()
+        shop.wait_for_function(f"document.querySelectorAll('.tiles .gone').length == {k + 1}")
+    assert "nothing to describe" in shop.inner_text("#said")
+    assert shop.inner_text("#changed").startswith("Now LaViC ") and not errors
+
+
+def test_cards_follow_the_dark_mode(browser, url):
+    """Light letters on dark cards, and the reverse, as the rest of the page."""
+    seen = []
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)
+        page = context.new_page()
+        page.goto(url)
+        page.wait_for_selector(SHOP)
+        for what in (f"{SHOP} b", f"{SHOP} small", ".item b"):
+            colours = page.locator(what).first.evaluate("""one => {
+                const card = one.closest('button, .item');
+                return [getComputedStyle(one).color, getComputedStyle(card).backgroundColor];
+            }""")
+            seen.append([sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours])
+        context.close()
+    assert all(text < 300 and card > 650 for text, card in seen[:3]), seen
+    assert all(text > 500 and card < 250 for text, card in seen[3:]), seen
 
 
 def test_two_visitors_at_once_see_their_own(browser, url, errors):
@@ -242,6 +268,12 @@ def test_it_can_be_read_on_a_phone_and_every_control_has_a_name(browser, url):
             || one.innerText.trim() || one.closest('label')))
         .map(one => one.outerHTML)""")
     assert nameless == []
+    for name, place in (("Swap the two pictures", "#changed"), ("Ask", "#asked")):
+        button = page.get_by_role("button", name=name)
+        click_and_wait(page, button.click, place)  # nothing is asked for: refused
+        page.wait_for_timeout(500)
+        said = page.locator(place).bounding_box()
+        assert said["height"] > 20 and 0 <= said["y"] and said["y"] + said["height"] <= 800, said
     assert page.evaluate("[...document.images].every(one => one.alt)")
     Image.open(io.BytesIO(page.screenshot())).verify()
     context.close()
