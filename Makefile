@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
-.PHONY: reproduce test test-browser book demo install quick mini-model world bench notebooks readme lock lab clean
+.PHONY: reproduce test test-browser book slides demo install quick mini-model world bench notebooks readme lock lab clean
 
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
@@ -33,10 +33,14 @@ quick: $(STAMP)
 	$(PY) -m lavic_utils notebooks check
 	$(PY) -m pytest -q tests --ignore tests/browser
 
-# The site of docs/site/_toc.yml in docs/_build/html. Its tools need another markdown-it-py than
+# The site of docs/site/_toc.yml in docs/_build/html; SOLUTIONS=no leaves the exercises' solutions out. Its tools need another markdown-it-py than
 # JupyterLab does: an environment of their own, without torch.
 book: $(BOOK)/.installed
-	$(BOOK)/bin/python docs/build.py $(BOOKFLAGS)
+	$(BOOK)/bin/python docs/build.py $(BOOKFLAGS) $(if $(filter no,$(SOLUTIONS)),--no-solutions)
+
+# The 90 minutes of docs/teaching.md as slides: docs/_build/slides/index.html.
+slides: $(BOOK)/.installed
+	$(BOOK)/bin/python docs/build.py --slides
 
 $(BOOK)/.installed: docs/requirements.lock
 	test -x $(BOOK)/bin/python || $(PYTHON) -m venv $(BOOK)
@@ -45,7 +49,7 @@ $(BOOK)/.installed: docs/requirements.lock
 	touch $@
 
 # The site and the demo in the system's Chromium; skipped where there is none, unless LAVIC_BROWSER=required.
-test-browser: $(DEMO) book
+test-browser: $(DEMO) book slides
 	$(PY) -m pytest -q tests/browser
 
 install: $(STAMP)

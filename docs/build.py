@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pages
 import yaml
@@ -35,10 +36,6 @@ MOVED = {
 CODE_OR_LINK = re.compile(
     r"```.*?```|(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)|`[^`\n]*`", re.S
 )
-
-ESCAPES = str.maketrans(
-    {c: f"\\{c}" for c in "[]*_`$<>\\"}
-)  # so that an alternative text stays text within Markdown
 
 
 class Problems(list[str]):
@@ -108,27 +105,81 @@ def stage_output(
     return {
         "output_type": "display_data",
         "metadata": {},
-        "data": {"text/markdown": f"![{alt.translate(ESCAPES)}]({name})"},
+        "data": {"text/markdown": f"![{alt.translate(pages.ESCAPES)}]({name})"},
     }
 
 
-def stage_notebook(
-    path: Path, page: str, out: Path, root: Path, pages_of_site: set[str], problems: Problems
-) -> None:
-    """Write the notebook for the site: links rewritten, pictures beside it, a target above each
-    code cell."""
-    book = json.loads(path.read_text(encoding="utf-8"))
-    book["metadata"].pop("widgets", None)
-    cells = []
+def keeper(folder: Path, stem: str) -> Callable[[str], str]:
+    """A function that stores a picture (base64 PNG) in a folder and returns its file's name."""
 
     def keep(png: str) -> str:
         content = b64decode(png)
-        name = f"{out.stem}-{hashlib.sha256(content).hexdigest()[:8]}.png"
-        (out.parent / name).write_bytes(content)
+        name = f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}.png"
+        (folder / name).write_bytes(content)
         return name
 
+    return keep
+
+
+def repository(root: Path) -> str:
+    """The project's address for links: LAVIC_REPOSITORY, or else where git fetches it from, if that
+    is a web address; "" where neither is."""
+    ask = ["git", "-C", str(root), "remote", "get-url", "origin"]
+    said = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+    found = os.environ.get("LAVIC_REPOSITORY") or said
+    return found.removesuffix(".git") if re.match(r"https://[^@]+$", found) else ""
+
+
+def doors(name: str, address: str) -> str:
+    """The line of links below a notebook's title."""
+    links = {f'href="{name}" download': "Download this notebook"}
+    if address:
+        links[f'href="{address}/blob/HEAD/notebooks/{name}"'] = "Source"
+        binder = f"https://mybinder.org/v2/git/{quote(address, safe='')}/HEAD?labpath=notebooks/"
+        links[f'href="{binder}{name}"'] = "Binder"
+    else:
+        links['href="../docs/student.html#without-installing-anything"'] = "Binder and Colab"
+    return " · ".join(f"<a {target}>{words}</a>" for target, words in links.items())
+
+
+def without_solutions(book: dict[str, Any]) -> None:
+    """Take the exercises' solutions and their discussions out, in place; cells keep their number
+    (an empty one stands where one was)."""
+    for cell in book["cells"]:
+        if "solution" in cell["metadata"].get("tags", []):
+            cell |= {"source": "", "outputs": []}
+        elif cell["cell_type"] == "markdown":
+            folded = r"<details><summary>Discussion.*?</details>\n*"
+            cell["source"] = re.sub(folded, "", "".join(cell["source"]), flags=re.S)
+
+
+def stage_notebook(
+    path: Path,
+    page: str,
+    out: Path,
+    root: Path,
+    pages_of_site: set[str],
+    problems: Problems,
+    extra: Path | None = None,
+    solutions: bool = True,
+) -> None:
+    """Write the notebook for the site: links rewritten, pictures beside it, a target above each
+    code cell; into `extra` what a reader can download."""
+    book = json.loads(path.read_text(encoding="utf-8"))
+    book["metadata"].pop("widgets", None)
+    if not solutions:
+        without_solutions(book)
+    if extra:
+        kept = [cell for cell in book["cells"] if cell["source"]]
+        (extra / page).parent.mkdir(parents=True, exist_ok=True)
+        (extra / page).write_text(json.dumps({**book, "cells": kept}), encoding="utf-8")
+        title, _, rest = "".join(book["cells"][0]["source"]).partition("\n")
+        book["cells"][0]["source"] = f"{title}\n\n{doors(path.name, repository(root))}\n{rest}"
+    cells, keep = [], keeper(out.parent, out.stem)
     for number, cell in enumerate(book["cells"]):
         source = "".join(cell["source"])
+        if not source:
+            continue  # a solution that is left out
         if cell["cell_type"] == "code" and "lavic_utils/repro/colab.py" in source:
             continue  # the first cell, which does nothing but on Colab
         if cell["cell_type"] == "markdown":
@@ -185,7 +236,7 @@ def table_of_contents(root: Path, problems: Problems) -> tuple[dict[str, Any], s
     return toc, found
 
 
-def stage(root: Path, out: Path) -> Problems:
+def stage(root: Path, out: Path, solutions: bool = True) -> Problems:
     """Write the book's source into `out` (made new). Returns what is wrong with it."""
     problems = Problems()
     shutil.rmtree(out, ignore_errors=True)
@@ -220,7 +271,8 @@ def stage(root: Path, out: Path) -> Problems:
         if page in made:
             target.write_text(made[page](), encoding="utf-8")
         elif page.endswith(".ipynb"):
-            stage_notebook(root / page, page, target, root, site, problems)
+            more = (out / "_extra", solutions)
+            stage_notebook(root / page, page, target, root, site, problems, *more)
         elif not page.startswith("docs/api/"):  # those are autodoc2's
             origin = next((o for o, moved in MOVED.items() if moved == page), page)
             text = (root / origin).read_text(encoding="utf-8")
@@ -228,14 +280,33 @@ def stage(root: Path, out: Path) -> Problems:
     return problems
 
 
+def build_slides(root: Path) -> int:
+    """docs/_build/slides: the 90 minutes as reveal.js slides, which need no network. As `main`."""
+    source, problems = BUILT / "slides-source", Problems()
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(root / "docs" / "slides", source)
+    text = pages.slides(root, keeper(source, "slide"), problems)
+    (source / "index.md").write_text(text, encoding="utf-8")
+    print("".join(f"error: {problem}\n" for problem in problems), file=sys.stderr, end="")
+    program = Path(sys.executable).with_name("sphinx-build")
+    command = [program, "-q", "-W", "-E", "-b", "revealjs", source, BUILT / "slides"]
+    return 2 if problems else subprocess.run([str(part) for part in command]).returncode
+
+
 def main() -> int:
     """Exit code 0: built; 1: Sphinx failed; 2: something is missing, one line each."""
     parser = argparse.ArgumentParser(description="Build the static site of the companion.")
+    parser.add_argument("--slides", action="store_true", help="the slides instead of the site")
+    parser.add_argument(
+        "--no-solutions", action="store_true", help="leave the exercises' solutions out"
+    )
     parser.add_argument(
         "--draft", action="store_true", help="build although alternative texts or pages are missing"
     )
     chosen = parser.parse_args()
-    problems = stage(ROOT, BUILT / "source")
+    if chosen.slides:
+        return build_slides(ROOT)
+    problems = stage(ROOT, BUILT / "source", not chosen.no_solutions)
     for problem in problems:
         print(f"{'missing' if chosen.draft else 'error'}: {problem}", file=sys.stderr)
     if problems and not chosen.draft:

@@ -1,16 +1,20 @@
-"""The site's generated pages: figure gallery, claims ledger, list of modules. Text in, text out."""
+"""The generated pages: gallery, claims ledger, list of modules, slides. Text in, text out."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+ESCAPES = str.maketrans(
+    {c: f"\\{c}" for c in "[]*_`$<>\\"}
+)  # so that an alternative text stays text within Markdown
 
 
 def api(root: Path) -> str:
@@ -89,7 +93,7 @@ def _entry(name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
         "Cell": origin,
         "Data": f"profile {known.get('profile')}, {seed}, "
         f"data <code>{known.get('data_hash')}</code>",
-        "Code": f"<code>{known.get('code_hash')}</code>; {escape(versions)}",
+        "Code": f"content hash <code>{known.get('code_hash')}</code>; {escape(versions)}",
         "Made": str(known.get("time", ""))[:10],
     }
     facts = "".join(f"<dt>{term}</dt><dd>{value}</dd>" for term, value in rows.items())
@@ -191,8 +195,7 @@ def _claim(row: Mapping[str, Any]) -> list[str | tuple[str, str]]:
         counts,
         number(row["ceiling"]),
         (ours or "–", str(row["ours"][0]["value"]) if row["ours"] else ""),
-        escape(row["status"]),
-        escape(row["reason"]),
+        (f"{escape(row['status'])}<small>{escape(row['reason'])}</small>", row["status"]),
     ]
 
 
@@ -228,7 +231,6 @@ def claims(found: Mapping[str, Any]) -> str:
             "ceiling",
             "ours",
             "status",
-            "reason",
         ),
         map(_claim, found["rows"]),
         ("method", "domain", "metric", "status"),
@@ -247,7 +249,10 @@ def claims(found: Mapping[str, Any]) -> str:
         map(_difference, found["comparisons"]),
         ("against", "domain", "verdict"),
     )
-    return f"""# Claims ledger
+    return f"""---
+html_theme.sidebar_secondary.remove: true
+---
+# Claims ledger
 
 Every figure of the paper's tables, and what stands for or against it. A click on a column's name
 sorts by it; the fields above a table filter it. How each column is computed:
@@ -275,3 +280,60 @@ Test splits:
 ## The differences
 
 {pairs}"""
+
+
+LINK = re.compile(r"\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\([^()\s]+\)")
+
+
+def section(book: Mapping[str, Any], title: str) -> tuple[str, str, list[tuple[str, str]]]:
+    """Of a notebook's section: what to predict, the folded answer, and its pictures (base64 PNG,
+    alternative text). "" and [] where there is none; KeyError without such a section."""
+    inside, text, found = False, "", []
+    for cell in book["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            for part in re.split(r"^(?=#+ )", source, flags=re.M):
+                if part.startswith("#"):
+                    inside = part.splitlines()[0].lstrip("# ") == title
+                text += part if inside else ""
+        elif inside and "solution" not in cell["metadata"].get("tags", []):
+            for data in (output.get("data", {}) for output in cell["outputs"]):
+                if "image/png" in data:
+                    alt = " ".join("".join(data["text/plain"]).split())
+                    found.append(("".join(data["image/png"]), alt))
+    if not text:
+        raise KeyError(title)
+    question = re.search(r"^\*\*Predict:\*\*.*?(?=\n\n|\Z)", text, re.M | re.S)
+    answer = re.search(r"<summary>Answer[^<]*</summary>(.*?)</details>", text, re.S)
+    asked, told = question[0] if question else "", answer[1].strip() if answer else ""
+    return LINK.sub(r"\1", asked), LINK.sub(r"\1", told), found
+
+
+def slides(root: Path, keep: Callable[[str], str], problems: list[str]) -> str:
+    """Slides of the 90 minutes: for each row of docs/teaching.md its title, with the text as the
+    teacher's notes; for each section of a notebook that the row names what to predict, then the
+    answer and the pictures. `keep` stores a picture and returns its file's name."""
+    parts = ["# LaViC in 90 minutes\n\nPress S for the notes, O for all slides.\n"]
+    plan = (root / "docs" / "teaching.md").read_text(encoding="utf-8")
+    for minutes, what, where in re.findall(r"^\| (\d+–\d+) \| (.*) \| (.*) \|$", plan, re.M):
+        title, _, notes = what.partition("*")[2].partition("*")
+        notes = LINK.sub(r"\1", notes).strip()
+        head = f"## {(title or notes.split('.')[0]).rstrip('.')}\n\nMinutes {minutes}\n"
+        parts.append(f"{head}\n```{{revealjs-notes}}\n{notes}\n```\n")
+        if not re.match(r"\d\d, \"", where):
+            continue
+        path = next((root / "notebooks").glob(f"{where[:2]}_*.ipynb"))
+        book = json.loads(path.read_text(encoding="utf-8"))
+        for name in re.findall(r'"([^"]+)"', where):
+            try:
+                question, answer, pictures = section(book, name)
+            except KeyError:
+                problems.append(f"docs/teaching.md: notebook {where[:2]} has no section {name!r}")
+                continue
+            if question:
+                parts.append(f"## {name}\n\n{question}\n")
+            if answer:
+                parts.append(f"## {name}\n\n{answer}\n")
+            for png, alt in pictures:
+                parts.append(f"## {name}\n\n![{alt.translate(ESCAPES)}]({keep(png)})\n")
+    return "\n".join(parts)

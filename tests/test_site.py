@@ -245,3 +245,83 @@ def test_glossary_anchors_that_pages_link_to() -> None:
     for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.ipynb")]:
         linked = set(re.findall(r"glossary\.md#([\w-]+)", path.read_text(encoding="utf-8")))
         assert linked <= anchors, f"{path.name}: {sorted(linked - anchors)}"
+
+
+def notebook() -> dict:
+    def markdown(text: str) -> dict:
+        return {"cell_type": "markdown", "metadata": {}, "id": "m", "source": text}
+
+    def run(text: str, *outputs: dict, tags: tuple[str, ...] = ()) -> dict:
+        about = {"execution_count": 1, "metadata": {"tags": list(tags)}, "id": "c"}
+        return {"cell_type": "code", **about, "source": text, "outputs": list(outputs)}
+
+    asked = "**Predict:** more of [[CLS] tokens](x.md#y)?"
+    told = "<details><summary>Answer, after you have guessed</summary>\n\nSome.\n\n</details>"
+    folded = "<details><summary>Discussion</summary>secret two</details>\n\n### Exercise 2"
+    cells = [
+        markdown("# 01 · A"),
+        markdown(f"## Why?\n\n{asked}\n\n{told}\n\n## How?\n\nSo."),
+        run("draw()", picture("Bars")),
+        run("secret one", tags=("solution",)),
+        markdown(folded),
+        run("last()"),
+    ]
+    return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+
+@pytest.mark.parametrize("solutions", [True, False])
+def test_a_book_without_solutions_has_none_anywhere(root: Path, solutions: bool) -> None:
+    path = root / "notebooks" / "01_a.ipynb"
+    path.write_text(json.dumps(notebook()), encoding="utf-8")
+    out, extra = root / "out.ipynb", root / "extra"
+    where = (path, "notebooks/01_a.ipynb", out, root, SITE, build.Problems())
+    build.stage_notebook(*where, extra, solutions)
+    for file in (out, extra / "notebooks" / "01_a.ipynb"):
+        text = file.read_text(encoding="utf-8")
+        assert ("secret one" in text) == ("secret two" in text) == solutions
+        assert "Answer, after you" in text and "Exercise 2" in text and "last()" in text
+    assert 'id=\\"code-5\\"' in out.read_text(encoding="utf-8")  # cells keep their number
+    assert "code-5" not in (extra / "notebooks" / "01_a.ipynb").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("", ["Download this notebook", "Binder and Colab"]),
+        ("https://example.org/a/b.git", ["Download this notebook", "Source", "Binder"]),
+        ("/home/me/checkout", ["Download this notebook", "Binder and Colab"]),
+    ],
+)
+def test_the_doors_of_a_notebook_page(root, monkeypatch, address: str, expected: list[str]) -> None:
+    monkeypatch.setenv("LAVIC_REPOSITORY", address)
+    line = build.doors("01_a.ipynb", build.repository(root))
+    assert re.findall(r">([^<]+)</a>", line) == expected and "/home" not in line
+    if address.startswith("https"):
+        assert 'href="https://example.org/a/b/blob/HEAD/notebooks/01_a.ipynb"' in line
+        assert "/v2/git/https%3A%2F%2Fexample.org%2Fa%2Fb/HEAD?labpath=notebooks/01_a" in line
+
+
+def test_slides_are_made_of_the_plan_and_the_notebooks(root: Path) -> None:
+    (root / "notebooks" / "01_a.ipynb").write_text(json.dumps(notebook()), encoding="utf-8")
+    rows = '| 0–8 | *Begin.* Talk. | 01, "Why?" and "How?" |\n| 8–9 | *End.* Go. | – |\n'
+    (root / "docs" / "teaching.md").write_text(rows, encoding="utf-8")
+    problems: list[str] = []
+    text = pages.slides(root, lambda png: "a.png", problems)
+    assert problems == []
+    assert re.findall("^## (.*)$", text, re.M) == ["Begin", "Why?", "Why?", "How?", "End"]
+    assert "**Predict:** more of [CLS] tokens?" in text and "\nSome.\n" in text
+    assert (
+        "![Bars](a.png)" in text and "secret" not in text and "```{revealjs-notes}\nTalk." in text
+    )
+    (root / "docs" / "teaching.md").write_text(rows.replace("Why?", "When?"), encoding="utf-8")
+    pages.slides(root, lambda png: "a.png", problems)
+    assert problems == ["docs/teaching.md: notebook 01 has no section 'When?'"]
+
+
+def test_slides_of_the_real_plan_hold_every_row() -> None:
+    problems: list[str] = []
+    text = pages.slides(ROOT, lambda png: "a.png", problems)
+    plan = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
+    minutes = re.findall(r"^\| (\d+–\d+) \|", plan, re.M)
+    assert problems == [] and re.findall(r"^Minutes (\S+)$", text, re.M) == minutes
+    assert text.count("**Predict:**") >= 5 and text.count("](a.png)") >= 8

@@ -43,8 +43,8 @@ function addFilters(table) {
     if (!("filter" in head.dataset)) return;
     const select = document.createElement("select");
     select.append(new Option("all", ""));
-    for (const value of new Set(rows.map((row) => row.cells[column].textContent))) select.append(new Option(value, value));
-    add(head.textContent, select, (row, value) => row.cells[column].textContent === value);
+    for (const value of new Set(rows.map((row) => key(row, column)))) select.append(new Option(value, value));
+    add(head.textContent, select, (row, value) => key(row, column) === value);
   });
   const count = document.createElement("output");
   form.append(count);
@@ -72,10 +72,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 
 // A table or a block of output that scrolls sideways must be reachable by keyboard, and say what it is.
-for (const box of document.querySelectorAll(".cell_output .output, .pst-scrollable-table-container, .table-wrapper")) {
+for (const box of document.querySelectorAll(".cell_output .output, .pst-scrollable-table-container, .table-wrapper, .bd-article p:has(> img)")) {
   if (box.scrollWidth > box.clientWidth && !box.hasAttribute("tabindex")) {
     box.tabIndex = 0;
     box.setAttribute("role", "region");
-    box.setAttribute("aria-label", "Table or output, scrolls sideways");
+    box.setAttribute("aria-label", "Table, picture or output, scrolls sideways");
   }
 }
