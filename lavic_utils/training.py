@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,11 +23,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 
 from lavic_utils.config import Lora, UserError
+from lavic_utils.provenance import write_text
 
 IGNORE = -100  # the label of a token that is not scored
+CARD = """\
+---
+base_model: {base}
+library_name: peft
+tags: [lora, lavic]
+---
+# LaViC, adapter {name}
+
+For the base model above, by the LaViC companion: not by the paper's authors. The tier says what the
+figures can show: a mini run is no evidence about a 7B model.
+
+| what | value |
+| --- | --- |
+{rows}"""
 
 
 # ------------------------------------------------------------ batches and the loss
@@ -116,11 +133,28 @@ def save_adapter(tuned, folder: Path) -> None:
         )
     config = copy.copy(tuned.peft_config["default"])
     config.task_type, config.inference_mode = "CAUSAL_LM", True
+    if Path(base := config.base_model_name_or_path or "").is_dir():  # a hub's id, never a path
+        config.base_model_name_or_path = Path(base).name
     config.save_pretrained(folder)
     plain = {}  # no name says that a stage was around the model
     for name, tensor in tensors.items():
         plain[name.replace("base_model.model.llava.", "base_model.model.")] = tensor.contiguous()
     save_file(plain, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def write_card(folder: Path, **scores: object) -> None:
+    """README.md of the adapter of a stage's folder, as the hub shows it: base model, data, profile,
+    tier, the figures in result.json, and `scores` on test dialogues where they are known."""
+    stored = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    about, found = stored["provenance"], stored["result"]
+    last = found.get("history") or found.get("log", [])[-1:]
+    kept = min(last, key=lambda epoch: epoch.get("valid_loss", 0), default={})  # the best epoch
+    names = ("tier", "profile", "seed", "data_hash", "code_hash", "versions", "time")
+    facts = {name: about[name] for name in names} | kept | scores
+    rows = "".join(f"| {name.replace('_', ' ')} | {value} |\n" for name, value in facts.items())
+    base, name = config["base_model_name_or_path"], "/".join(folder.parts[-3:])
+    write_text(folder / "adapter" / "README.md", CARD.format(base=base, name=name, rows=rows))
 
 
 def load_adapter(model, folder: Path):
@@ -157,6 +191,7 @@ def training_arguments(folder: Path, stage, seed: int, dtype, **more) -> Trainin
     """AdamW and the profile's settings. On a card a model in half precision (`dtype`) trains under
     autocast in the same, one in float32 without."""
     cuda = torch.cuda.is_available()
+    seen = os.environ.get("TENSORBOARD_LOGGING_DIR") and is_tensorboard_available()
     if stage.gradient_checkpointing:
         more["gradient_checkpointing"] = True  # the reentrant kind needs inputs with gradients
         more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
@@ -182,7 +217,7 @@ def training_arguments(folder: Path, stage, seed: int, dtype, **more) -> Trainin
         remove_unused_columns=False,
         label_names=["labels"],
         logging_nan_inf_filter=False,
-        report_to=[],
+        report_to="tensorboard" if seen else "none",
         disable_tqdm=True,
         **more,
     )

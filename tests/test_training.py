@@ -8,15 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState
 
 from lavic_utils import distillation as dist
+from lavic_utils import provenance, training, vision
 from lavic_utils import recommendation as rec
-from lavic_utils import training, vision
-from lavic_utils.config import Lora, UserError, load_profile
+from lavic_utils.config import PACKAGE, ROOT, Lora, UserError, load_profile
 from lavic_utils.mini import model as minimodel
 
 LORA = Lora(r=4, alpha=8, dropout=0.0)
@@ -44,6 +45,42 @@ def test_a_saved_adapter_comes_back_whole(model, processor, tmp_path, target):
     theirs = {n: p for n, p in fresh.named_parameters() if "lora_" in n}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert not training.trainable_names(fresh) and not fresh.training
+
+
+def test_an_adapter_names_its_base_and_has_a_filled_card(model, processor, tmp_path):
+    """Never a path of this machine; what it was made of and how well it does, as the hub shows."""
+    adapter = tmp_path / "mini" / "seed1" / "stage2" / "adapter"
+    tuned = trained(model)
+    tuned.peft_config["default"].base_model_name_or_path = str(PACKAGE / "mini_model")
+    training.save_adapter(tuned, adapter)
+    result = {"log": [{"step": 1, "loss": 3.5}, {"step": 2, "loss": 1.25}]}
+    about = provenance.provenance(load_profile("mini"), 1, "d4ta")
+    provenance.write_json(adapter.parent / "result.json", {"provenance": about, "result": result})
+    before = provenance.folder_hash(adapter)
+    training.write_card(adapter.parent, **{"HR@1, test": 0.125})
+    assert provenance.folder_hash(adapter) == before  # no stage that reads it is made again
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "mini_model"
+    for row in ("tier | mini run", "data hash | d4ta", "loss | 1.25", "HR@1, test | 0.125"):
+        assert f"| {row} |" in card
+    written = "".join(p.read_text(encoding="utf-8") for p in adapter.glob("*.[jm][sd]*"))
+    assert str(ROOT) not in written and str(tmp_path) not in written
+    tuned.peft_config["default"].base_model_name_or_path = "someone/their-model"
+    training.save_adapter(tuned, adapter)
+    assert '"someone/their-model"' in (adapter / "adapter_config.json").read_text(encoding="utf-8")
+
+
+def test_tensorboard_is_told_where_its_folder_is_named(tmp_path, monkeypatch):
+    def reports() -> list[str]:
+        settings = load_profile("mini").distillation
+        return training.training_arguments(tmp_path, settings, 1, torch.float32).report_to
+
+    monkeypatch.setattr(training, "is_tensorboard_available", lambda: True)
+    assert reports() == []
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    assert reports() == ["tensorboard"]
+    monkeypatch.setattr(training, "is_tensorboard_available", lambda: False)
+    assert reports() == []  # not installed: nothing breaks
 
 
 def spoil(folder, change):
