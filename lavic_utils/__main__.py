@@ -20,8 +20,7 @@ except ModuleNotFoundError:  # the one place where nothing can be said with a Us
 
 from lavic_utils.config import UserError, load_profile
 
-plain = {"add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
-app = Typer(help="LaViC companion: the paper's stages, tables and figures.", **plain)
+app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 notebooks = Typer(help="The committed notebooks: execute in place, check.", no_args_is_help=True)
 data = Typer(help="The published data: fetch, crawl, verify, stats.", no_args_is_help=True)
 bench = Typer(help="Speed on this machine beside the direct way, as JSON.")
@@ -34,6 +33,20 @@ Seed = Annotated[int | None, Option("--seed", help="Default: the profile's.")]
 Data = Annotated[Path | None, Option("--data", help="Folder of the data. Default: LAVIC_DATA.")]
 Json = Annotated[bool, Option("--json", help="JSON on stdout instead of a table.")]
 Check = Annotated[bool, Option("--check", help="Write nothing; exit 1 where one is stale.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from lavic_utils.provenance import code_hash, versions
+
+        number = versions(["lavic-companion"])["lavic-companion"] or "not installed"
+        print(f"lavic {number}, content hash of the code {code_hash()[:7]}")
+        raise Exit
+
+
+@app.callback()
+def _every(version: Annotated[bool, Option("--version", callback=_version)] = False) -> None:
+    """LaViC companion: the paper's stages, tables and figures."""
 
 
 def _report(problems: list[str]) -> None:
@@ -222,6 +235,20 @@ def evaluate(
 
     found = report(answers, against, answer, reparse)
     print(json.dumps(found, indent=1)) if as_json else show(found)
+
+
+@app.command()
+def claims(
+    method: Annotated[str | None, Argument(help="A name of `methods`, or its slug.")] = None,
+    domain: Annotated[str | None, Argument(help="beauty, fashion or home.")] = None,
+) -> None:
+    """What the published figures settle: one cell from count to verdict, or all in a few lines."""
+    from lavic_utils.audit.claims import explain, read_claims, summary
+
+    found = read_claims()
+    if method and not domain:
+        raise UserError(f"claims {method}: of which domain? Add beauty, fashion or home")
+    print(explain(found, method, domain) if method else "\n".join(summary(found)))
 
 
 @app.command()

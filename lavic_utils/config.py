@@ -18,7 +18,8 @@ from pydantic import (
 )
 
 PACKAGE = Path(__file__).resolve().parent
-ROOT = PACKAGE.parent
+# The checkout; for a package installed from a wheel the folder where it is run.
+ROOT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
 DOMAINS = {"beauty": "all_beauty", "fashion": "amazon_fashion", "home": "amazon_home"}
 
 

@@ -311,8 +311,7 @@ class Experiment:
                 about = {"seconds": round(time.time() - started, 1), "made_by": made_by}
                 stored = {"key": wanted, **about, "provenance": self.stamp(), "result": result}
                 write_json(path, stored)
-                if (folder / "adapter" / "adapter_config.json").is_file():
-                    training.write_card(folder)
+                training.write_card(folder)
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
                 (folder / BEGUN).unlink(missing_ok=True)
             self._made.add(path)

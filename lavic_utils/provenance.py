@@ -58,8 +58,10 @@ def file_hash(path: Path) -> str | None:
 
 
 def folder_hash(folder: Path | str) -> list[tuple[str, str | None]]:
-    """(name, sha256) of the files in a folder, sorted; empty where there is no such folder."""
-    return [(p.name, file_hash(p)) for p in sorted(Path(folder).glob("*")) if p.is_file()]
+    """(name, sha256) of the files in a folder but for its card (README.md), sorted; empty where
+    there is no such folder."""
+    files = [p for p in sorted(Path(folder).glob("*")) if p.is_file() and p.name != "README.md"]
+    return [(p.name, file_hash(p)) for p in files]
 
 
 def tree_hash(folder: Path | None) -> str:
@@ -235,7 +237,8 @@ def footer(provenance: Mapping[str, Any]) -> str:
     seeds = provenance.get("seeds") or [provenance["seed"]]
     label = "seeds" if len(seeds) > 1 else "seed"
     who = f"profile {provenance['profile']} · {label} {', '.join(str(seed) for seed in seeds)}"
-    return f"tier: {provenance['tier']} · {who} · code {provenance['code_hash'][:7]}"
+    code = f"content hash of the code {provenance['code_hash'][:7]}"
+    return f"tier: {provenance['tier']} · {who} · {code}"
 
 
 def save_figure(fig: Any, path: Path, tier: str, provenance: Mapping[str, Any]) -> None:

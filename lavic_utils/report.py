@@ -20,6 +20,7 @@ from lavic_utils.evaluation import Score, summary_by_seed
 from lavic_utils.methods import METHODS, Trained, find, slug
 from lavic_utils.provenance import write_json, write_text
 from lavic_utils.ranking import paired_tests, ranking_scores
+from lavic_utils.training import write_card
 
 if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment
@@ -115,6 +116,8 @@ def scored_rows(
             if isinstance(variant, Trained):
                 given = variant.trained(run, domain)
                 row |= {name: given[name] for name in ("examples", "steps")}
+                scores = {"HR@1, test": row["hit_ratio_conversations"], "VR": row["validity_ratio"]}
+                write_card(run.tuned_folder(method, domain), **scores)
             if all(a["log_likelihoods"] for a in answers if not a["refused"]):
                 for reading in ("constrained", "scored"):
                     found = run.score(method, domain, reading)

@@ -144,7 +144,10 @@ def save_adapter(tuned, folder: Path) -> None:
 
 def write_card(folder: Path, **scores: object) -> None:
     """README.md of the adapter of a stage's folder, as the hub shows it: base model, data, profile,
-    tier, the figures in result.json, and `scores` on test dialogues where they are known."""
+    tier, the figures in result.json, and `scores` on test dialogues where they are known. Nothing
+    where a stage leaves no adapter."""
+    if not (folder / "adapter" / "adapter_config.json").is_file():
+        return
     stored = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     about, found = stored["provenance"], stored["result"]

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lavic_utils.__main__ import main
 from lavic_utils.audit import answer_files as an
 from lavic_utils.audit import claims
 from lavic_utils.audit import published as audit
 from lavic_utils.config import DOMAINS, ROOT, UserError, real_data_dir, replications_dir
 from lavic_utils.evaluation import mcnemar, wilson
+from lavic_utils.repro import readme as readme_blocks
 
 real = pytest.mark.skipif(
     real_data_dir() is None,
@@ -267,7 +269,7 @@ def test_committed_claims_hold_every_published_cell_and_the_mini_run() -> None:
     ) == len(mini), STALE
     assert (ROOT / "results/claims.md").read_text(encoding="utf-8") == claims.markdown(found), STALE
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- claims: begin -->\n")[1]
-    assert readme.split("<!-- claims: end -->")[0] == claims.claims_summary(), (
+    assert readme.split("<!-- claims: end -->")[0] == readme_blocks.claims(), (
         "run `python -m lavic_utils readme`"
     )
 
@@ -322,6 +324,40 @@ def test_a_full_run_counts_first_and_a_rehearsal_never(tmp_path, monkeypatch) ->
     # negative control: the committed results hold no rehearsal
     kept = [p.read_text(encoding="utf-8") for p in ROOT.glob("results/*/metrics.json")]
     assert kept and not any(json.loads(text)["provenance"]["tier"] == "rehearsal" for text in kept)
+
+
+def test_the_page_opens_with_the_summary_and_holds_what_stands_behind_it() -> None:
+    found = claims.read_claims()
+    page = claims.markdown(found)
+    head, leads = page.split("\n## LaViC's lead, 52 comparisons\n")
+    assert all(line in head for line in claims.summary(found)) and len(head.splitlines()) < 16
+    leads, cells = leads.split("\n## All 114 cells\n")
+    for verdict in (audit.BEYOND, audit.WITHIN, audit.DEPENDS):
+        said = [one["verdict"] for one in found["comparisons"]].count(verdict)
+        assert leads.count(f"| {verdict} |") == said
+    assert cells.count("\n| ") == len(found["rows"]) + 2
+
+
+def test_one_cell_is_explained_from_count_to_verdict(capsys) -> None:
+    assert main(["claims", "lavic_w_o_images", "home"]) == 0
+    said = capsys.readouterr().out
+    row = next(
+        one
+        for one in claims.read_claims()["rows"]
+        if (one["method"], one["domain"], one["metric"]) == ("LaViC w/o images", "home", "hr@1")
+    )
+    assert f"published: {row['published']:.4f}" in said and f"ceiling: {row['ceiling']:.4f}" in said
+    assert all(f"{k}/{name}" in said for name, k in row["counts"].items())
+    assert row["status"] in said and said.count("  over ") == 1 and audit.DEPENDS in said
+    assert main(["claims", "LaViC", "beauty"]) == 0  # over every other method with a figure there
+    assert capsys.readouterr().out.count("  over ") == 18
+    for arguments, why in (
+        (["LaViC"], "of which domain"),
+        (["LaViC", "garden"], "no domain 'garden'"),
+        (["nobody", "home"], "nobody"),
+    ):
+        assert main(["claims", *arguments]) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_missing_claims_say_what_to_do(tmp_path) -> None:

@@ -380,7 +380,9 @@ def test_figure_carries_its_tier_once(tmp_path, tiny_profile):
         provenance.save_figure(figure, tmp_path / "f.png", "mini run", about)
     assert [t.get_text() for t in figure.texts] == [provenance.footer(about)]
     saved = Image.open(tmp_path / "f.png")
-    assert saved.text["Description"].startswith("tier: mini run · profile tiny · seed 5 · code ")
+    assert saved.text["Description"].startswith(
+        "tier: mini run · profile tiny · seed 5 · content hash of the code "
+    )
     assert json.loads(saved.text["Comment"])["data_hash"] == "data"
     plt.close(figure)
 

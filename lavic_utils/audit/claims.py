@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lavic_utils.audit import published
 from lavic_utils.audit.answer_files import evaluate, read_replications
 from lavic_utils.config import DOMAINS, ROOT, UserError
 from lavic_utils.evaluation import summary_by_seed, wilson
+from lavic_utils.methods import find
 from lavic_utils.provenance import write_json, write_text
 from lavic_utils.report import read_metrics
 
@@ -35,6 +36,7 @@ WHY_OTHER = "4-bit weights, stage 1 with one view an image, one run, some rows m
 WHY_OTHER += "published run"
 # None: not in the paper; no ceiling: VR, retrieval
 PAPER = ("published", "reading", "counts", "n", "low", "high", "ceiling")
+SHOWN = ("published", "95 % by test size", "counts that print it", "ceiling", "ours")
 Figures = dict[tuple[str, str, str], dict[str, Any]]  # (method, domain, metric) -> `_figure`
 
 
@@ -136,8 +138,8 @@ def claims(data: Path, replications: Path, root: Path) -> dict[str, Any]:
     return found | {"value_of_images": plain(images)}
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    """One row of claims.md."""
+def _shown(row: Mapping[str, Any]) -> list[str]:
+    """A row in words: published, interval, counts, ceiling, ours."""
     paper, ours = ["–"] * 4, []
     if row["published"] is not None:
         counts = "; ".join(f"{k}/{name}" for name, k in row["counts"].items())
@@ -147,30 +149,75 @@ def _line(row: Mapping[str, Any]) -> str:
     for one in row["ours"]:
         interval = f"[{one['low']:.3f}, {one['high']:.3f}]"
         ours.append(f"{one['tier']} {one['value']:.4f} {interval}, n {one['n']}")
-    about = [row["method"], row["domain"], row["metric"]]
-    fields = [*about, *paper, "; ".join(ours) or "–", row["status"], row["reason"]]
-    return f"| {' | '.join(fields)} |"
+    return [*paper, "; ".join(ours) or "–"]
+
+
+def _lead(one: Mapping[str, Any]) -> list[str]:
+    """A comparison in words: difference, interval, p, verdict."""
+    ends = (one["p paired, least"], one["p paired, greatest"])
+    p = " to ".join(f"{value:.2g}" if value >= 1e-4 else "< 0.0001" for value in ends)
+    interval = f"{one['low']:+.3f} to {one['high']:+.3f}"
+    return [f"{one['difference']:+.4f}", interval, p, one["verdict"]]
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The rows of claims.json as a Markdown table."""
-    heads = ["method", "domain", "metric", "published", "95 % by test size"]
-    heads += ["counts that print it", "ceiling", "ours", "status", "reason"]
+    """claims.json as a page: the summary, LaViC's comparisons, and every published cell."""
+
+    def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+        cells = [heads, ["---"] * len(heads), *rows]
+        return ["", *(f"| {' | '.join(row)} |" for row in cells)]
+
     size = "{}: {conversations} conversations, {pairs} ground-truth items, {distinct} distinct"
     sizes = [size.format(domain, **split) for domain, split in found["splits"].items()]
+    leads = [[one["against"], one["domain"], *_lead(one)] for one in found["comparisons"]]
+    cells = []
+    for row in found["rows"]:
+        about = [row["method"], row["domain"], row["metric"]]
+        cells.append([*about, *_shown(row), row["status"], row["reason"]])
     lines = [
         "# Every published figure, and what stands for or against it",
+        "",
+        *summary(found),
+        "",
+        "One cell from count to verdict: `lavic claims METHOD DOMAIN`.",
+        "",
+        f"## LaViC's lead, {len(leads)} comparisons",
+        "",
+        "Differences of published HR@1. *95 %*: as if the two had been tested on independent "
+        "samples of the split's size. *p*: the least and the greatest of a paired test, over every "
+        "way in which the two methods' hits can overlap, since the answers are not published.",
+        *table(["against", "domain", "difference", "95 %", "p, paired", "verdict"], leads),
+        "",
+        f"## All {len(cells)} cells",
         "",
         f'Test splits: {"; ".join(sizes)}. `k/pairs` counts items with repeats. "row mean": no '
         'count over the split prints the figure, a mean over conversations can; "none": that '
         "cannot either. "
         "Ceiling: HR@1 over items of somebody who always names the best candidate. Replication "
         "answers and mini runs measure other settings than the paper's.",
-        "",
-        f"| {' | '.join(heads)} |",
-        "| --- " * len(heads) + "|",
+        *table(["method", "domain", "metric", *SHOWN, "status", "reason"], cells),
     ]
-    return "\n".join([*lines, *map(_line, found["rows"]), ""])
+    return "\n".join([*lines, ""])
+
+
+def explain(found: Mapping[str, Any], method: str, domain: str) -> str:
+    """One method and domain from count to verdict, in lines. UserError where the paper has none."""
+    name, size = find(method).name, found["splits"].get(domain)
+    if size is None:
+        raise UserError(f"no domain {domain!r}; there are {', '.join(found['splits'])}")
+    about = "{conversations} conversations, {pairs} ground-truth items ({distinct} distinct)"
+    lines = [f"{name}, {domain}: a test split of {about.format(**size)}"]
+    for row in found["rows"]:
+        if (row["method"], row["domain"]) == (name, domain):
+            lines += ["", {"hr@1": "HR@1", "vr": "VR"}[row["metric"]]]
+            lines += [f"  {k}: {v}" for k, v in zip(SHOWN, _shown(row), strict=True) if v != "–"]
+            lines += [f"  status: {row['status']} ({row['reason']})"]
+    lines += ["", "LaViC's lead: difference of HR@1; 95 % by test size; p, paired; verdict"]
+    leads = [one for one in found["comparisons"] if one["domain"] == domain]
+    for one in leads:
+        if name in ("LaViC", one["against"]):
+            lines.append(f"  over {one['against']}: {'; '.join(_lead(one))}")
+    return "\n".join(lines)
 
 
 def write_claims(data: Path, replications: Path) -> dict[str, Any]:
@@ -190,9 +237,9 @@ def read_claims(path: Path = ROOT / "results" / "claims.json") -> dict[str, Any]
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def claims_summary() -> str:
-    """A few Markdown lines for the README, from the committed claims alone."""
-    found, cells = read_claims(), published.published_cells()
+def summary(found: Mapping[str, Any]) -> list[str]:
+    """The claims in a few Markdown lines, from what claims.json holds."""
+    cells = published.published_cells()
     hits = [row["counts"] for row in found["rows"] if row["metric"] == "hr@1" and row["published"]]
     pairs, distinct, rows = (sum(k in counts for counts in hits) for k in published.READINGS[:3])
     lines = [
@@ -213,12 +260,9 @@ def claims_summary() -> str:
         )
     images = {(one["domain"], one["title+image against"]): one for one in found["value_of_images"]}
     pooled = images["all", "title"]
-    lines += [
+    return [
+        *lines,
         f"- A third party's 7B answers ({pooled['matched']} dialogues, another setting): adding "
         f"images to titles changes HR@1 by {pooled['difference']:+.4f} [{pooled['low']:+.4f}, "
         f"{pooled['high']:+.4f}].",
-        "- Every cell: [results/claims.md](results/claims.md); how: "
-        "[notebook 07](notebooks/07_audit.ipynb).",
-        "",
     ]
-    return "\n".join(lines)

@@ -342,5 +342,5 @@ def gpu_block(path: Path) -> str:
     return "\n".join(lines) + (
         f"\n\n*Random weights: speed and memory only. Profile {about['profile']}, "
         f"{found['card'] or 'no card'}{cap}; 4 bits: {found['four_bits']}; "
-        f"torch {about['versions']['torch']}; code {about['code_hash'][:7]}.*\n"
+        f"torch {about['versions']['torch']}; content hash of the code {about['code_hash'][:7]}.*\n"
     )

@@ -241,5 +241,5 @@ def speed_block(path: Path) -> str:
         f"Medians of {about['rounds']} interleaved runs with equal losses and answers on both "
         f"sides.\n*{about['tier']}, profile {about['profile']}, {where}; "
         f"torch {versions['torch']}, transformers {versions['transformers']}; "
-        f"code {about['code_hash'][:7]}.*\n"
+        f"content hash of the code {about['code_hash'][:7]}.*\n"
     )

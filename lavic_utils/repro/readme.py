@@ -45,9 +45,11 @@ def markdown(heads: list[str], rows) -> str:
 
 def claims() -> str:
     """What the audit finds, in a few lines."""
-    from lavic_utils.audit.claims import claims_summary
+    from lavic_utils.audit.claims import read_claims, summary
 
-    return claims_summary()
+    how = "[notebook 07](notebooks/07_audit.ipynb)"
+    where = f"- Every cell and comparison: [results/claims.md](results/claims.md); how: {how}.\n"
+    return "\n".join([*summary(read_claims()), where])
 
 
 def speed() -> str:
