@@ -283,7 +283,8 @@ def stage(root: Path, out: Path, solutions: bool = True) -> Problems:
 def build_slides(root: Path) -> int:
     """docs/_build/slides: the 90 minutes as reveal.js slides, which need no network. As `main`."""
     source, problems = BUILT / "slides-source", Problems()
-    shutil.rmtree(source, ignore_errors=True)
+    for old in (source, BUILT / "slides"):
+        shutil.rmtree(old, ignore_errors=True)
     shutil.copytree(root / "docs" / "slides", source)
     text = pages.slides(root, keeper(source, "slide"), problems)
     (source / "index.md").write_text(text, encoding="utf-8")

@@ -316,9 +316,9 @@ def slides(root: Path, keep: Callable[[str], str], problems: list[str]) -> str:
     parts = ["# LaViC in 90 minutes\n\nPress S for the notes, O for all slides.\n"]
     plan = (root / "docs" / "teaching.md").read_text(encoding="utf-8")
     for minutes, what, where in re.findall(r"^\| (\d+–\d+) \| (.*) \| (.*) \|$", plan, re.M):
-        title, _, notes = what.partition("*")[2].partition("*")
-        notes = LINK.sub(r"\1", notes).strip()
-        head = f"## {(title or notes.split('.')[0]).rstrip('.')}\n\nMinutes {minutes}\n"
+        named = re.match(r"\*(.+?)\*\s*(.*)", what)
+        title, notes = named.groups() if named else (what.partition(":")[0], what)
+        notes, head = LINK.sub(r"\1", notes), f"## {title.rstrip('.')}\n\nMinutes {minutes}\n"
         parts.append(f"{head}\n```{{revealjs-notes}}\n{notes}\n```\n")
         if not re.match(r"\d\d, \"", where):
             continue

@@ -50,6 +50,7 @@ from lavic_utils.provenance import (
     provenance,
     versions,
     world_dir,
+    write_card,
     write_json,
 )
 from lavic_utils.retrieval import candidate_lists
@@ -311,7 +312,7 @@ class Experiment:
                 about = {"seconds": round(time.time() - started, 1), "made_by": made_by}
                 stored = {"key": wanted, **about, "provenance": self.stamp(), "result": result}
                 write_json(path, stored)
-                training.write_card(folder)
+                write_card(folder)
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
                 (folder / BEGUN).unlink(missing_ok=True)
             self._made.add(path)

@@ -252,3 +252,37 @@ def save_figure(fig: Any, path: Path, tier: str, provenance: Mapping[str, Any]) 
     kept = {"Title": path.stem, "Description": line, "Comment": comment}
     with _temporary(path) as temp:
         fig.savefig(temp, format="png", metadata=kept, bbox_inches="tight", dpi=150)
+
+
+CARD = """\
+---
+base_model: {base}
+library_name: peft
+tags: [lora, lavic]
+---
+# LaViC, adapter {name}
+
+By the LaViC companion, not by the paper's authors. A mini run is no evidence about a 7B model.
+
+| what | value |
+| --- | --- |
+{rows}"""
+
+
+def write_card(folder: Path, **scores: object) -> None:
+    """README.md of the adapter of a stage's folder, as the hub shows it: base model, data, profile,
+    tier, the figures in result.json (of the best epoch), and `scores` on test dialogues where they
+    are known. Nothing where a stage leaves no adapter."""
+    config = folder / "adapter" / "adapter_config.json"
+    if not config.is_file():
+        return
+    stored = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    about, found = stored["provenance"], stored["result"]
+    log = found.get("history") or found.get("log", [])[-1:]
+    best = min(log, key=lambda epoch: epoch.get("valid_loss", 0), default={})
+    names = ("tier", "profile", "seed", "data_hash", "code_hash", "versions", "time")
+    facts = {name: about[name] for name in names} | best | scores
+    rows = "".join(f"| {name.replace('_', ' ')} | {value} |\n" for name, value in facts.items())
+    card = CARD.format(base=base, name="/".join(folder.parts[-3:]), rows=rows)
+    write_text(folder / "adapter" / "README.md", card)

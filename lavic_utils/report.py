@@ -18,9 +18,8 @@ from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, results_dir
 from lavic_utils.data import dialogue_file
 from lavic_utils.evaluation import Score, summary_by_seed
 from lavic_utils.methods import METHODS, Trained, find, slug
-from lavic_utils.provenance import write_json, write_text
+from lavic_utils.provenance import write_card, write_json, write_text
 from lavic_utils.ranking import paired_tests, ranking_scores
-from lavic_utils.training import write_card
 
 if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment

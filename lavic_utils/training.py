@@ -27,23 +27,8 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 
 from lavic_utils.config import Lora, UserError
-from lavic_utils.provenance import write_text
 
 IGNORE = -100  # the label of a token that is not scored
-CARD = """\
----
-base_model: {base}
-library_name: peft
-tags: [lora, lavic]
----
-# LaViC, adapter {name}
-
-For the base model above, by the LaViC companion: not by the paper's authors. The tier says what the
-figures can show: a mini run is no evidence about a 7B model.
-
-| what | value |
-| --- | --- |
-{rows}"""
 
 
 # ------------------------------------------------------------ batches and the loss
@@ -140,24 +125,6 @@ def save_adapter(tuned, folder: Path) -> None:
     for name, tensor in tensors.items():
         plain[name.replace("base_model.model.llava.", "base_model.model.")] = tensor.contiguous()
     save_file(plain, folder / "adapter_model.safetensors", {"format": "pt"})
-
-
-def write_card(folder: Path, **scores: object) -> None:
-    """README.md of the adapter of a stage's folder, as the hub shows it: base model, data, profile,
-    tier, the figures in result.json, and `scores` on test dialogues where they are known. Nothing
-    where a stage leaves no adapter."""
-    if not (folder / "adapter" / "adapter_config.json").is_file():
-        return
-    stored = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    config = json.loads((folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    about, found = stored["provenance"], stored["result"]
-    last = found.get("history") or found.get("log", [])[-1:]
-    kept = min(last, key=lambda epoch: epoch.get("valid_loss", 0), default={})  # the best epoch
-    names = ("tier", "profile", "seed", "data_hash", "code_hash", "versions", "time")
-    facts = {name: about[name] for name in names} | kept | scores
-    rows = "".join(f"| {name.replace('_', ' ')} | {value} |\n" for name, value in facts.items())
-    base, name = config["base_model_name_or_path"], "/".join(folder.parts[-3:])
-    write_text(folder / "adapter" / "README.md", CARD.format(base=base, name=name, rows=rows))
 
 
 def load_adapter(model, folder: Path):

@@ -9,16 +9,18 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
 
-from lavic_utils.__main__ import app
+from lavic_utils.__main__ import app, main
 from lavic_utils.bench import memory
 from lavic_utils.config import PACKAGE, ROOT, load_profile
 from lavic_utils.repro import colab
@@ -42,7 +44,7 @@ def text_of(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     return (
         text
-        if path.suffix == ".md"
+        if path.suffix != ".ipynb"
         else "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
     )
 
@@ -268,3 +270,74 @@ def test_the_memory_that_the_researchers_page_copies_is_what_plan_says(name):
         if line.startswith(f"| `{name}`")
     ]
     assert len(rows) == 2 and all(f"| {peak:.1f} GiB + 1" in row for row in rows)
+
+
+def test_the_wheel_has_the_readme_and_addresses_and_works_where_it_is_run(tmp_path):
+    """What pip builds of this checkout, unpacked elsewhere and run in a third folder."""
+    wheels, site, place = (tmp_path / name for name in ("wheels", "site", "place"))
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGE, source / "lavic_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-w", wheels, source], check=True)
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    about = next(site.glob("*.dist-info"))
+    metadata = (about / "METADATA").read_text(encoding="utf-8")
+    assert (
+        "\n# LaViC companion\n" in metadata
+        and "Description-Content-Type: text/markdown" in metadata
+    )
+    for address in PROJECT["urls"].values():
+        assert f", {address}\n" in metadata
+    assert "lavic = lavic_utils.__main__:main" in (about / "entry_points.txt").read_text()
+    place.mkdir()
+    asked = (
+        "from lavic_utils import config; from lavic_utils.__main__ import main; "
+        "print(config.results_dir(config.load_profile('mini')).resolve()); main(['--version'])"
+    )
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LAVIC")}
+    told = subprocess.run(
+        [sys.executable, "-c", asked],
+        cwd=place,
+        env={**environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert told[0] == str(place.resolve() / "results" / "mini")
+    assert told[1].startswith(f"lavic {PROJECT['version']}, content hash of the code ")
+
+
+def test_the_command_completes_in_a_shell(monkeypatch, capsys):
+    monkeypatch.setenv("_LAVIC_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "lavic cla")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().out.split() == ["claims"]
+
+
+def test_no_page_or_message_names_the_project_on_pypi():
+    """Nobody holds the name there: whoever takes it could serve anything."""
+    texts = [*PAGES, *PACKAGE.rglob("*.py"), ROOT / "Makefile"]
+    assert [p.name for p in texts if re.search(r"pip install .{0,9}lavic", text_of(p))] == []
+
+
+def test_the_development_container_installs_what_binder_does():
+    found = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8"))
+    python = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert found["postCreateCommand"] == "bash binder/postBuild"
+    assert f"python={found['image'].rpartition(':')[2]}" in python["dependencies"]
+
+
+def test_the_changelog_knows_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {PROJECT['version']}\n" in text and "\n## Unreleased\n" in text
+
+
+def test_what_an_installation_weighs_is_the_same_everywhere():
+    from lavic_utils.repro.doctor import INSTALLED_GB
+
+    assert f"{INSTALLED_GB} GB" in (ROOT / "README.md").read_text(encoding="utf-8")

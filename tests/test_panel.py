@@ -377,7 +377,7 @@ def test_what_is_not_there_is_made_and_said(run, tmp_path, monkeypatch):
     fresh, made, said = experiment.Experiment("mini", 42, run.root), [], []
 
     def make(*what: str) -> None:
-        folder = panel.tuned_folder(fresh, *what) if what else fresh.folder / "stage1"
+        folder = fresh.tuned_folder(*what) if what else fresh.folder / "stage1"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").write_text("{}")
         made.append(what)

@@ -57,7 +57,7 @@ def test_an_adapter_names_its_base_and_has_a_filled_card(model, processor, tmp_p
     about = provenance.provenance(load_profile("mini"), 1, "d4ta")
     provenance.write_json(adapter.parent / "result.json", {"provenance": about, "result": result})
     before = provenance.folder_hash(adapter)
-    training.write_card(adapter.parent, **{"HR@1, test": 0.125})
+    provenance.write_card(adapter.parent, **{"HR@1, test": 0.125})
     assert provenance.folder_hash(adapter) == before  # no stage that reads it is made again
     card = (adapter / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "mini_model"

@@ -7,3 +7,4 @@ revealjs_style_theme = "white"
 revealjs_static_path = ["_static"]
 revealjs_css_files = ["slides.css"]
 revealjs_script_conf = {"hash": True, "slideNumber": True, "width": 1280, "height": 720}
+revealjs_script_plugins = [{"name": "RevealNotes", "src": "revealjs/plugin/notes/notes.js"}]

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -90,7 +89,7 @@ class Panel:
         self.model = training.load_adapter(run.model(), run.folder / "stage1" / "adapter")
         for method in METHODS:
             for domain in self.domains:
-                folder, name = tuned_folder(run, method, domain) / "adapter", _name(method, domain)
+                folder, name = run.tuned_folder(method, domain) / "adapter", _name(method, domain)
                 loaded = self.model.load_adapter(str(folder), adapter_name=name)
                 if any(f".{name}." in key for key in loaded.missing_keys):
                     raise UserError(f"{folder}: adapter weights are missing; train it again")
@@ -259,10 +258,6 @@ def _name(method: str, domain: str) -> str:
     return f"{methods.slug(method)}_{domain}"
 
 
-def tuned_folder(run: Experiment, method: str, domain: str) -> Path:
-    return run.folder / "stage2" / methods.slug(method) / domain
-
-
 def domains(run: Experiment) -> list[str]:
     """The domains that have test dialogues here. UserError where none has."""
     found = [d for d in DOMAINS if data.dialogue_file(run.root, d, "test").is_file()]
@@ -279,7 +274,7 @@ def prepare(run: Experiment, say: Callable[[str], None] = print) -> None:
     stages = {run.folder / "stage1": run.distil}
     for method in METHODS:
         for domain in domains(run):
-            stages[tuned_folder(run, method, domain)] = functools.partial(run.tune, method, domain)
+            stages[run.tuned_folder(method, domain)] = functools.partial(run.tune, method, domain)
     missing = [folder for folder in stages if not (folder / "result.json").is_file()]
     if missing:
         run.need_training_data()

@@ -376,3 +376,58 @@ def test_answers_and_solutions_are_folded(page, site: Path) -> None:
                 fold.locator("pre").first.inner_text().splitlines()[0]
                 == "".join(cell["source"]).splitlines()[0]
             )
+
+
+def test_the_ledger_fits_a_laptop(page, site: Path) -> None:
+    page.set_viewport_size({"width": 1400, "height": 900})
+    page.goto(f"{site.as_uri()}/docs/claims.html")
+    for box in page.locator(".ledger").all():
+        assert box.evaluate("box => box.scrollWidth - box.clientWidth") <= 0
+    assert page.locator(".ledger small").first.is_visible()  # why a cell has its status
+
+
+def test_pictures_can_be_read_on_a_phone(page, site: Path) -> None:
+    """They keep their size and scroll in a box of their own, by keyboard too."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    for name in ("index", "notebooks/00_start_here", "docs/gallery"):
+        page.goto(f"{site.as_uri()}/{name}.html")
+        pictures = page.locator(".bd-article :is(p, figure.kept a) > img")
+        assert pictures.count() and all(
+            picture.evaluate("""one => one.getBoundingClientRect().width > 600
+                && one.parentElement.scrollWidth > one.parentElement.clientWidth
+                && (one.parentElement.tabIndex == 0)""")
+            for picture in pictures.all()
+        ), name
+        assert page.evaluate(OVERFLOW) == []
+
+
+def test_a_notebook_page_offers_the_notebook(page, site: Path) -> None:
+    page.goto(f"{site.as_uri()}/notebooks/02_self_distillation.html")
+    link = page.get_by_role("link", name="Download this notebook")
+    path = site / "notebooks" / link.get_attribute("href")
+    given = json.loads(path.read_text(encoding="utf-8"))
+    assert given["nbformat"] == 4 and any(cell.get("outputs") for cell in given["cells"])
+
+
+def test_the_handout_is_one_page_of_paper(page, site: Path) -> None:
+    page.goto(f"{site.as_uri()}/docs/handout.html")
+    assert page.pdf(format="A4").count(b"/Type /Page\n") == 1
+    page.goto(f"{site.as_uri()}/docs/teaching.html")  # negative control
+    assert page.pdf(format="A4").count(b"/Type /Page\n") > 1
+
+
+def test_slides_need_no_network_and_show_their_pictures(page, errors: list[str]) -> None:
+    slides = SITE.parent / "slides"
+    if not (slides / "index.html").is_file():
+        unavailable("the slides are not made: make slides")
+    wrong = on_every_page(page, errors, slides.as_uri(), ["index.html"], lambda: [])
+    assert not wrong, "\n".join(wrong)
+    assert page.locator(".slides section h2").count() > 20
+    page.wait_for_selector(".reveal.ready")
+    hidden = page.evaluate("""() => [...Array(Reveal.getTotalSlides()).keys()].flatMap(k => {
+        const top = Reveal.getSlides()[k];
+        const at = Reveal.getIndices(top);
+        Reveal.slide(at.h, at.v);
+        return [...top.querySelectorAll('img')].filter(one => !one.alt || one.width < 200);
+    }).length""")
+    assert hidden == 0
