@@ -595,9 +595,8 @@ class Experiment:
     ) -> dict:
         """A method's answers to a split, kept: `rows`, one record a dialogue (the fields of
         `recommendation.Answer`, and its `line`), and `cost`. `control` changes the visual tokens at
-        inference (a negative control, called `name`). In another `order` of the candidates only
-        free generation is read. `limit`: the first so many dialogues, not kept (and of several
-        processes known to the first alone)."""
+        inference (a negative control, called `name`), `order` shuffles the candidates. `limit`:
+        the first so many dialogues, not kept (of several processes, the first alone knows them)."""
         chosen = methods.find(method)
         part = f"{domain}_{split}" + (f"_order{order}" if order else "")
         folder = self.folder / "answers" / methods.slug(chosen.name + name) / part
@@ -607,8 +606,8 @@ class Experiment:
             chosen.prepare(self, domain, split)
             if self.rank:
                 return {}
-            start, scored = time.monotonic(), not order
-            found = chosen.answer(self, domain, split, dialogues, control, scored)
+            start = time.monotonic()
+            found = chosen.answer(self, domain, split, dialogues, control)
             pairs = zip(dialogues, found, strict=True)
             rows = [{"line": dialogue.line, **asdict(answer)} for dialogue, answer in pairs]
             return {"rows": rows, "cost": cost(found, time.monotonic() - start)}

@@ -88,10 +88,8 @@ class Method:
         split: str,
         dialogues: Sequence[Dialogue],
         control: Control | None = None,
-        scored: bool = True,
     ) -> list[Answer]:
-        """One Answer a dialogue. `control` changes the visual tokens (a negative control); `scored`
-        asks for every candidate's likelihood too, where the method can tell."""
+        """One Answer a dialogue. `control` changes the visual tokens (a negative control)."""
         raise NotImplementedError
 
 
@@ -111,7 +109,7 @@ class Retrieval(Method):
         cache = results_dir(run.profile) / "embeddings"
         return retrieval.rank(self.name, queries, titles, folder=folder, cache=cache)
 
-    def answer(self, run, domain, split, dialogues, control=None, scored=True):
+    def answer(self, run, domain, split, dialogues, control=None):
         asins, _ = run.domain_catalogue(domain)
         answers = []
         for best_first in self.order(run, domain, dialogues):
@@ -133,11 +131,11 @@ class Base(Method):
     def reads(self, run, domain, split):
         return [run.base(), run.visual_reads(self.full, split)]
 
-    def answer(self, run, domain, split, dialogues, control=None, scored=True):
+    def answer(self, run, domain, split, dialogues, control=None):
         model, which = run.model(), run.profile.candidates
         visual = run.visual(self.full, (split,))
         prompter = run.prompter(visual, vision.context_window(model) if self.full else None)
-        return recommendation.generate_answers(model, prompter, dialogues, which, scored)
+        return recommendation.generate_answers(model, prompter, dialogues, which)
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class Open(Method):
         model = folder_hash(folder) if folder else [self.hub.id, self.hub.revision]
         return [model, self.chat, run.profile.dtype, run.visual_reads(self.full, split)]
 
-    def answer(self, run, domain, split, dialogues, control=None, scored=True):
+    def answer(self, run, domain, split, dialogues, control=None):
         chat = run.profile.prompts.model_copy(update={"chat": self.chat})
         profile, which = run.profile.model_copy(update={"prompts": chat}), run.profile.candidates
         model, processor = load_open(profile, *self.hub.source(profile.models.get(self.name)))
@@ -164,7 +162,7 @@ class Open(Method):
             window = vision.context_window(model)
         tokenizer = getattr(processor, "tokenizer", processor)
         prompter = recommendation.Prompter(tokenizer, profile, run.titles, visual, window)
-        return recommendation.generate_answers(model, prompter, dialogues, which, scored)
+        return recommendation.generate_answers(model, prompter, dialogues, which)
 
 
 def load_open(profile: Profile, source: str, revision: str | None):
@@ -220,7 +218,7 @@ class Proprietary(Method):
         cache = results_dir(run.profile) / "api_answers.sqlite"
         return chat_api.ask_all(requests, chat_api.MODELS[self.name], run.api, cache, dry_run)
 
-    def answer(self, run, domain, split, dialogues, control=None, scored=True):
+    def answer(self, run, domain, split, dialogues, control=None):
         answers = []
         for dialogue, reply in zip(dialogues, self.ask(run, dialogues), strict=True):
             text, ten = reply.text or "", getattr(dialogue, run.profile.candidates)
@@ -273,13 +271,13 @@ class Trained(Method):
         self.trained(run, domain)
         self.visual(run, split)
 
-    def answer(self, run, domain, split, dialogues, control=None, scored=True):
+    def answer(self, run, domain, split, dialogues, control=None):
         visual = self.visual(run, split)
         shown, profile = control(visual) if control else visual, run.profile.arm(self.name)
         prompter = run.prompter(shown, profile=profile)
         model = run.tuned(self.name, domain) if self.tuned else run.model()
         which = run.profile.candidates
-        return recommendation.generate_answers(model, prompter, dialogues, which, scored)
+        return recommendation.generate_answers(model, prompter, dialogues, which)
 
 
 VICUNA = (  # the form Vicuna v1.5 was trained with

@@ -6,6 +6,7 @@ The vision side stays as stage 1 left it, so every item's visual tokens are cons
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, TrainerCallback
+from transformers import TrainerCallback
 
 from lavic_utils import training, vision
 from lavic_utils.config import Profile
@@ -101,6 +102,7 @@ class Prompter:
         self.room = (window or settings.max_length) - settings.max_new_tokens
         self.refuse = window is not None
         self.cut = {"prompts": 0, "dialogue_tokens": 0, "images": 0}  # lost in training prompts
+        self.target_ids = functools.cache(self.target_ids)
 
     def prompt(self, dialogue: Dialogue, candidates: Sequence[str]) -> Encoded:
         items = [Candidate(a, self.titles[a], self.lengths.get(a, 0)) for a in candidates]
@@ -215,10 +217,9 @@ def fine_tune(
 
 @torch.inference_mode()
 def generate_answers(
-    model, prompter: Prompter, dialogues: Sequence[Dialogue], which: str, scored: bool = True
+    model, prompter: Prompter, dialogues: Sequence[Dialogue], which: str
 ) -> list[Answer]:
-    """Greedy answers in the dialogues' order; prompts are batched by length. With `scored`, the two
-    other readings and every candidate's likelihood too."""
+    """Answers in the dialogues' order, read three ways; prompts are batched by length."""
     prompts, answers = [], []
     for dialogue in dialogues:
         ten = getattr(dialogue, which)
@@ -227,113 +228,88 @@ def generate_answers(
     asked = [i for i, answer in enumerate(answers) if not answer.refused]
     asked.sort(key=lambda i: len(prompts[i].ids))
     for group in vision.batched(asked, prompter.profile.recommendation.eval_batch_size):
-        some = [answers[i] for i in group]
-        _answer_batch(model, prompter, [prompts[i] for i in group], some, scored)
+        _answer_batch(model, prompter, [prompts[i] for i in group], [answers[i] for i in group])
     return answers
 
 
-def _answer_batch(model, prompter: Prompter, prompts: list, answers: list, scored: bool) -> None:
+def _answer_batch(model, prompter: Prompter, prompts: list, answers: list) -> None:
     """Fill in the answers to one batch of prompts."""
-    tokenizer, pad = prompter.tokenizer, prompter.tokenizer.pad_token_id
+    tokenizer, most = prompter.tokenizer, prompter.profile.recommendation.max_new_tokens
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     ids = pad_left([p.ids for p in prompts], pad).to(model.device)
     mask = pad_left([[1] * len(p.ids) for p in prompts], 0).to(model.device)
-    read = Read(model, vision.place(model, ids, prompter.tokens(prompts), pad), mask)
-    if scored:
-        targets = [[prompter.target_ids(a) for a in answer.candidates] for answer in answers]
-        for answer, ten, table in zip(answers, targets, read.score(targets), strict=True):
-            totals = table.sum(1)
-            means = totals / torch.tensor([len(target) for target in ten])
-            answer.log_likelihoods = [round(value, 5) for value in means.tolist()]
-            answer.probabilities = [round(value, 5) for value in totals.softmax(0).tolist()]
-            answer.scored = answer.candidates[int(means.argmax())]
-            answer.constrained = answer.candidates[constrained_choice(table, ten)]
-    out = read.greedy(prompter.profile.recommendation.max_new_tokens, tokenizer.eos_token_id)
-    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-    written = (out != tokenizer.eos_token_id).sum(1).tolist()
-    for answer, text, prompt, new in zip(answers, texts, prompts, written, strict=True):
+    embeds = vision.place(model, ids, prompter.tokens(prompts), pad)
+    targets = [[prompter.target_ids(a) for a in answer.candidates] for answer in answers]
+    tables, written = read(model, embeds, mask, targets), []
+    for answer, ten, (table, likeliest) in zip(answers, targets, tables, strict=True):
+        totals = table.sum(1)
+        means = totals / torch.tensor([len(target) for target in ten])
+        answer.log_likelihoods = [round(value, 5) for value in means.tolist()]
+        answer.probabilities = [round(value, 5) for value in totals.softmax(0).tolist()]
+        answer.scored = answer.candidates[int(means.argmax())]
+        answer.constrained = answer.candidates[constrained_choice(table, ten)]
+        written.append(greedy_choice(likeliest, ten, most))
+    if other := [i for i, tokens in enumerate(written) if not tokens]:  # it writes something else
+        how = {"max_new_tokens": most, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
+        out = model.generate(inputs_embeds=embeds[other], attention_mask=mask[other], **how)
+        for i, tokens in zip(other, out.tolist(), strict=True):
+            written[i] = tokens
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    for answer, text, prompt, tokens in zip(answers, texts, prompts, written, strict=True):
         answer.response = text.strip()
         answer.recommended = parse_answer(text, answer.candidates)
-        answer.prompt_tokens, answer.new_tokens = len(prompt.ids), new
+        answer.prompt_tokens, answer.new_tokens = len(prompt.ids), sum(t != end for t in tokens)
         answer.dropped_dialogue_tokens = prompt.dropped_dialogue_tokens
         answer.dropped_images = prompt.dropped_images
 
 
-class Read:
-    """Prompts read once: greedy answers and scores of given ids share that cache. It lacks the last
-    token, since a fully cached prefix goes silently wrong in some versions of transformers."""
+def read(model, embeds: Tensor, mask: Tensor, targets: list) -> list[tuple[Tensor, Tensor]]:
+    """Prompts and the ids that may answer them, in one forward: a prompt's ids stand side by side
+    after it, and each sees the prompt and itself.
 
-    def __init__(self, model, embeds: Tensor, mask: Tensor) -> None:
-        """`embeds` (rows, length, hidden size), `mask` (rows, length), padded on the left."""
-        if not mask[:, -1].all():
-            raise ValueError(
-                "an answer follows the last column: prompts must be padded on the left"
-            )
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.language = getattr(core.model, "language_model", core.model)  # or a plain one
-        self.head, self.table = core.lm_head, core.get_input_embeddings()
-        self.mask, self.last, self.length = mask, embeds[:, -1:], embeds.shape[1] - 1
-        self.position = mask.sum(1, keepdim=True) - 1  # of the last prompt token
-        self.cache = DynamicCache()
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-        self._hidden(embeds[:, :-1], mask[:, :-1], positions)
+    `embeds` (rows, length, hidden size), `mask` (rows, length), padded on the left; `targets`: a
+    prompt's ids in tokens. Per prompt two tables (ids, tokens): the log-likelihood of each token, 0
+    after an id's end, and the likeliest token in its place. ValueError: padded on the right."""
+    if not mask[:, -1].all():
+        raise ValueError("an answer follows the last column: prompts must be padded on the left")
+    length, width = mask.shape[1], max(len(group) for group in targets)
+    longest = max(len(target) for group in targets for target in group)
+    table = mask.new_full((len(mask), width, longest), IGNORE)
+    for i, group in enumerate(targets):
+        for j, target in enumerate(group):
+            table[i, j, : len(target)] = mask.new_tensor(target)
+    inputs = table[:, :, :-1].clamp(min=0).flatten(1)  # an id's last token is predicted only
+    later = model.get_input_embeddings()(inputs).to(embeds.dtype)
+    ones = torch.arange(width, device=mask.device).repeat_interleave(longest - 1)
+    part = F.pad(ones, (length, 0), value=-1)  # -1: the prompt; else which of its ids
+    seen = ((part == -1) | (part == part[:, None])).tril()  # (queries, keys)
+    seen = seen & F.pad(mask.bool(), (0, len(ones)), value=True)[:, None]  # (rows, queries, keys)
+    seen.diagonal(dim1=1, dim2=2).fill_(True)  # of padding itself: a softmax needs something
+    hide = embeds.new_full(seen.shape, torch.finfo(embeds.dtype).min).masked_fill_(seen, 0)
+    steps = torch.arange(longest - 1, device=mask.device).repeat(width)
+    positions = [(mask.cumsum(1) - 1).clamp(min=0), mask.sum(1, keepdim=True) + steps]
+    out = model(
+        inputs_embeds=torch.cat([embeds, later], 1),
+        attention_mask=hide[:, None],  # four dimensions: added as it is
+        position_ids=torch.cat(positions, 1),
+        use_cache=False,
+        logits_to_keep=len(ones) + 1,  # from the prompt's last token on
+    )
+    scores = out.logits.float().log_softmax(-1)
+    first = scores[:, :1].expand(-1, width, -1)[:, :, None]  # after the prompt's last token
+    scores = torch.cat([first, scores[:, 1:].unflatten(1, (width, longest - 1))], 2)
+    found = scores.gather(-1, table.clamp(min=0)[..., None])[..., 0].masked_fill(table == IGNORE, 0)
+    best = scores.argmax(-1)  # (rows, width, longest), as `found`
+    return [(found[i, :n].cpu(), best[i, :n].cpu()) for i, n in enumerate(map(len, targets))]
 
-    def _hidden(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """The language model on what the cache does not hold yet: (rows, tokens, hidden size)."""
-        where = {"attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
-        return self.language(inputs_embeds=embeds, use_cache=True, **where).last_hidden_state
 
-    def _back_to_the_prompt(self) -> None:
-        self.cache.crop(self.length - self.cache.get_seq_length())
-
-    def greedy(self, most: int, end: int) -> Tensor:
-        """Token ids (rows, at most `most`), the end token repeated after it."""
-        found, embeds, mask = [], self.last, self.mask
-        done = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-        for step in range(most):
-            logits = self.head(self._hidden(embeds, mask, self.position + step))
-            token = logits[:, -1].argmax(-1).masked_fill(done, end)  # (rows,)
-            found.append(token)
-            done |= token == end
-            if done.all():
-                break
-            embeds = self.table(token)[:, None].to(self.last.dtype)
-            mask = F.pad(mask, (0, 1), value=1)
-        self._back_to_the_prompt()
-        return torch.stack(found, 1)
-
-    def score(self, targets: list[list[list[int]]]) -> list[Tensor]:
-        """Per prompt a (candidates, tokens) table of token log-likelihoods, 0 after an id's end.
-        All candidates stand in one row, side by side: each sees the prompt and itself."""
-        width = max(len(group) for group in targets)
-        longest = max(len(target) for group in targets for target in group)
-        rows = []
-        for group in targets:
-            same = group + group[:1] * (width - len(group))  # as many candidates in every row
-            rows.append([target + [IGNORE] * (longest - len(target)) for target in same])
-        table = torch.tensor(rows, device=self.mask.device)  # (rows, width, longest)
-        inputs = table[:, :, :-1].clamp(min=0).flatten(1)  # (rows, width * (longest - 1))
-        embeds = torch.cat([self.last, self.table(inputs).to(self.last.dtype)], 1)
-        steps = torch.arange(1, longest, device=self.mask.device).repeat(width)
-        positions = self.position + F.pad(steps, (1, 0))
-        hidden = self._hidden(embeds, self._side_by_side(width, longest - 1), positions)
-        scores = F.log_softmax(self.head(hidden).float(), -1)
-        self._back_to_the_prompt()
-        first = scores[:, :1].expand(-1, width, -1)[:, :, None]  # after the prompt's last token
-        later = scores[:, 1:].unflatten(1, (width, longest - 1))
-        every = torch.cat([first, later], 2)  # (rows, width, longest, vocabulary)
-        found = every.gather(-1, table.clamp(min=0)[..., None])[..., 0]
-        found = found.masked_fill(table == IGNORE, 0)
-        return [found[i, : len(group)].cpu() for i, group in enumerate(targets)]
-
-    def _side_by_side(self, width: int, tokens: int) -> Tensor:
-        """Additive mask (rows, 1, queries, keys): `width` candidates of so many `tokens` after the
-        prompt's last token; each sees the prompt, that token, and its own tokens so far."""
-        own = torch.ones(tokens, tokens, device=self.mask.device).tril()
-        block = F.pad(torch.block_diag(*[own] * width), (1, 0, 1, 0), value=0.0)
-        block[:, 0] = 1.0  # everybody sees the prompt's last token
-        prompt = self.mask[:, None, :-1].expand(-1, len(block), -1).float()
-        seen = torch.cat([prompt, block.expand(len(self.mask), -1, -1)], -1)
-        return (1.0 - seen[:, None]).to(self.last.dtype) * torch.finfo(self.last.dtype).min
+def greedy_choice(likeliest: Tensor, targets: Sequence[list[int]], most: int) -> list[int]:
+    """What greedy decoding writes in at most so many tokens, if it is an id: the one whose every
+    token is the likeliest in its place. Empty where it writes something else."""
+    for target, best in zip(targets, likeliest.tolist(), strict=True):
+        if target[:most] == best[: len(target)][:most]:
+            return target[:most]
+    return []
 
 
 def constrained_choice(table: Tensor, targets: Sequence[Sequence[int]]) -> int:

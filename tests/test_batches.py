@@ -1,6 +1,6 @@
 """Batches of mixed lengths, padded on either side, are the mean of their rows: losses, and the
-adapters' gradients. Nothing is packed: a row is one prompt and its target. At inference the shared
-prompt cache gives the plain forward's scores."""
+adapters' gradients. Nothing is packed: a row is one prompt and its target. At inference one forward
+gives the plain forward's scores and `generate`'s answers."""
 
 from __future__ import annotations
 
@@ -158,58 +158,86 @@ def test_an_overlong_description_is_refused_never_cut(model, processor, prompter
         limited(longest - 1)(rows)
 
 
-# ---------------------------------------------------------------- the shared prompt cache
-def read(model, prompter, prompts, extra: int = 0) -> rec.Read:
-    """Prompts read in one batch, padded on the left by `extra` more than needed."""
-    ids, mask = (
-        dist.pad_left([p.ids for p in prompts], 0),
-        dist.pad_left([[1] * len(p.ids) for p in prompts], 0),
-    )
-    return rec.Read(
-        model,
-        vision.place(model, F.pad(ids, (extra, 0)), prompter.tokens(prompts), 0),
-        F.pad(mask, (extra, 0)),
-    )
+# ---------------------------------------------------------------- one forward for three readings
+def placed(model, prompter, prompts, extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings and mask of prompts, padded on the left by `extra` more than needed."""
+    ids = F.pad(dist.pad_left([p.ids for p in prompts], 0), (extra, 0))
+    mask = F.pad(dist.pad_left([[1] * len(p.ids) for p in prompts], 0), (extra, 0))
+    return vision.place(model, ids, prompter.tokens(prompts), 0), mask
+
+
+@pytest.fixture(scope="module")
+def base():
+    """The mini model as it comes: it answers with an id most of the time."""
+    return vision.load_model(PROFILE)
 
 
 @torch.inference_mode()
-def test_cached_scores_of_mixed_lengths_equal_the_plain_forward(model, prompter):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_ids_side_by_side_have_the_scores_of_the_plain_forward(model, prompter, attention):
+    model.set_attn_implementation(attention)
     prompts = [prompter.prompt(dialogue(text), IDS[:10]) for text in TEXTS]
     targets = [prompter.target_ids(name) for name in IDS[:10]]
+    targets[3] = targets[3][1:]  # one is shorter
     assert len({len(p.ids) for p in prompts}) == 3
-    together = read(model, prompter, prompts).score([targets] * 3)
-    for prompt, got in zip(prompts, together, strict=True):
-        alone = read(model, prompter, [prompt]).score([targets])[0]
-        wider = read(model, prompter, [prompt], extra=7).score([targets])[0]
-        rows = [
-            prompt.ids + t + [0] * (max(map(len, targets)) - len(t)) for t in targets
-        ]  # padded on the right, no cache
-        mask = torch.tensor(
-            [
-                [1] * len(prompt.ids + t) + [0] * (len(rows[0]) - len(prompt.ids + t))
-                for t in targets
-            ]
-        )
-        embeds = vision.place(model, torch.tensor(rows), prompter.tokens([prompt]) * 10, 0)
-        logits = (
-            model(inputs_embeds=embeds, attention_mask=mask)
-            .logits[:, len(prompt.ids) - 1 : -1]
-            .log_softmax(-1)
-        )
-        plain = [table[range(len(t)), t] for table, t in zip(logits, targets, strict=True)]
-        for i, expected in enumerate(plain):
-            for found in (got, alone, wider):
-                assert torch.allclose(found[i, : len(expected)], expected, atol=CLOSE)
-        assert not torch.allclose(plain[0], plain[1], atol=1e-3)
+    together = rec.read(model, *placed(model, prompter, prompts), [targets, targets[:7], targets])
+    wider = rec.read(model, *placed(model, prompter, prompts, extra=7), [targets] * 3)
+    for prompt, got, padded in zip(prompts, together, wider, strict=True):
+        for i, target in enumerate(targets[: len(got[0])]):
+            alone = rec.Encoded(prompt.ids + target, prompt.visual)
+            logits = model(inputs_embeds=placed(model, prompter, [alone])[0]).logits[0]
+            logits = logits[len(prompt.ids) - 1 : -1].log_softmax(-1)  # (tokens, vocabulary)
+            expected = logits[range(len(target)), target]
+            for scores, likeliest in (got, padded):
+                assert torch.allclose(scores[i, : len(target)], expected, atol=CLOSE)
+                assert scores[i, len(target) :].eq(0).all()
+                assert likeliest[i, : len(target)].equal(logits.argmax(-1))
+        assert not torch.allclose(got[0][0], got[0][1], atol=1e-3)  # ids are not alike
+    assert [len(scores) for scores, _ in together] == [10, 7, 10]
+    embeds, mask = placed(model, prompter, prompts)
+    other = rec.read(model, embeds, mask.flip(0), [targets] * 3)  # negative control: others' masks
+    assert not torch.allclose(other[0][0], together[0][0], atol=1e-3)
+    with pytest.raises(ValueError, match="padded on the left"):
+        rec.read(model, embeds, mask.flip(1), [targets] * 3)
 
 
 @torch.inference_mode()
-def test_cached_answers_do_not_depend_on_padding_and_the_right_side_is_refused(model, prompter):
-    prompts = [prompter.prompt(dialogue(text), IDS[:10]) for text in TEXTS]
-    expected = read(model, prompter, prompts).greedy(6, 2)
-    assert torch.equal(read(model, prompter, prompts, extra=9).greedy(6, 2), expected)
-    for prompt, row in zip(prompts, expected, strict=True):
-        alone = read(model, prompter, [prompt]).greedy(6, 2)[0]
-        assert row[: len(alone)].tolist() == alone.tolist()
-    with pytest.raises(ValueError, match="padded on the left"):
-        rec.Read(model, torch.zeros(2, 4, 128), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
+@pytest.mark.parametrize("random", [True, False])
+def test_answers_are_those_of_generate_one_by_one(model, base, prompter, random, monkeypatch):
+    model, end = model if random else base, prompter.tokenizer.eos_token_id
+    asked = [dialogue(text) for text in (*TEXTS, "a blue jar that travels well.")]
+    generate, generated = model.generate, []
+    monkeypatch.setattr(
+        model,
+        "generate",
+        lambda **how: (generated.append(len(how["inputs_embeds"])), generate(**how))[1],
+    )
+    answers = rec.generate_answers(model, prompter, asked, "candidates_st")
+    ids = sum(answer.response in IDS for answer in answers)
+    assert sum(generated) == len(asked) - ids and (ids == 0 if random else ids > 0)
+    for one, answer in zip(asked, answers, strict=True):
+        prompt = prompter.prompt(one, one.candidates_st)
+        embeds, mask = placed(model, prompter, [prompt])
+        how = {"max_new_tokens": PROFILE.recommendation.max_new_tokens, "do_sample": False}
+        how |= {"eos_token_id": end, "pad_token_id": end}
+        out = generate(inputs_embeds=embeds, attention_mask=mask, **how)[0]
+        text = prompter.tokenizer.decode(out, skip_special_tokens=True)
+        assert answer.response == text.strip() and answer.new_tokens == int((out != end).sum())
+        targets = [prompter.target_ids(name) for name in one.candidates_st]
+        ((table, _),) = rec.read(model, embeds, mask, [targets])
+        means = [float(row.sum()) / len(t) for row, t in zip(table, targets, strict=True)]
+        assert answer.log_likelihoods == pytest.approx(means, abs=2e-5)
+        assert answer.scored == one.candidates_st[means.index(max(means))]
+        assert answer.constrained == one.candidates_st[rec.constrained_choice(table, targets)]
+        assert sum(answer.probabilities) == pytest.approx(1, abs=1e-4)
+        assert answer.prompt_tokens == len(prompt.ids)
+
+
+def test_an_id_is_written_where_each_of_its_tokens_is_the_likeliest():
+    targets = [[1, 2, 9], [1, 3, 4, 9]]
+    likeliest = torch.tensor([[1, 3, 9, 0], [1, 3, 4, 9]])
+    assert rec.greedy_choice(likeliest, targets, 10) == [1, 3, 4, 9]
+    assert rec.greedy_choice(likeliest, targets, 2) == [1, 3]  # no room for more
+    likeliest[1, 3] = 5  # it goes on after the id, which is something else
+    assert rec.greedy_choice(likeliest, targets, 10) == []
+    assert rec.greedy_choice(likeliest, targets, 3) == [1, 3, 4]

@@ -225,7 +225,7 @@ def test_a_new_method_is_one_class_and_one_entry(run, monkeypatch, capsys):
 
     @dataclass(frozen=True)
     class Last(methods.Method):
-        def answer(self, run, domain, split, dialogues, control=None, scored=True):
+        def answer(self, run, domain, split, dialogues, control=None):
             lists = [getattr(d, run.profile.candidates) for d in dialogues]
             return [recommendation.Answer(f"{names[-1]}", names[-1], names) for names in lists]
 

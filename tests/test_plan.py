@@ -93,7 +93,7 @@ def step(model, profile, stage: str) -> None:
 
 
 def read(model, profile, stage: str) -> None:
-    """Prompts read into the cache, as `recommendation.Read` does, and scores for ten candidates."""
+    """Prompts with ten ids each, as in `recommendation.read`; with a cache, as answers have it."""
     own = profile.recommendation
     length = own.max_length + memory.SCORED
     embeds = torch.zeros(

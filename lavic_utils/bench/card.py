@@ -5,7 +5,7 @@ On a machine with a card and 16 GB of main memory (t4 also: pip install -r requi
     for p in paper t4; do CUDA_VISIBLE_DEVICES=0 python -m lavic_utils bench gpu --profile $p; done
 
 Nothing is downloaded and nothing is learnt. Training goes through the stages' own trainers, answers
-through `recommendation.Read`. Each peak stands beside what `memory` foresees. Profile t4 is capped
+through `recommendation.read`. Each peak stands beside what `memory` foresees. Profile t4 is capped
 at 15 GB, as a T4 is.
 """
 
@@ -32,7 +32,7 @@ from lavic_utils.bench.speed import result_file, spread, synchronize, timed
 from lavic_utils.config import Profile, UserError, load_profile
 from lavic_utils.distillation import VISION_LINEAR, Student
 from lavic_utils.provenance import provenance, write_json
-from lavic_utils.recommendation import LANGUAGE_LINEAR, Read, Recommender
+from lavic_utils.recommendation import LANGUAGE_LINEAR, Recommender, read
 from lavic_utils.training import IGNORE
 
 CAPS = {"t4": 15e9}  # bytes a process may take: 16 GB less what the driver and the context hold
@@ -184,17 +184,18 @@ def train(tuned, profile: Profile, case: Case, steps: int) -> list[float]:
 
 @torch.inference_mode()
 def answers(tuned, profile: Profile, case: Case, steps: int) -> list[float]:
-    """Seconds of so many batches: prompts read, ten ids scored, answers of full length written."""
+    """Seconds of so many batches at their worst: ten ids read, and then whole answers written."""
     two, text = profile.recommendation, tuned.config.text_config
     batch = prompts(tuned.config, two.eval_batch_size, case)
     placed, mask = batch["input_ids"].to(tuned.device), batch["attention_mask"].to(tuned.device)
     shape = (two.eval_batch_size, CANDIDATES, SCORED // CANDIDATES)
     ids = torch.randint(1, text.vocab_size - 1, shape).tolist()
+    length = dict.fromkeys(("min_new_tokens", "max_new_tokens"), two.max_new_tokens)
 
     def work() -> None:
-        read = Read(tuned, vision.place(tuned, placed, batch["visual"], PAD), mask)
-        read.score(ids)
-        read.greedy(two.max_new_tokens, end=-1)  # never ends early
+        embeds = vision.place(tuned, placed, batch["visual"], PAD)
+        read(tuned, embeds, mask, ids)
+        tuned.generate(inputs_embeds=embeds, attention_mask=mask, do_sample=False, **length)
 
     return [timed(work) for _ in range(steps)]
 
@@ -244,15 +245,12 @@ def measure(tuned, profile: Profile, case: Case) -> dict[str, Any]:
     return found
 
 
-def encode(student, steps: int) -> list[float]:
-    """Seconds of so many batches of items, from pixels to stored [CLS] tokens."""
-    values, sizes = pixels(student.config, ITEMS)
-    return [timed(vision.encode, student, range(ITEMS), values, sizes) for _ in range(steps)]
-
-
 def encoding(student) -> dict[str, Any]:
-    """Items encoded a second, and the peak; no rate where memory runs out."""
-    seconds, peak = attempt(encode, student, WARM + REPEATS)
+    """Items encoded a second, from pixels to stored [CLS] tokens, and the peak; no rate where
+    memory runs out."""
+    batch = student, range(ITEMS), *pixels(student.config, ITEMS)
+    repeated = range(WARM + REPEATS)
+    seconds, peak = attempt(lambda: [timed(vision.encode, *batch) for _ in repeated])
     rates = spread([ITEMS / s for s in seconds[WARM:]]) if seconds else None
     found = {"items_at_once": ITEMS, "measured_gib": peak and round(peak, 3)}
     return found | {"items_a_second": rates}

@@ -44,14 +44,14 @@ class Longer(methods.Trained):
     def trained(self, run, domain):
         return methods.find(self.of).trained(run, domain)
 
-    def answer(self, run, domain, split, dialogues, control=None, scored=True):
+    def answer(self, run, domain, split, dialogues, control=None):
         model, profile = run.tuned(self.of, domain), run.profile.arm(self.of)
         window = {"max_length": vision.context_window(model)}
         settings = profile.recommendation.model_copy(update=window)
         wide = profile.model_copy(update={"recommendation": settings})
         prompter = run.prompter(self.visual(run, split), profile=wide)
         longer, which = lists(run, domain, split, dialogues, self.count), run.profile.candidates
-        return recommendation.generate_answers(model, prompter, longer, which, scored)
+        return recommendation.generate_answers(model, prompter, longer, which)
 
 
 def lists(
