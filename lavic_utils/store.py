@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 GROUP, CHUNK = 64, 256  # images encoded at once, and in a file
 Encode = Callable[[Sequence[Path]], list[Tensor | None]]  # image files -> tokens, None: unreadable
 Shards = dict[str, tuple[Path, int]]  # name of a vector -> its file, its tokens
-MAKE_VECTORS = (open_image, vision.pixels, vision.tile_count, vision.real_tiles, vision.cls_tokens,
-                vision.full_tokens, vision.patch_tokens, vision.encode)  # fmt: skip
+MAKE_VECTORS = (open_image, vision.pixels, vision.tile_count, vision.real_tiles, vision.last_cls,
+                vision.cls_tokens, vision.full_tokens, vision.patch_tokens, vision.encode)  # fmt: skip
 
 
 def key_of(

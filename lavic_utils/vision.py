@@ -113,7 +113,10 @@ def inner(model):
 
 def pixels(processor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
     """Pixel values (n, most tiles, 3, side, side), zero-padded, and sizes (n, 2): height, width."""
-    batch = processor.image_processor(list(images), return_tensors="pt")
+    own, to = processor.image_processor, ("image_mean", "image_std")
+    once = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale"), False)  # tiles have a size
+    scaled = {name: [value / own.rescale_factor for value in getattr(own, name)] for name in to}
+    batch = own(list(images), return_tensors="pt", **once, **scaled)
     return batch["pixel_values"], batch["image_sizes"]
 
 
@@ -139,11 +142,26 @@ def full_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
     return list(inner(model).get_image_features(tiles, sizes, **how).pooler_output)
 
 
+def last_cls(tower, tiles: Tensor) -> Tensor:
+    """CLIP's last hidden state at [CLS]: (tiles, vision size). Nothing reads the last layer's
+    patches, so it is computed for that one position."""
+    *layers, last = tower.encoder.layers
+    hidden = tower.pre_layrnorm(tower.embeddings(tiles))  # (tiles, 1 + patches, vision size)
+    for layer in layers:
+        hidden = layer(hidden, None)
+    own, normed, cls = last.self_attn, last.layer_norm1(hidden), hidden[:, :1]
+    parts = own.q_proj(normed[:, :1]), own.k_proj(normed), own.v_proj(normed)
+    q, k, v = (part.unflatten(-1, (own.num_heads, -1)).transpose(1, 2) for part in parts)
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    cls = cls + own.out_proj(mixed)
+    return (cls + last.mlp(last.layer_norm2(cls)))[:, 0]
+
+
 def cls_tokens(model, pixel_values: Tensor, sizes: Tensor) -> list[Tensor]:
     """LaViC's visual tokens, the [CLS] of every tile: per image (tiles, hidden size), with
     gradients for stage 1 (paper, section 4.1)."""
     tiles, counts = real_tiles(model, pixel_values, sizes)
-    cls = inner(model).vision_tower(tiles).last_hidden_state[:, 0]  # (all tiles, vision size)
+    cls = last_cls(inner(model).vision_tower, tiles)  # (all tiles, vision size)
     projected = inner(model).multi_modal_projector(cls)  # section 4.1: one vector v a tile
     return list(projected.split(counts))
 

@@ -65,6 +65,15 @@ def test_tiles_follow_the_aspect_ratio(processor, model):
     assert values[1, 3:].abs().sum() == 0 and len(values[1]) == 5
 
 
+def test_tiles_made_at_once_have_the_librarys_pixels(processor):
+    images = [picture(96, 96), picture(200, 120), picture(31, 77)]
+    values, sizes = vision.pixels(processor, images)
+    own = processor.image_processor(images, return_tensors="pt")
+    assert torch.equal(sizes, own["image_sizes"]) and values.dtype == own["pixel_values"].dtype
+    assert torch.allclose(values, own["pixel_values"], rtol=0, atol=1e-6)
+    assert not torch.allclose(values[0], values[1], atol=1e-2)  # they are pictures
+
+
 def test_cls_tokens_equal_a_hand_written_forward(processor, model):
     values, sizes = vision.pixels(processor, [picture(96, 96), picture(96, 48)])
     ours = vision.cls_tokens(model, values, sizes)
@@ -275,36 +284,6 @@ def test_generation_does_not_depend_on_the_batch(model, prompter):
     alone = [rec.generate_answers(model, prompter, [row], "candidates_st")[0] for row in rows]
     assert [a.response for a in together] == [a.response for a in alone]
     assert [a.scored for a in together] == [a.scored for a in alone]
-
-
-def test_greedy_from_the_shared_cache_equals_generate(model, prompter):
-    rows = [
-        dialogue(text=t) for t in ("a jar", "i want a red jar, it should be vegan, please.", "hi")
-    ]
-    prompts_ = [prompter.prompt(row, row.candidates_st) for row in rows]
-    ids, mask = (
-        dist.pad_left([p.ids for p in prompts_], 0),
-        dist.pad_left([[1] * len(p.ids) for p in prompts_], 0),
-    )
-    embeds = vision.place(model, ids, prompter.tokens(prompts_), 0)
-    expected = model.generate(
-        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
-    )
-    with torch.inference_mode():
-        read = rec.Read(model, embeds, mask)
-        read.score([[prompter.target_ids(a) for a in IDS[:10]]] * 3)  # leaves the cache as it was
-        ours = read.greedy(6, 2)
-    assert ours.tolist() == expected.tolist()
-    with (
-        torch.inference_mode()
-    ):  # negative control: a mask of the wrong rows changes the answer's scores
-        wrong = rec.Read(model, embeds, mask.flip(0)).score(
-            [[prompter.target_ids(a) for a in IDS[:10]]] * 3
-        )
-        right = rec.Read(model, embeds, mask).score(
-            [[prompter.target_ids(a) for a in IDS[:10]]] * 3
-        )
-    assert not torch.allclose(wrong[0], right[0], atol=1e-3)
 
 
 def test_constrained_choice_walks_token_by_token():
