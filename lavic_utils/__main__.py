@@ -23,7 +23,7 @@ from lavic_utils.config import UserError, load_profile
 app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 notebooks = Typer(help="The committed notebooks: execute in place, check.", no_args_is_help=True)
 data = Typer(help="The published data: fetch, crawl, verify, stats.", no_args_is_help=True)
-bench = Typer(help="Speed on this machine beside the direct way, as JSON.")
+bench = Typer(help="Speed on this machine beside the released loop, as JSON.")
 app.add_typer(notebooks, name="notebooks")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
@@ -354,7 +354,7 @@ def bench_all(
     context: Context,
     quick: Annotated[bool, Option("--quick", help="Few and small: does it work?")] = False,
 ) -> None:
-    """Both stages and evaluation beside the direct way; writes results/bench/MACHINE.json."""
+    """Both stages and evaluation beside the released loop; writes results/bench/MACHINE.json."""
     from lavic_utils.bench.speed import bench as measure
 
     if context.invoked_subcommand is None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,7 +86,7 @@ def test_a_swapped_image_stops_stage_1(sample, monkeypatch):
 
 def test_the_direct_way_encodes_the_padding_and_ours_does_not(sample):
     seen = []
-    hook = sample.model.model.vision_tower.register_forward_pre_hook(
+    hook = sample.model.model.vision_tower.embeddings.register_forward_pre_hook(
         lambda module, args: seen.append(len(args[0]))
     )
     wide = Image.effect_noise((144, 72), 50).convert("RGB")
@@ -98,7 +101,7 @@ def test_the_direct_way_encodes_the_padding_and_ours_does_not(sample):
 def test_direct_training_moves_the_right_side_alone(sample):
     run, one, two = sample.run, sample.run.model(), sample.run.model()
     reference.distil(run, one, sample.pictures[:2])
-    reference.fine_tune(run, two, reference.look(run, two), sample.examples[:1])
+    reference.fine_tune(run, two, sample.examples[:1])
     for model, side, other in (
         (one, "vision_tower", "language_model"),
         (two, "language_model", "vision_tower"),
@@ -125,6 +128,43 @@ def test_sides_are_run_in_turn_and_compared_round_by_round(monkeypatch):
     assert found["a_second"]["direct"]["low"] == pytest.approx(2 / 9, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+)
+def test_threads_do_not_wait_long_unless_the_user_says_so(given, expected):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "OMP_"))} | given
+    code = "import os, sys, lavic_utils; e = os.environ.get('GOMP_SPINCOUNT')\n"
+    code += "print(e, 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [expected, "False"]  # before torch, or it would be too late
+
+
+def test_the_busy_process_is_there_for_half_of_the_turns_and_ends(monkeypatch):
+    started, there = [], []
+    real = subprocess.Popen
+
+    def popen(command):
+        started.append(real(command))
+        return started[-1]
+
+    def work(model):
+        there.append(bool(started) and started[-1].poll() is None)
+        if len(there) == 4:
+            raise RuntimeError("the work failed")
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(speed, "timed", lambda work, model: (work(model), len(there))[1])
+    run = SimpleNamespace(model=lambda: None)
+    found = speed.busy_machine(run, 1, work)
+    assert there == [False, True] and found["ratio"]["median"] == 2
+    assert found["seconds"]["alone"]["runs"] == [1] and found["seconds"]["busy"]["runs"] == [2]
+    with pytest.raises(RuntimeError, match="the work failed"):
+        speed.busy_machine(run, 1, work)
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
 # ---------------------------------------------------------------- the whole
 def test_the_file_holds_what_the_readme_needs(profile, capsys, monkeypatch):
     monkeypatch.setitem(speed.QUICK, "count", 5)
@@ -133,11 +173,13 @@ def test_the_file_holds_what_the_readme_needs(profile, capsys, monkeypatch):
     found = json.loads(text)
     about, figures = found["provenance"], found["figures"]
     assert path.parent.name == "bench-quick" and "stage 2 training: " in capsys.readouterr().err
-    assert set(found["ratios"]) == {"stage2_training", "evaluation", "stage1_training"}
+    parts = {"stage2_training", "evaluation", "stage1_training"}
+    assert set(found["ratios"]) == {*parts, "busy_machine"}
     assert set(figures) == {"equality", "store", *found["ratios"]}
     for part, ratio in found["ratios"].items():
         spread = figures[part]["ratio"]
         assert spread["low"] <= spread["median"] == ratio <= spread["high"]
+    for part in parts:
         for side in figures[part]["a_second"].values():
             assert len(side["runs"]) == about["rounds"]
     assert {"code_hash", "versions", "machine", "tier", "threads", "card"} <= set(about)
@@ -145,7 +187,8 @@ def test_the_file_holds_what_the_readme_needs(profile, capsys, monkeypatch):
     assert path == speed.result_file(about["machine"], quick=True)
     block = speed.speed_block(path)
     direct = figures["evaluation"]["a_second"]["direct"]["median"]
-    assert f"| evaluation, dialogues a second | {direct:.3g} |" in block and "| 20 |" in block
+    assert f"| evaluation, dialogues a second | {direct:.3g} |" in block and "| 10 |" in block
+    assert "Beside a busy process stage 2 training takes " in block
     assert "*mini run, profile small, " in block
     assert f"torch {torch.__version__.split('+')[0]}" in block
 

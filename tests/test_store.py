@@ -76,14 +76,14 @@ def seeing(run, tokens):
 
 @pytest.mark.parametrize("tokens", ["distilled", "base"])
 def test_stored_vectors_and_answers_equal_the_direct_path(run, tokens):
-    stored, see = run.visual(tokens, ("train", "test")), direct.look(run, seeing(run, tokens))
-    fresh = see(list(stored))
+    stored, seen = run.visual(tokens, ("train", "test")), seeing(run, tokens)
+    fresh = direct.look(run, seen, list(stored))
     assert len(stored) > 50 and all((stored[a] - fresh[a]).abs().max() <= 1e-5 for a in stored)
     model, rows = run.model(), run.dialogues(DOMAIN, "test")[:4]
     ours = recommendation.generate_answers(
         model, run.prompter(stored), rows, run.profile.candidates
     )
-    assert [a.response for a in ours] == [direct.answer(run, model, see, row) for row in rows]
+    assert [a.response for a in ours] == direct.answers(run, seen, rows)
     again = recommendation.generate_answers(
         model, run.prompter(fresh), rows, run.profile.candidates
     )
@@ -407,7 +407,8 @@ def test_the_key_holds_all_that_changes_vectors(tmp_path, monkeypatch):
     (adapter / "adapter_model.safetensors").write_bytes(b"22")
     found.append(store.key_of(**plain))
     source = inspect.getsource
-    makers = (data.open_image, vision.pixels, vision.cls_tokens, vision.full_tokens, vision.encode)
+    makers = (data.open_image, vision.pixels, vision.last_cls, vision.cls_tokens)
+    makers += (vision.full_tokens, vision.encode)
     for edited in makers:
         monkeypatch.setattr(inspect, "getsource", lambda f, e=edited: source(f) + "x\n" * (f is e))
         found.append(store.key_of(**plain))
