@@ -22,10 +22,9 @@ bench (measuring), figures (plots), demo (a page), repro (to run it all again).
 import importlib
 import os
 
-# OpenMP's threads spin for milliseconds while they wait for one another, and beside another busy
-# process a step takes ten times as long: let them sleep sooner. Before torch; kernels inherit it.
+# Threads that spin while they wait make a step ten times as long where another process is busy.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch; kernels inherit it
 
 _PLACES = {
     "load_profile": "config",

@@ -280,20 +280,20 @@ def read(model, embeds: Tensor, mask: Tensor, targets: list) -> list[tuple[Tenso
             table[i, j, : len(target)] = mask.new_tensor(target)
     inputs = table[:, :, :-1].clamp(min=0).flatten(1)  # an id's last token is predicted only
     later = model.get_input_embeddings()(inputs).to(embeds.dtype)
-    ones = torch.arange(width, device=mask.device).repeat_interleave(longest - 1)
-    part = F.pad(ones, (length, 0), value=-1)  # -1: the prompt; else which of its ids
+    place = torch.arange(width * (longest - 1), device=mask.device)
+    part = F.pad(place // (longest - 1), (length, 0), value=-1)  # -1: the prompt; else which id
     seen = ((part == -1) | (part == part[:, None])).tril()  # (queries, keys)
-    seen = seen & F.pad(mask.bool(), (0, len(ones)), value=True)[:, None]  # (rows, queries, keys)
+    seen = seen & F.pad(mask.bool(), (0, len(place)), value=True)[:, None]  # (rows, queries, keys)
     seen.diagonal(dim1=1, dim2=2).fill_(True)  # of padding itself: a softmax needs something
     hide = embeds.new_full(seen.shape, torch.finfo(embeds.dtype).min).masked_fill_(seen, 0)
-    steps = torch.arange(longest - 1, device=mask.device).repeat(width)
-    positions = [(mask.cumsum(1) - 1).clamp(min=0), mask.sum(1, keepdim=True) + steps]
+    after = mask.sum(1, keepdim=True) + place % (longest - 1)
+    positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0), after], 1)
     out = model(
         inputs_embeds=torch.cat([embeds, later], 1),
         attention_mask=hide[:, None],  # four dimensions: added as it is
-        position_ids=torch.cat(positions, 1),
+        position_ids=positions,
         use_cache=False,
-        logits_to_keep=len(ones) + 1,  # from the prompt's last token on
+        logits_to_keep=len(place) + 1,  # from the prompt's last token on
     )
     scores = out.logits.float().log_softmax(-1)
     first = scores[:, :1].expand(-1, width, -1)[:, :, None]  # after the prompt's last token
@@ -306,10 +306,9 @@ def read(model, embeds: Tensor, mask: Tensor, targets: list) -> list[tuple[Tenso
 def greedy_choice(likeliest: Tensor, targets: Sequence[list[int]], most: int) -> list[int]:
     """What greedy decoding writes in at most so many tokens, if it is an id: the one whose every
     token is the likeliest in its place. Empty where it writes something else."""
-    for target, best in zip(targets, likeliest.tolist(), strict=True):
-        if target[:most] == best[: len(target)][:most]:
-            return target[:most]
-    return []
+    pairs = zip(targets, likeliest.tolist(), strict=True)
+    agree = (t[:most] for t, best in pairs if t[:most] == best[: len(t)][:most])
+    return next(agree, [])
 
 
 def constrained_choice(table: Tensor, targets: Sequence[Sequence[int]]) -> int:

@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 GROUP, CHUNK = 64, 256  # images encoded at once, and in a file
 Encode = Callable[[Sequence[Path]], list[Tensor | None]]  # image files -> tokens, None: unreadable
 Shards = dict[str, tuple[Path, int]]  # name of a vector -> its file, its tokens
-MAKE_VECTORS = (open_image, vision.pixels, vision.tile_count, vision.real_tiles, vision.last_cls,
-                vision.cls_tokens, vision.full_tokens, vision.patch_tokens, vision.encode)  # fmt: skip
+MAKERS = (open_image, vision.pixels, vision.tile_count, vision.real_tiles, vision.last_cls,
+          vision.cls_tokens, vision.full_tokens, vision.patch_tokens, vision.encode)  # fmt: skip
 
 
 def key_of(
@@ -41,7 +41,7 @@ def key_of(
 ) -> str:
     """Name of the store's folder. `model`: a hub id or a checkpoint's folder; `adapter`: a peft
     folder; `kind`: one of `vision.TOKENS`. Comments in the code do not count."""
-    code = [ast.unparse(ast.parse(inspect.getsource(function))) for function in MAKE_VECTORS]
+    code = [ast.unparse(ast.parse(inspect.getsource(function))) for function in MAKERS]
     return key(
         model=folder_hash(model) or [model, revision],
         adapter=folder_hash(adapter) if adapter else None,

@@ -152,8 +152,7 @@ def last_cls(tower, tiles: Tensor) -> Tensor:
     own, normed, cls = last.self_attn, last.layer_norm1(hidden), hidden[:, :1]
     parts = own.q_proj(normed[:, :1]), own.k_proj(normed), own.v_proj(normed)
     q, k, v = (part.unflatten(-1, (own.num_heads, -1)).transpose(1, 2) for part in parts)
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    cls = cls + own.out_proj(mixed)
+    cls = cls + own.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     return (cls + last.mlp(last.layer_norm2(cls)))[:, 0]
 
 

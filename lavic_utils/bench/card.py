@@ -195,7 +195,7 @@ def answers(tuned, profile: Profile, case: Case, steps: int) -> list[float]:
     def work() -> None:
         embeds = vision.place(tuned, placed, batch["visual"], PAD)
         read(tuned, embeds, mask, ids)
-        tuned.generate(inputs_embeds=embeds, attention_mask=mask, do_sample=False, **length)
+        tuned.generate(inputs_embeds=embeds, attention_mask=mask, pad_token_id=PAD, **length)
 
     return [timed(work) for _ in range(steps)]
 
