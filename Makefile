@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
-.PHONY: reproduce test test-browser book slides demo install quick mini-model world bench notebooks readme lock lab clean
+.PHONY: gallery reproduce test test-browser book slides demo install quick mini-model world bench notebooks readme lock lab clean
 
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
@@ -78,6 +78,10 @@ notebooks: $(STAMP)
 
 readme: $(STAMP)
 	$(PY) -m lavic_utils readme
+
+# All plates on one sheet, to look at: docs/_build/gallery.png.
+gallery: $(STAMP)
+	$(PY) docs/gallery.py
 
 lock: $(STAMP)
 	$(PY) -m lavic_utils environment

@@ -233,12 +233,16 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def footer(provenance: Mapping[str, Any]) -> str:
-    """One line for figures and tables: tier, profile, seed(s), code."""
-    seeds = provenance.get("seeds") or [provenance["seed"]]
-    label = "seeds" if len(seeds) > 1 else "seed"
-    who = f"profile {provenance['profile']} · {label} {', '.join(str(seed) for seed in seeds)}"
-    code = f"content hash of the code {provenance['code_hash'][:7]}"
-    return f"tier: {provenance['tier']} · {who} · {code}"
+    """One line for figures and tables: tier and code, and of a run its profile and seed(s)."""
+    parts = [f"tier: {provenance['tier']}"]
+    if {"run", "rehearsal"} & set(
+        provenance["tier"].split()
+    ):  # what is printed or counted has neither
+        seeds = provenance.get("seeds") or [provenance["seed"]]
+        label = "seeds" if len(seeds) > 1 else "seed"
+        parts.append(f"profile {provenance['profile']}")
+        parts.append(f"{label} {', '.join(str(seed) for seed in seeds)}")
+    return " · ".join([*parts, f"content hash of the code {provenance['code_hash'][:7]}"])
 
 
 def save_figure(fig: Any, path: Path, tier: str, provenance: Mapping[str, Any]) -> None:

@@ -210,13 +210,15 @@ def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
 
 
 def _published_cell(value: Mapping) -> str:
-    hit_ratio = "–" if value["hr@1"] is None else f"{value['hr@1']:.4f}"
+    hit_ratio = "a.o.m." if value["hr@1"] is None else f"{value['hr@1']:.4f}"
     return hit_ratio + ("" if value["vr"] is None else f" / {value['vr']:.3f}")
 
 
 def _measured_cell(found: Mapping | None, row: Mapping | None) -> str:
     if found is None or row is None:
         return NOT_RUN
+    if row.get("refused") and not found["validity_ratio"]:
+        return f"not asked ({row['refused']} refused)"
     text = f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
     if not pd.isna(found["validity_ratio"]):
         text += f" / {found['validity_ratio']:.3f}"
@@ -285,20 +287,6 @@ def table_rows(run: Experiment, table: str) -> list[dict[str, str]]:
                 row |= {"ours": line[domain, tier], "tier of ours": tier, "note": note}
             rows.append(row)
     return rows
-
-
-def seed_table(metrics: Mapping, methods: Sequence[str]) -> pd.DataFrame:
-    """HR@1 over conversations by domain: a column a seed, then mean and spread (highest less
-    lowest)."""
-    frame = pd.DataFrame(metrics["rows"]).query("method in @methods")
-    wide = frame.pivot_table(
-        index=["domain", "method"], columns="seed", values="hit_ratio_conversations"
-    )
-    seeds = list(wide.columns)
-    wide["mean"] = wide[seeds].mean(axis=1)
-    wide["spread"] = wide[seeds].max(axis=1) - wide[seeds].min(axis=1)
-    order = [(d, m) for d in DOMAINS for m in methods if (d, m) in wide.index]
-    return wide.loc[order].round(3)
 
 
 # ------------------------------------------------------------ an answers file

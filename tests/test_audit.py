@@ -293,23 +293,42 @@ def test_a_mini_result_never_passes_for_the_papers() -> None:
         (row["tier"], row["status"]) for row in rows if row["status"].startswith("another setting")
     ]
     assert tiers and all(tier == "replication answers" for tier, _ in tiers)
-    one = {"tier": "mini run", "value": 0.1, "n": 9, "low": 0.0, "high": 1.0}
-    assert (
-        claims._status(0.1, False, [one])[0] == claims.MINI
-    )  # though 0.1 equals the published value
-    assert "inside" in claims._status(0.1, False, [one | {"tier": "replication answers"}])[0]
-    assert (
-        "outside"
-        in claims._status(0.1, False, [one | {"tier": "replication answers", "low": 0.2}])[0]
-    )
+    cell, one = {"published": 0.1187, "n": 772}, {"tier": "mini run", "value": 0.1187, "n": 767}
+    assert claims._status(cell, False, [one])[0] == claims.MINI  # though the two are equal
+
+
+@pytest.mark.parametrize(
+    ("paper", "n", "theirs", "m", "p"),
+    [(0.1187, 772, 0.0952, 767, "0.135"), (0.3197, 372, 0.2649, 370, "0.10")],
+)
+def test_a_published_figure_has_an_error_of_its_own(paper, n, theirs, m, p) -> None:
+    """LaViC on Beauty and on Home: outside of the third party's interval, yet not told apart."""
+    cell = {"published": paper, "n": n}
+    one = {"tier": "replication answers", "value": theirs, "n": m}
+    status, reason = claims._status(cell, False, [one])
+    assert "not told apart" in status and f"p = {p}" in reason
+    status, _ = claims._status(cell, False, [one | {"value": paper / 2}])
+    assert "not told apart" not in status and "told apart" in status
+
+
+def test_readme_says_where_the_lead_depends_on_how_hits_are_counted() -> None:
+    """Counted alike, 30 of 30 leads are firm; LaViC over conversations against its rivals over
+    items leaves two out, and they carry the headline."""
+    said = "\n".join(claims.summary(claims.read_claims()))
+    assert "30 of 30 differences" in said and "(30 after Holm" in said and "28 are" in said
+    assert "LLaVA-v1.6 (title) on beauty (p = 0.083)" in said
+    assert "LLaVA-v1.6 (title) on fashion (p = 0.186)" in said
+    assert "beauty (p at most 0.038, 0.23 after Holm's correction); 2 depend on" in said
+    assert "0 never" not in said
 
 
 def test_a_full_run_counts_first_and_a_rehearsal_never(tmp_path, monkeypatch) -> None:
     one = {"tier": "rehearsal", "value": 0.1, "n": 9, "low": 0.0, "high": 1.0}
-    mini, full = one | {"tier": "mini run"}, one | {"tier": "full run", "low": 0.2}
-    assert claims._status(0.1, False, [one])[0] == claims.REHEARSAL
-    assert claims._status(0.1, False, [mini, one])[0] == claims.MINI
-    assert "full run; published value outside" in claims._status(0.1, False, [full, mini, one])[0]
+    mini, full = one | {"tier": "mini run"}, one | {"tier": "full run", "value": 0.9}
+    cell = {"published": 0.1, "n": 372}
+    assert claims._status(cell, False, [one])[0] == claims.REHEARSAL
+    assert claims._status(cell, False, [mini, one])[0] == claims.MINI
+    assert "full run; told apart from" in claims._status(cell, False, [full, mini, one])[0]
     for name in ("read_splits", "published_cells"):
         monkeypatch.setattr(claims.published, name, lambda *_: {})
     monkeypatch.setattr(claims, "read_replications", lambda _: {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 
 from lavic_utils import figures, recommendation
+from lavic_utils.config import ROOT, UserError
 from lavic_utils.experiment import Experiment
-from lavic_utils.figures import comparisons, prompt_anatomy
+from lavic_utils.figures import comparisons, paper_map, prompt_anatomy
+from lavic_utils.provenance import footer
 
 
 @pytest.fixture(scope="module")
@@ -28,45 +31,6 @@ def example(run):
         if len(d.turns) > 2 and set(d.gt_items) & set(d.candidates_st)
     )
     return recommendation.training_examples([dialogue], "candidates_st", 42)[0]
-
-
-def test_each_part_of_a_prompt_decodes_to_its_own_text(run, example):
-    with_picture = example.candidates[:4]  # so a candidate without a picture is there too
-    prompter = run.prompter({asin: torch.zeros(5, 128) for asin in with_picture})
-    ids = prompter.prompt(example.dialogue, example.candidates).ids
-    parts = prompt_anatomy.prompt_parts(prompter, example.dialogue, example.candidates)
-    assert parts.count("[CLS]") == 5 * 4 and set(parts) == set(prompt_anatomy.PARTS)
-
-    def text(part: str) -> str:
-        own = [token for token, kind in zip(ids, parts, strict=True) if kind == part]
-        return "".join(prompter.tokenizer.decode(own).split())
-
-    assert text("ids") == "".join(example.candidates)
-    assert text("titles") == "".join(run.titles[a] for a in example.candidates).replace(" ", "")
-    turns = [f"{who.title()}:{said}" for who, said in example.dialogue.turns]
-    assert text("dialogue") == "".join(turns).replace(" ", "")
-
-
-def test_a_profile_may_write_the_id_before_the_title(run, example):
-    """The order of the paper's prompt: the same parts, as many tokens of each."""
-    form = {"candidate": "{id}{image} {title}\n", "candidate_without_image": "{id} {title}\n"}
-    prompts = run.profile.prompts.model_copy(update=form)
-    turned = run.prompter(None)
-    turned.profile = run.profile.model_copy(update={"prompts": prompts})
-    parts = prompt_anatomy.prompt_parts(turned, example.dialogue, example.candidates)
-    plain = prompt_anatomy.prompt_parts(run.prompter(None), example.dialogue, example.candidates)
-    assert [p for p in parts if p in ("ids", "titles")][0] == "ids"
-    assert [p for p in plain if p in ("ids", "titles")][0] == "titles"
-    assert set(parts) == set(plain)
-    assert parts.count("titles") == plain.count("titles")
-    assert parts.count("dialogue") == plain.count("dialogue")
-
-
-def test_a_shortened_prompt_is_refused(run, example):
-    words = " ".join(["please"] * 600)
-    long = example.dialogue.model_copy(update={"context": f"<submission>{words}</submission>"})
-    with pytest.raises(ValueError, match=f"line {long.line}: the prompt was shortened"):
-        prompt_anatomy.prompt_parts(run.prompter(None), long, example.candidates)
 
 
 def test_token_losses_add_up_to_the_training_loss(run, example):
@@ -91,7 +55,10 @@ def test_figures_draw_an_interval_for_every_row():
     drawn = [list(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 2]
     assert drawn.count([-0.1, 0.3]) == 6
     names = [label.get_text() for label in axis.get_yticklabels()]
-    assert names == ["beauty", "fashion", "home"] * 2
+    domains = ["beauty", "fashion", "home"]
+    assert names == [
+        name for m in ("LaViC w/o images", "BM25") for name in (f"LaViC minus {m}", *domains)
+    ]
 
 
 def test_a_kept_figure_says_its_tier_provenance_and_what_is_seen(run, results):
@@ -109,3 +76,61 @@ def test_a_kept_figure_says_its_tier_provenance_and_what_is_seen(run, results):
     assert (plain["tier"], plain["seeds"], plain["alt"]) == ("mini run", [1, 2], repr(shown))
     assert stored("other")["tier"] == stored("audit/third")["tier"] == "published"
     assert "seeds" not in stored("other")  # negative control
+
+
+def test_what_is_printed_or_counted_bears_no_profile_and_no_seed(run):
+    about = run.stamp()
+    assert "seed 42" in footer(about) and "profile mini" in footer(about)
+    for tier in ("published", "replication answers", "counts of the real files"):
+        line = footer(about | {"tier": tier})
+        assert "seed" not in line and "profile" not in line
+
+
+def test_the_map_of_the_paper_names_cells_files_and_their_tiers():
+    rows = paper_map.paper_map()
+    assert len({what for what, *_ in rows}) == len(rows) >= 12
+    for _, _, _, file, tier in rows:
+        if file:
+            with Image.open(ROOT / file) as image:
+                assert json.loads(image.text["Comment"])["tier"] == tier
+
+
+def test_an_exhibit_that_no_cell_shows_is_named(monkeypatch):
+    lost = {"what": "x", "notebook": "00", "figure": "lost", "tier": "published"}
+    monkeypatch.setattr(paper_map, "published", lambda: {"exhibits": [lost]})
+    with pytest.raises(UserError, match='00_start_here.ipynb: 0 cells hold "lost"'):
+        paper_map.paper_map()
+
+
+def test_every_plate_has_a_title_and_there_are_at_most_thirty():
+    names = set()
+    for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            for call in re.finditer(r"(?<!def )\bkeep\(", source):
+                if "outputs" in cell:
+                    assert "title" in source[call.start() :], (path.name, source[:80])
+                    names.add(re.search(r'"([\w/]+)"', source[call.start() :]).group(1))
+    assert 20 < len(names) <= 30, sorted(names)
+
+
+def cells():
+    """(notebook, kind, source) of every cell."""
+    for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            yield path.stem, cell["cell_type"], "".join(cell["source"])
+
+
+def test_formulas_have_single_backslashes_and_counts_one_vocabulary():
+    for name, kind, source in cells():
+        if kind == "markdown":
+            assert not re.search(r"\\\\[A-Za-z]", source), (name, source[:80])
+        assert not re.search("over pairs|row mean", source) or name.startswith("07"), name
+
+
+def test_tables_and_sentences_round_alike():
+    """345 of 1,200 is .2875: a frame's `round` makes .288 of it and a sentence .287."""
+    assert f"{345 / 1200:.3f}" != f"{pd.Series([345 / 1200]).round(3)[0]:.3f}"  # the fault
+    shown = {name for name, _, source in cells() if "display.float_format" in source}
+    assert len(shown) == 8
+    assert not [name for name, _, source in cells() if re.search(r"\.round\(3\)", source)]

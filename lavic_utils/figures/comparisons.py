@@ -10,66 +10,49 @@ import pandas as pd
 from lavic_utils.config import DOMAINS
 from lavic_utils.figures import style
 
-GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # of words that a line would cross
-
-
-def _interval(axis, y: float, row: Mapping, value: str, colour: str, size: float) -> None:
-    """A dot with its interval from `low` to `high`."""
-    axis.plot([row["low"], row["high"]], [y, y], color=colour, lw=2)
-    axis.plot(row[value], y, "o", color=colour, ms=size)
-
 
 def forest_figure(differences: pd.DataFrame):
-    """Paired differences with their 95 % intervals, a row a comparison, in the other's colour.
+    """Paired differences with their 95 % intervals, a row for each comparison, by the other method.
 
     `differences`: columns domain, "LaViC less", difference, low, high.
     """
     groups = differences.groupby("LaViC less", sort=False)
-    fig, axis = plt.subplots(figsize=(8, 0.27 * (len(differences) + len(groups)) + 0.7))
-    y, ticks = 0, {}
-    for other, rows in groups:
-        colour = style.method_colour(other)
-        look = {"color": colour, "weight": "bold", "fontsize": 8.5, "va": "center", "bbox": GROUND}
-        axis.text(0, y, f" less {other}", transform=axis.get_yaxis_transform(), **look)
-        for row in rows.to_dict("records"):
+    rows = len(differences) + len(groups)
+    fig, axis = plt.subplots(figsize=(6.5, 0.24 * rows + 0.7))
+    y, names = 0, {}
+    for other, part in groups:
+        colour, names[y] = style.method_colour(other), f"LaViC minus {other}"
+        for row in part.to_dict("records"):
             y += 1
-            _interval(axis, y, row, "difference", colour, 6)
-            text = f"{row['difference']:+.2f}"
-            style.note(axis, text, row["high"], y, right=5, va="center", fontsize=7.5)
-            ticks[y] = row["domain"]
+            names[y] = row["domain"]
+            style.interval(axis, y, row["low"], row["difference"], row["high"], colour)
         y += 1
     axis.axvline(0, color=style.INK, lw=1)
-    low, high = min(0.0, differences["low"].min()), max(0.0, differences["high"].max())
-    width = high - low
-    axis.set(ylim=(y - 0.4, -0.6), xlim=(low - 0.3 * width, high + 0.12 * width))
-    axis.set_xlabel("HR@1 of LaViC less that of the other")
-    axis.set_yticks(list(ticks), ticks.values())
+    axis.set(ylim=(rows - 0.4, -0.6), xlabel="difference of HR@1 on the same dialogues")
+    axis.set_yticks(list(names), names.values())
     axis.tick_params(axis="y", length=0)
     fig.tight_layout()
     return fig
 
 
 def controls_figure(scores: pd.DataFrame, references: Mapping[str, Mapping[str, float]]):
-    """HR@1 as trained and under negative controls, with 95 % intervals, one panel a domain.
+    """HR@1 as trained and under negative controls, with 95 % intervals, one panel for each domain.
 
     `scores`: columns domain, control, HR@1, low, high, as trained first; `references`: name ->
     domain -> HR@1 of a dashed line.
     """
     names = list(scores["control"].unique())
-    fig, axes = plt.subplots(1, len(DOMAINS), figsize=(9.5, 2.4), sharey=True, sharex=True)
+    fig, axes = plt.subplots(1, len(DOMAINS), figsize=(6.5, 2.2), sharey=True, sharex=True)
     for axis, domain in zip(axes, DOMAINS, strict=True):
         rows = scores[scores["domain"] == domain].set_index("control").loc[names]
         for y, row in enumerate(rows.to_dict("records")):
             colour = style.GRAY if y else style.method_colour("LaViC")
-            _interval(axis, y, row, "HR@1", colour, 7)
-            style.note(axis, f"{row['HR@1']:.2f}", row["HR@1"], y, up=7, ha="center", fontsize=7.5)
+            style.interval(axis, y, row["low"], row["HR@1"], row["high"], colour)
         for name, values in references.items():
-            look = {"color": style.method_colour(name), "fontsize": 7, "bbox": GROUND}
+            look = {"color": style.method_colour(name), "fontsize": 8}
             axis.axvline(values[domain], color=look["color"], ls="--", lw=1)
-            short = name.removeprefix("LaViC ")
-            axis.text(values[domain], len(names) - 0.35, short, ha="center", **look)
-        ylim = (len(names) - 0.3, -0.6)
-        axis.set(title=domain, xlabel="HR@1 over conversations", xlim=(0, None), ylim=ylim)
+            axis.text(values[domain], len(names) - 0.4, name.removeprefix("LaViC "), **look)
+        axis.set(title=domain, xlabel="HR@1", xlim=(0, 1), ylim=(len(names) - 0.3, -0.6))
         axis.set_yticks(range(len(names)), names)
         axis.tick_params(axis="y", length=0)
     fig.tight_layout()
@@ -77,12 +60,12 @@ def controls_figure(scores: pd.DataFrame, references: Mapping[str, Mapping[str, 
 
 
 def frontier_figure(rows: pd.DataFrame):
-    """HR@1 and the share of descriptions with all looks right, by visual tokens an image.
+    """HR@1 and the share of descriptions with all looks right, by visual tokens for each image.
 
     `rows`: those of `mini.beyond`; means over domains and seeds, small dots the single ones.
     """
     measured = {"hit_ratio_conversations": "HR@1 over conversations", "accuracy": "looks described"}
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.2))
+    fig, axes = plt.subplots(1, 2, figsize=(6.5, 2.8))
     for axis, (value, label) in zip(axes, measured.items(), strict=True):
         shown = rows[rows["tokens"].notna() & rows[value].notna()]
         for method, part in shown.groupby("method"):
@@ -90,18 +73,18 @@ def frontier_figure(rows: pd.DataFrame):
             axis.plot(part["tokens"], part[value], ".", ms=3, alpha=0.4, color=colour)
             axis.plot(x, y, "o", ms=6, color=colour)
             name = method.removeprefix("LaViC").strip(", ") or "LaViC"
-            style.note(axis, name, x, y, right=6, va="center", fontsize=7)
-        axis.set(xlabel="visual tokens an image", ylabel=label, ylim=(0, 1.02))
+            style.note(axis, name, x, y, right=6, va="center", fontsize=8)
+        axis.set(xlabel="visual tokens per image", ylabel=label, ylim=(0, 1.02))
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlim(right=8 * shown["tokens"].max())
-    fig.tight_layout(w_pad=3)
+    fig.tight_layout(w_pad=1)
     return fig
 
 
 def lists_figure(rows: pd.DataFrame):
-    """HR@1 by the candidates of a list, a line a method: means over domains and seeds, with the
-    pictures of a prompt that did not fit the window. `rows`: those of `mini.beyond`."""
-    fig, axis = plt.subplots(figsize=(5.5, 2.8))
+    """HR@1 by the candidates of a list, a line for each method: means over domains and seeds, with
+    the pictures of a prompt that did not fit the window. `rows`: those of `mini.beyond`."""
+    fig, axis = plt.subplots(figsize=(6.5, 2.6))
     ends = {}
     for method, part in rows.groupby("of"):
         means = part.groupby("candidates")[["hit_ratio_conversations", "dropped_images"]].mean()
@@ -111,7 +94,7 @@ def lists_figure(rows: pd.DataFrame):
         for count, row in means.iterrows():
             if row["dropped_images"] >= 0.05:
                 text = f"{row['dropped_images']:.1f} pictures dropped"
-                style.note(axis, text, count, row.iloc[0], up=7, ha="center", fontsize=7)
+                style.note(axis, text, count, row.iloc[0], up=7, ha="center", fontsize=8)
         ends[method] = (heights.iloc[-1], colour)
     axis.set(xlabel="candidates", ylabel="HR@1 over conversations", ylim=(0, 1))
     axis.set_xticks(sorted(rows["candidates"].dropna().unique()))

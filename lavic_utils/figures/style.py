@@ -26,6 +26,7 @@ METHODS = {
     "BM25": PALE,
     "SBERT": GRAY,
 }
+CAUSES = ("#8A7F6A", "#C9BE9F")  # of misses, where neither methods nor domains are meant
 DOMAINS = {"beauty": PURPLE, "fashion": ORANGE, "home": GREEN}
 TIERS = {
     "published": GRAY,
@@ -40,6 +41,7 @@ DEFAULTS = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.size": 9,
+    "axes.titlesize": 9,
     "axes.prop_cycle": cycler(color=SHADES),
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -56,6 +58,15 @@ def use() -> None:
 def method_colour(name: str) -> str:
     """The colour of a method; a variant ("LaViC, 64 examples") has its base method's; else gray."""
     return METHODS.get(name) or METHODS.get(name.split(",")[0], GRAY)
+
+
+def interval(
+    axis, y: float, low: float, value: float, high: float, colour: str, mark: str = ""
+) -> None:
+    """A dot with its interval from `low` to `high`, and its value beside it."""
+    axis.plot([low, high], [y, y], color=colour, lw=2)
+    axis.plot(value, y, "o", color=colour, ms=5)
+    note(axis, f"{value:.3f}".replace("0.", ".") + mark, high, y, right=4, va="center", fontsize=8)
 
 
 def note(axis, text: str, x: float, y: float, right: float = 0, up: float = 0, **look) -> None:
