@@ -88,7 +88,7 @@ def test_stored_vectors_and_answers_equal_the_direct_path(run, tokens):
         model, run.prompter(fresh), rows, run.profile.candidates
     )
     assert [a.log_likelihoods for a in ours] == [
-        pytest.approx(a.log_likelihoods, abs=2e-5) for a in again
+        pytest.approx(a.log_likelihoods, abs=5e-5) for a in again
     ]
 
 
