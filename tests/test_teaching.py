@@ -14,7 +14,7 @@ from PIL import Image
 from lavic_utils import figures, recommendation
 from lavic_utils.config import ROOT, UserError
 from lavic_utils.experiment import Experiment
-from lavic_utils.figures import comparisons, paper_map, prompt_anatomy
+from lavic_utils.figures import comparisons, paper_map, prompt_anatomy, style
 from lavic_utils.provenance import footer
 
 
@@ -134,3 +134,10 @@ def test_tables_and_sentences_round_alike():
     shown = {name for name, _, source in cells() if "display.float_format" in source}
     assert len(shown) == 8
     assert not [name for name, _, source in cells() if re.search(r"\.round\(3\)", source)]
+
+
+def test_a_hue_means_a_method():
+    greys = {style.GRAY, style.PALE, style.INK}
+    hues = {colour for colour in style.METHODS.values()} - greys
+    others = {*style.DOMAINS.values(), *style.TIERS.values(), *style.CAUSES}
+    assert len(hues) == len(style.METHODS) - 2 and not hues & others  # retrieval's two are greys

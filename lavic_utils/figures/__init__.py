@@ -129,7 +129,7 @@ def _picture(axis, image: Image.Image | None, label: str, framed: bool = False) 
     else:
         axis.imshow(image)
     for spine in axis.spines.values():
-        spine.set(visible=framed, color=style.BLUE, linewidth=3)
+        spine.set(visible=framed, color=style.INK, linewidth=2.5)
 
 
 def _image(run: Experiment, asin: str) -> Image.Image | None:

@@ -1,4 +1,5 @@
-"""One look for every figure: the same colour for the same method, tier or domain everywhere.
+"""One look for every figure: a hue means a method, everywhere; domains, tiers and causes are greys
+and browns, told apart by their places and labels.
 
 Readable by the colour-blind (Okabe and Ito's palette), in print (lightness differs too) and on a
 dark page (figures keep their own white ground).
@@ -27,13 +28,13 @@ METHODS = {
     "SBERT": GRAY,
 }
 CAUSES = ("#8A7F6A", "#C9BE9F")  # of misses, where neither methods nor domains are meant
-DOMAINS = {"beauty": PURPLE, "fashion": ORANGE, "home": GREEN}
+DOMAINS = {"beauty": INK, "fashion": "#6E6E6E", "home": "#A3A3A3"}
 TIERS = {
     "published": GRAY,
-    "mini run": VERMILLION,
-    "replication answers": GREEN,
-    "reported by others": ORANGE,
-    "full run": BLUE,
+    "mini run": INK,
+    "replication answers": INK,
+    "reported by others": "#6E6E6E",
+    "full run": INK,
     "rehearsal": PALE,
 }
 DEFAULTS = {
