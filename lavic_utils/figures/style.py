@@ -37,6 +37,7 @@ TIERS = {
     "full run": INK,
     "rehearsal": PALE,
 }
+GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where a line passes behind words
 DEFAULTS = {
     "figure.dpi": 90,
     "axes.spines.top": False,
@@ -67,7 +68,8 @@ def interval(
     """A dot with its interval from `low` to `high`, and its value beside it."""
     axis.plot([low, high], [y, y], color=colour, lw=2)
     axis.plot(value, y, "o", color=colour, ms=5)
-    note(axis, f"{value:.3f}".replace("0.", ".") + mark, high, y, right=4, va="center", fontsize=8)
+    said = f"{value:.3f}".replace("0.", ".") + mark
+    note(axis, said, high, y, right=4, va="center", fontsize=8, bbox=GROUND)
 
 
 def note(axis, text: str, x: float, y: float, right: float = 0, up: float = 0, **look) -> None:
