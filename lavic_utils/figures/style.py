@@ -29,14 +29,7 @@ METHODS = {
 }
 CAUSES = ("#8A7F6A", "#C9BE9F")  # of misses, where neither methods nor domains are meant
 DOMAINS = {"beauty": INK, "fashion": "#6E6E6E", "home": "#A3A3A3"}
-TIERS = {
-    "published": GRAY,
-    "mini run": INK,
-    "replication answers": INK,
-    "reported by others": "#6E6E6E",
-    "full run": INK,
-    "rehearsal": PALE,
-}
+TIERS = {"published": GRAY, "replication answers": INK}  # where two stand in one figure
 GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where a line passes behind words
 DEFAULTS = {
     "figure.dpi": 90,
