@@ -59,7 +59,9 @@ class Score:
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
-    """95 % Wilson interval of a proportion."""
+    """95 % Wilson interval of a proportion; all from 0 to 1 where nothing was tried."""
+    if not trials:
+        return 0.0, 1.0
     interval = binomtest(int(hits), int(trials)).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 

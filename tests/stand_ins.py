@@ -232,7 +232,8 @@ def written(domain: str, rng: random.Random) -> list[dict]:
         said += ["<comment>Do you like this?</comment>", "<submission>No.</submission>"] * (i % 3)
         if i == 0:
             said.insert(1, f"<comment>{'and it would have to look good, too, ' * 230}</comment>")
-        truths = [ten[0]] if i % 5 else rng.sample(ids, 2)  # some of these are not listed
+        right = next(asin for asin in ten if asin[0] == "B")
+        truths = [right] if i % 5 else rng.sample(ids[:22], 2)  # some of these are not listed
         row = {"context": "\n".join(said), "context_items": truths[:1] if i == 4 else []}
         row |= {"gt": "This one.", "gt_items": truths * 2 if i == 3 else truths}
         rows.append(

@@ -191,6 +191,7 @@ def test_wilson_covers() -> None:
     assert 0.92 <= np.mean([low <= 0.1 <= high for low, high in bounds]) <= 0.98
     halves = [((3 * a + b) / 4, (a + 3 * b) / 4) for a, b in bounds]
     assert np.mean([low <= 0.1 <= high for low, high in halves]) < 0.85
+    assert ev.wilson(0, 0) == (0.0, 1.0)  # of no trials nothing is known
 
 
 def test_paired_difference() -> None:
