@@ -232,13 +232,12 @@ def tuning_table(run: Experiment) -> pd.DataFrame | None:
     """The search of `tune` as it is kept, an arm a row and a rate a column: validation HR@1 by
     generating / by scoring, * where it was chosen. None where there is none."""
     folders = results_dir(run.profile), ROOT / "results" / run.profile.name
-    found = [folder / "tuning.json" for folder in folders if (folder / "tuning.json").is_file()]
-    if not found:
+    if not (found := [path for folder in folders for path in folder.glob("tuning.json")]):
         return None
     rows = json.loads(found[0].read_text(encoding="utf-8"))["rows"]
     for row in rows:
-        star = " *" if row["chosen"] else ""
-        row["cell"] = f"{row['hit_ratio']:.3f} / {row['hit_ratio_scored']:.3f}{star}"
+        row["cell"] = f"{row['hit_ratio']:.3f} / {row['hit_ratio_scored']:.3f}"
+        row["cell"] += " *" if row["chosen"] else ""
         row["learning rate"] = row["setting"]["learning_rate"]
     return pd.DataFrame(rows).pivot(index="arm", columns="learning rate", values="cell")
 

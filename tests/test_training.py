@@ -248,6 +248,23 @@ def test_accumulated_batches_equal_one_batch(processor, tmp_path):
     assert once(Added, 1, 4)[1] == pytest.approx(4 * whole[1], rel=1e-3)
 
 
+def test_a_student_of_mean_patches_trains_all_layers_but_the_last(processor, tmp_path):
+    """The last layer makes no patch tokens; with it in, `save_adapter` would find B still zero."""
+    rows = student(processor, tmp_path, 2, 1)[1]["train_dataset"]
+    quick = {"batch_size": 2, "epochs": 1, "warmup_steps": 0, "lora": LORA}
+    profile = load_profile("mini")
+    stage = profile.distillation.model_copy(update=quick)
+    profile = profile.model_copy(update={"distillation": stage})
+    for folder, how in (("mean", vision.patch_tokens), ("cls", vision.cls_tokens)):
+        base = minimodel.build_model(processor, seed=1).eval().requires_grad_(False)
+        about = profile, base, processor, rows, rows, tmp_path / folder, 0, None, how
+        assert dist.distil(*about)[0]["valid_loss"] > 0
+        saved = load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors")
+        last = base.config.vision_config.num_hidden_layers - 1
+        layers = {i for i in range(last + 1) if any(f".layers.{i}." in name for name in saved)}
+        assert layers == set(range(last + (how is vision.cls_tokens)))
+
+
 def guard(skipped: bool):
     return training.Finite(SimpleNamespace(optimizer_step_was_skipped=skipped))
 
