@@ -326,8 +326,9 @@ def run_method(
     out = out or run.place / "answers" / file
     write_text(out, "".join(lines))
     lost, cost = unanswered(rows), found["cost"]
-    said = f"{label}, {domain}/{split}: {len(lines) - sum(lost.values())} answers in "
-    said += f"{cost['seconds']:g} s, {refused(rows)} prompts refused as too long"
+    count = len(lines) - refused(rows) - sum(lost.values())
+    said = f"{label}, {domain}/{split}: {count} answers in {cost['seconds']:g} s, {refused(rows)} "
+    said += "prompts refused as too long"
     said += "".join(f", {count} not answered ({why})" for why, count in lost.items())
     said += f", ${cost['usd']:.4f} by the list price" if cost["usd"] else ""
     return f"{said}\n{out}\nscore them: python -m lavic_utils evaluate {out}"

@@ -174,9 +174,8 @@ def serve(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     check_proxies()  # gradio makes its clients when it is imported
     # and asks its own page whether it is there: not through a proxy
-    os.environ["no_proxy"] = (
-        f"{os.environ.get('no_proxy') or os.environ.get('NO_PROXY', '')},{host}"
-    )
+    left_out = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    os.environ["no_proxy"] = f"{left_out},{host},localhost"
     try:
         import gradio as gr
     except ImportError:

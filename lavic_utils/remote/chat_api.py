@@ -55,7 +55,7 @@ REASONING = re.compile(  # marked, also where it is cut; or all that stands befo
     ),
     re.DOTALL | re.IGNORECASE,
 )
-LONGEST_TOKEN = 20  # characters, by far: where so few tokens were read, the prompt was cut
+LONGEST_TOKEN = 12  # characters, on average: where fewer tokens were read, the prompt was cut
 GIVE_UP = 20  # requests in a row that brought nothing: all are wrong, not one dialogue
 SCHEMA = """CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, input_tokens
 INTEGER NOT NULL, output_tokens INTEGER NOT NULL, usd REAL NOT NULL, seconds REAL NOT NULL);"""
@@ -255,7 +255,8 @@ class Endpoint:
         except openai.APIStatusError as error:
             code, body = error.status_code, error.body
             said = body.get("message") if isinstance(body, dict) else body
-            said = self.scrub(" ".join(f"{said or error.message} {error.code or ''}".split())[:300])
+            name = error.code if isinstance(error.code, str) else ""
+            said = self.scrub(" ".join(f"{said or error.message} {name}".split())[:300])
             if code in (400, 413, 422):
                 refused = OVERFLOW.search(said) is not None
                 return Reply(None, tokens, error=f"HTTP {code}: {said}", refused=refused)
