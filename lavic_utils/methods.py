@@ -219,6 +219,7 @@ class Proprietary(Method):
         return chat_api.ask_all(requests, chat_api.MODELS[self.name], run.api, cache, dry_run)
 
     def answer(self, run, domain, split, dialogues, control=None):
+        self.check(run)
         answers = []
         for dialogue, reply in zip(dialogues, self.ask(run, dialogues), strict=True):
             text, ten = reply.text or "", getattr(dialogue, run.profile.candidates)

@@ -576,6 +576,8 @@ def test_another_model_stands_beside_the_papers_row_and_no_failure_is_kept(run, 
         lost = all(asin in asked["messages"][0]["content"] for asin in second)
         return "" if lost else "none of them"
 
+    with pytest.raises(UserError, match="costs money"):  # as in a notebook
+        run.answers(name, "home")
     url, service.say = f"http://127.0.0.1:{service.server_port}/v1", say
     run.api = endpoint.Settings(max_usd=0.0, base_url=url, served="tiny")
     said = report.run_method(run, name, "home").split("\n")[0]

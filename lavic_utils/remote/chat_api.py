@@ -260,7 +260,9 @@ class Endpoint:
             if code in (400, 413, 422):
                 refused = OVERFLOW.search(said) is not None
                 return Reply(None, tokens, error=f"HTTP {code}: {said}", refused=refused)
-            if code in (401, 403):  # their texts like to quote the key, or half of it
+            if code < 400:
+                said = "it redirects, which is not followed: give the address it means as base_url"
+            elif code in (401, 403):  # their texts like to quote the key, or half of it
                 said = f"the service does not take the key in {KEY} for {self.served}"
             elif crawl.again(error) and error.code != "insufficient_quota":
                 raise
@@ -370,7 +372,7 @@ def ask_all(
     again by the next call."""
     asked = {"endpoint": settings.base_url.rstrip("/"), "model": settings.served or model.served}
     asked |= {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
-    price, most, problem = settings.priced(model), 0.0, ""
+    price, most, problem, paid = settings.priced(model), 0.0, "", ""
     keys: list[str] = []
     found: dict[str, Reply] = {}
     todo: dict[str, tuple[int, int]] = {}  # key -> (index of a request, its input tokens at most)
@@ -391,12 +393,13 @@ def ask_all(
             return f"{said}; {len(found)} more are answered already"
         if todo:
             print(f"asking: {said}", file=sys.stderr)
+            endpoint = Endpoint(model, settings)
             try:
-                endpoint = Endpoint(model, settings)
                 endpoint.check(most)
                 _ask_new(requests, todo, found, endpoint, base)
             except (Permanent, TimeoutError, openai.APIStatusError) as error:
                 problem = crawl.one_line(error)
+            paid = f"this run has cost at most {endpoint.spent:.6f} USD, " if endpoint.spent else ""
     kept = sum(key in found and found[key].text is not None for key in keys)
     if keys and not kept and not problem:
         problem = f"none of {len(keys)} requests brought an answer"
@@ -404,8 +407,8 @@ def ask_all(
     unanswered = "".join(f"{count} x {why}; " for why, count in reasons.most_common(3))
     if problem:
         raise UserError(
-            f"{problem}; {unanswered}{kept} of {len(keys)} answers are kept in {cache}, and the "
-            "same command goes on from there"
+            f"{problem}; {unanswered}{kept} of {len(keys)} answers are kept in {cache}, {paid}and "
+            "the same command goes on from there"
         )
     if unanswered:
         log.warning("without an answer, and asked again next time: %s", unanswered.rstrip("; "))
