@@ -132,8 +132,7 @@ def run(
     _refuse(profile, chosen.family)
     asked = Experiment(profile, seed, data_folder, settings, lists, force).prepare()
     if dry_run:
-        print(foreseen(asked, method, domain, split, limit))
-        return
+        return print(foreseen(asked, method, domain, split, limit))
     said = run_method(asked, method, domain, split, order, limit, out)
     in_tables = split == "test" and not (limit or order or data_folder or lists)
     if said and in_tables:

@@ -15,8 +15,7 @@ class Unavailable(UserError):
 
 
 def check_proxies() -> None:
-    """UserError that names the variable of a proxy which the HTTP clients cannot use (those of the
-    hub, of gradio and of `remote` all refuse it with a traceback)."""
+    """UserError that names the variable of a proxy which no HTTP client here can use."""
     usable = ("http", "https", *(("socks5", "socks5h") if find_spec("socksio") else ()))
     for name, value in os.environ.items():
         kind = value.partition("://")[0].lower() if "://" in value else "http"

@@ -204,8 +204,7 @@ def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
                 for domain, value in row["results"].items():
                     line[domain, "published"] = _published_cell(value) if method == name else ""
                     cell = _measured_cell(ours.get((method, domain)), found.get((method, domain)))
-                    star = " †" if cell != NOT_RUN and method in marked else ""
-                    line[domain, tier] = cell + star
+                    line[domain, tier] = cell + " †" * (cell != NOT_RUN and method in marked)
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("HR@1 / VR")
 
 

@@ -153,7 +153,7 @@ class Reply:
 
 
 def texts(messages: Messages) -> list[str]:
-    """The texts of a request: its prompt, and the id before each image."""
+    """Its prompt, and the id before each image."""
     content = messages[0]["content"]
     return [content] if isinstance(content, str) else [p["text"] for p in content if "text" in p]
 
@@ -255,8 +255,7 @@ class Endpoint:
         except openai.APIStatusError as error:
             code, body = error.status_code, error.body
             said = body.get("message") if isinstance(body, dict) else body
-            name = error.code if isinstance(error.code, str) else ""
-            said = self.scrub(" ".join(f"{said or error.message} {name}".split())[:300])
+            said = self.scrub(" ".join(f"{said or error.message} {error.code or ''}".split())[:300])
             if code in (400, 413, 422):
                 refused = OVERFLOW.search(said) is not None
                 return Reply(None, tokens, error=f"HTTP {code}: {said}", refused=refused)
@@ -329,8 +328,7 @@ def _ask_new(
     endpoint: Endpoint,
     base: sqlite3.Connection,
 ) -> None:
-    """Ask for `todo`: replies go to `found`, answers are committed. Once something stops it, what
-    is under way still arrives and is kept."""
+    """Ask for `todo`: replies go to `found`, answers committed, those under way at a stop too."""
     fruitless = 0  # requests in a row
 
     def work(key: str) -> None:
