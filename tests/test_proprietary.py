@@ -314,7 +314,7 @@ def test_many_requests_in_a_row_that_bring_nothing_stop(server: Server, tmp_path
 
 
 def test_order_is_kept_equal_requests_are_asked_once_and_the_limit_holds(server, tmp_path: Path):
-    server.delay = 0.05
+    server.delay = 0.3
     prompts = [f"good {i % 20}" for i in range(50)]
     replies = ask_all(asks(*prompts), MINI, settings(server), tmp_path / "a.sqlite")
     assert [reply.text for reply in replies] == [f"answer to {prompt}" for prompt in prompts]
@@ -381,7 +381,7 @@ def test_killed_in_the_middle_it_asks_no_answered_request_again(server: Server, 
     cache, server.delay = tmp_path / "a.sqlite", 0.03
     command = [sys.executable, "-c", KILLED, f"{server.address}/v1", str(cache)]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 40
+    end = time.monotonic() + 240  # a busy machine takes long to start Python
     while len(server.log) < 50 and time.monotonic() < end:
         time.sleep(0.005)
     running.send_signal(signal.SIGKILL)
@@ -391,7 +391,7 @@ def test_killed_in_the_middle_it_asks_no_answered_request_again(server: Server, 
     # the middle, and all but those under way kept
     assert 50 <= len(before) < 120 and len(before) - 4 <= kept <= len(before)
     server.log.clear()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.stdout == "done\n", done.stderr
     assert len(server.log) == 120 - kept and len(set(server.asked()) | set(before)) == 120
     assert len(set(server.asked()) & set(before)) <= 4 and len(rows(cache)) == 120
@@ -470,12 +470,12 @@ def test_permanent_errors_stop_at_once_with_one_line(server, tmp_path: Path, wor
 
 
 def test_what_is_under_way_when_a_run_stops_still_arrives(server: Server, tmp_path: Path):
-    cache, first = tmp_path / "a.sqlite", asks("good", "gone", "late 1", "late 2", "late 3")
+    cache, first = tmp_path / "a.sqlite", asks("good", "late 1", "late 2", "late 3", "gone")
     with pytest.raises(UserError, match="404.* 4 of 5 answers are kept"):
         ask_all(first, MINI, settings(server), cache)
     assert len(rows(cache)) == 4
     # another that waits for its next attempt says why the run stopped, not that it was stopped
-    waits = asks("good", "busy 1", "late 4", "late 5", *["gone 2"])
+    waits = asks("good", "busy 1", "late 4", "late 5", "gone 2")
     with pytest.raises(UserError, match="404"):
         ask_all(waits, MINI, settings(server), cache)
 
