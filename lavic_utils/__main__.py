@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # the one place where nothing can be said with a Us
     print("python -m pip install -r requirements.lock", file=sys.stderr)
     sys.exit(2)
 
-from lavic_utils.config import UserError, load_profile
+from lavic_utils.config import UserError, load_profile, show_progress
 
 app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 notebooks = Typer(help="The committed notebooks: execute in place, check.", no_args_is_help=True)
@@ -129,7 +129,7 @@ def run(
 
     settings = Settings(base_url=base_url or OPENAI, served=served, max_usd=max_usd)
     chosen = find(method)
-    _refuse(profile, chosen.family)
+    _refuse(profile, chosen.name)
     asked = Experiment(profile, seed, data_folder, settings, lists, force).prepare()
     if dry_run:
         return print(foreseen(asked, method, domain, split, limit))
@@ -142,13 +142,12 @@ def run(
         print(said)
 
 
-def _refuse(profile: str, family: str) -> None:
-    """UserError before anything is loaded where a stage of such a method does not fit the card."""
+def _refuse(profile: str, method: str) -> None:
+    """UserError before anything is loaded where a stage of the method does not fit the card."""
     from lavic_utils.bench.plan import refuse_here
+    from lavic_utils.methods import find
 
-    training = ("teacher", "distillation", "recommendation")
-    stages = {"retrieval": (), "proprietary": (), "generative": ("inference",)}
-    for stage in stages.get(family, training):
+    for stage in find(method).stages:
         refuse_here(load_profile(profile), stage)
 
 
@@ -384,12 +383,13 @@ def demo(
 
     if folder and not folder.is_dir():
         raise UserError(f"--data {folder}: no such folder; give one laid out as the published data")
-    _refuse(profile, "proposed")
+    _refuse(profile, "LaViC")
     serve(profile, seed, folder, host, port)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    show_progress()
     try:
         code = app(args=arguments, prog_name="lavic", standalone_mode=False) or 0
         if code == 130:  # typer has taken the interrupt

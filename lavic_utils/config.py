@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -80,7 +81,9 @@ class Stage(Section):
     """What both stages set."""
 
     # settings of time and memory alone: changing one of them throws no result away
-    ONLY_SPEED: ClassVar = ("gradient_checkpointing", "eval_batch_size")
+    ONLY_SPEED: ClassVar = (
+        *("gradient_checkpointing", "eval_batch_size", "save_steps", "save_minutes"),
+    )
 
     lora: Lora = Lora()
     learning_rate: float = Field(gt=0)
@@ -93,6 +96,10 @@ class Stage(Section):
     max_new_tokens: int = Field(ge=4)
     schedule: str = "constant"
     warmup_steps: int = 0
+    # a checkpoint every so many steps or minutes, so that a kill loses no more; None: stage 1 has
+    # one an epoch, stage 2 begins an adapter again
+    save_steps: int | None = Field(None, ge=1)
+    save_minutes: float | None = Field(None, gt=0)
 
     def steps(self, rows: int) -> int:
         """Optimiser steps of a whole training on so many rows, in one process."""
@@ -107,7 +114,7 @@ class Stage(Section):
 class Distillation(Stage):
     """Stage 1 (method: visual knowledge self-distillation)."""
 
-    ONLY_SPEED: ClassVar = (*Stage.ONLY_SPEED, "teacher_batch_size", "keep_pixels")
+    ONLY_SPEED: ClassVar = (*Stage.ONLY_SPEED, "teacher_batch_size", "keep_pixels", "workers")
 
     teacher_batch_size: int = Field(48, ge=1)  # images described at once
     eval_batch_size: int = Field(64, ge=1)
@@ -116,16 +123,18 @@ class Distillation(Stage):
     images_per_item: int | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
     keep_pixels: bool = False  # in memory, instead of decoding every image in every epoch
+    workers: int = Field(0, ge=0)  # processes that decode images while the card computes
 
 
 class Recommendation(Stage):
     """Stage 2 (method: recommendation fine-tuning) and inference."""
 
-    ONLY_SPEED: ClassVar = (*Stage.ONLY_SPEED, "save_steps")
-
+    # prompts answered at once, where none is longer than `max_length`
     eval_batch_size: int = Field(ge=1)
-    # a checkpoint every so many steps; None: a killed run starts this adapter again
-    save_steps: int | None = None
+
+    def at_once(self, tokens: int) -> int:
+        """Prompts of so many tokens in a batch: no more tokens than in a full one, but a prompt."""
+        return max(1, self.eval_batch_size * self.max_length // max(tokens, self.max_length))
 
 
 class Profile(Section):
@@ -184,6 +193,12 @@ def load_profile(name: str = "mini") -> Profile:
         field = ".".join(str(part) for part in first["loc"]) or "(top level)"
         problem = f"field {field}: {first['msg']}"
     raise UserError(f"{path}: {problem}; correct the file")
+
+
+def show_progress() -> None:
+    """Let the package's log, which says how far long work is, appear on stderr."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lavic_utils").setLevel(logging.INFO)
 
 
 def results_dir(profile: Profile) -> Path:

@@ -7,10 +7,12 @@ LoRA on the vision tower and the projector; the language model stays frozen.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from lavic_utils import training, vision
 from lavic_utils.config import Profile, UserError
 from lavic_utils.data import open_image
 from lavic_utils.prompts import describe_prompt, encode
+from lavic_utils.provenance import write_text
 from lavic_utils.training import IGNORE, pad_left, target_loss
 
 # Every linear layer of the vision tower and of the projector (section 4.1). Anchored: "model."
@@ -111,28 +114,57 @@ def describe(
     return texts
 
 
+class Written:
+    """Texts kept in a file as they are written, a line each: a killed run goes on behind them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.texts = path, []
+        if path.is_file():
+            whole = path.read_bytes().rpartition(b"\n")[0].splitlines()  # a kill may cut the last
+            self.texts = [json.loads(line) for line in whole]
+        write_text(path, "".join(json.dumps(text) + "\n" for text in self.texts))
+
+    def add(self, texts: Sequence[str]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(text) + "\n" for text in texts))
+        self.texts += texts
+
+
 class StudentCollator:
     """Title and [CLS] placeholders, then the teacher's description, which alone is scored. What is
     longer than `max_length` is never shortened: UserError."""
 
     def __init__(self, model, processor, profile: Profile, pictures: Pictures) -> None:
-        self.model, self.tokenizer = model, processor.tokenizer
-        self.profile, self.pictures = profile, pictures
+        self.sizes = SimpleNamespace(config=model.config)  # a worker process needs no weights
+        self.tokenizer, self.profile, self.pictures = processor.tokenizer, profile, pictures
+
+    def check(self, rows: Sequence[Picture]) -> None:
+        """UserError for the first row that is too long, before any image is decoded."""
+        grids = self.sizes.config.image_grid_pinpoints
+        most = max(vision.tile_count(self.sizes, size) for size in grids)
+        for row in rows:
+            self.tokens(row, most)
+
+    def tokens(self, row: Picture, tiles: int) -> tuple[list[int], list[int]]:
+        """(prompt, target) of an image of so many tiles."""
+        prompt = describe_prompt(self.tokenizer, self.profile.prompts, row.title, tiles)
+        # spelled as the model would write it: the tokenizer puts the space before a text itself
+        target = encode(self.tokenizer, row.description) + [self.tokenizer.eos_token_id]
+        found, most = len(prompt) + len(target), self.profile.distillation.max_length
+        if found > most:
+            raise UserError(
+                f"{row.path.name}: title, [CLS] and description take {found} tokens, more than "
+                f"max_length {most} of stage 1; raise it in the profile"
+            )
+        return prompt, target
 
     def __call__(self, rows: Sequence[Picture]) -> dict[str, Tensor]:
         values, sizes = stack_pixels([self.pictures(row.path) for row in rows])
         ids, labels = [], []
         for row, size in zip(rows, sizes, strict=True):
-            tiles = vision.tile_count(self.model, size)
-            prompt = describe_prompt(self.tokenizer, self.profile.prompts, row.title, tiles)
-            target = encode(self.tokenizer, " " + row.description) + [self.tokenizer.eos_token_id]
+            prompt, target = self.tokens(row, vision.tile_count(self.sizes, size))
             ids.append(prompt + target)
             labels.append([IGNORE] * len(prompt) + target)
-            if len(ids[-1]) > (most := self.profile.distillation.max_length):
-                raise UserError(
-                    f"{row.path.name}: title, [CLS] and description take {len(ids[-1])} tokens, "
-                    f"more than max_length {most} of stage 1; raise it in the profile"
-                )
         return {
             "input_ids": pad_left(ids, self.tokenizer.pad_token_id),
             "labels": pad_left(labels, IGNORE),
@@ -161,7 +193,8 @@ def distil(
     if how is not vision.cls_tokens:
         last = model.config.vision_config.num_hidden_layers - 1
         target = target.replace(r"vision_tower\.", rf"vision_tower\.(?!.*\.layers\.{last}\.)")
-    pictures = Pictures(processor, settings.keep_pixels)
+    collate = StudentCollator(model, processor, profile, Pictures(processor, settings.keep_pixels))
+    collate.check([*train, *valid])
     arguments = training.training_arguments(
         folder / "checkpoints",
         settings,
@@ -175,13 +208,16 @@ def distil(
         greater_is_better=False,
         logging_steps=10,
         per_device_eval_batch_size=settings.eval_batch_size,
+        dataloader_num_workers=settings.workers,
+        dataloader_persistent_workers=settings.workers > 0,
     )
     trainer = training.StageTrainer(
+        settings,
         model=training.add_adapter(Student(model, how), settings.lora, target),
         processing_class=processor.tokenizer,
         train_dataset=list(train),
         eval_dataset=list(valid),
-        data_collator=StudentCollator(model, processor, profile, pictures),
+        data_collator=collate,
         args=arguments,
         callbacks=[_EachEpoch(on_epoch, model)] if on_epoch else None,
     )

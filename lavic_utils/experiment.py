@@ -19,6 +19,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from lavic_utils import data, distillation, methods, recommendation, store, training, vision
+from lavic_utils import config, data, distillation, methods, recommendation, store, training, vision
 from lavic_utils.config import (
     DOMAINS,
     Profile,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from lavic_utils.remote.chat_api import Settings
 
 QUICK = 600  # seconds: a stage that took less is made again when its code has changed
+SCANNED = 1000  # image files looked at before that is kept
 BEGUN = "begun.json"  # in the folder of a stage under way: whose checkpoints stand there
 
 
@@ -132,6 +134,8 @@ class Experiment:
         if torch.cuda.is_available() and self.processes > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.manual_seed(self.seed)
+        if not self.profile.world:
+            config.show_progress()  # of a 7B model's hours, in a notebook too
         return self
 
     def of_seed(self, seed: int) -> Experiment:
@@ -323,21 +327,33 @@ class Experiment:
     def scan(self, paths: Iterable[Path]) -> dict[Path, str | None]:
         """sha256 of image files, None for one that is missing or cannot be decoded. Kept in
         `images.json`: a file is looked at again only where its size or time has changed."""
-        file, known, found, looked = self.of_data / "images.json", self._scanned, {}, False
+        file, known, found, new = self.of_data / "images.json", self._scanned, {}, []
         if not known and file.is_file():
             known.update(json.loads(file.read_text(encoding="utf-8")))
         for path in paths:
             found[path] = None
             if path.is_file():
                 name, about = f"{path.parent.name}/{path.name}", path.stat()
-                mark = [about.st_size, about.st_mtime_ns]
-                if known.get(name, [None])[0] != mark:
-                    readable, looked = data.open_image(path) is not None, True
-                    known[name] = [mark, file_hash(path) if readable else None]
-                found[path] = known[name][1]
-        if looked and self.rank == 0:
-            write_json(file, known)
-        return found
+                found[path] = name, [about.st_size, about.st_mtime_ns]
+                if known.get(name, [None])[0] != found[path][1]:
+                    new.append(path)
+        pace = training.Pace("images looked at", len(new))
+        for i in range(0, len(new), SCANNED):
+            some = new[i : i + SCANNED]
+            with ThreadPoolExecutor() as pool:
+                hashes = list(pool.map(lambda p: data.open_image(p) and file_hash(p), some))
+            for path, image in zip(some, hashes, strict=True):
+                name, mark = found[path]
+                known[name] = [mark, image]
+            if self.rank == 0:
+                write_json(file, known)
+            pace.at(i + len(some))
+        return {path: about and known[about[0]][1] for path, about in found.items()}
+
+    def readable(self, paths: Mapping[str, Path]) -> dict[str, Path]:
+        """Those of the image files (item id -> file) that can be decoded."""
+        found = self.scan(paths.values())
+        return {asin: path for asin, path in paths.items() if found[path]}
 
     # ------------------------------------------------------------ stage 1
     @once
@@ -380,13 +396,19 @@ class Experiment:
         if settings.descriptions == "published":
             return {s: [self.published[p.path.name] for p in self.pictures(s)] for s in splits}
 
+        folder = self.of_data / "teacher"
+
         def make() -> dict:
+            self.need_room("teacher")
             model, read = self.model(), distillation.Pictures(self.processor, keep=False)
-            found: dict[str, list[str]] = {split: [] for split in splits}
-            for split in splits:
-                for some in vision.batched(self.pictures(split), 256):
-                    found[split] += self._described(model, vision.full_tokens, some, read)
-            return found
+            rows = [picture for split in splits for picture in self.pictures(split)]
+            written = distillation.Written(folder / "checkpoints" / "descriptions.jsonl")
+            pace = training.Pace("descriptions", len(rows), len(written.texts))
+            for some in vision.batched(rows[len(written.texts) :], settings.teacher_batch_size):
+                written.add(self._described(model, vision.full_tokens, some, read))
+                pace.at(len(written.texts))
+            first = len(self.pictures("train"))
+            return {"train": written.texts[:first], "valid": written.texts[first:]}
 
         reads = {
             "base": self.base(),
@@ -394,7 +416,7 @@ class Experiment:
             "max_new_tokens": settings.max_new_tokens,
             "pictures": [self.contents(self.pictures(split)) for split in splits],
         }
-        return self.stage("teacher", self.of_data / "teacher", "distillation", reads, make)
+        return self.stage("teacher", folder, "distillation", reads, make)
 
     @once
     def taught(self, split: str) -> list[distillation.Picture]:
@@ -434,9 +456,9 @@ class Experiment:
             return {f"accuracy_{name}": value for name, value in found.items()}
 
         def make() -> dict:
-            what = self.profile, self.model(), self.processor, train, valid
-            on_epoch = measure if mini else None
-            history = distillation.distil(*what, folder, self.seed, on_epoch, how)
+            self.need_room("distillation")
+            given = self.processor, train, valid, folder, self.seed, measure if mini else None, how
+            history = distillation.distil(self.profile, self.model(), *given)
             found = {"history": history, "train_images": len(train), "valid_images": len(valid)}
             if mini:  # what can be read off each kind of visual tokens, on items never trained on
                 base, texts = self.model(), [p.description for p in valid]
@@ -471,17 +493,23 @@ class Experiment:
         return self.folder / name / "adapter"
 
     def visual(
-        self, tokens: str | None, splits: Sequence[str] = ("train", "test")
+        self,
+        tokens: str | None,
+        splits: Sequence[str] = ("train", "test"),
+        model: Callable | None = None,
     ) -> Mapping[str, Tensor] | None:
         """Visual tokens of every dialogue item with a readable first image: "distilled" or "base"
         [CLS], "full" (None: none), or another of `vision.TOKENS`, as it comes or "distilled" (as in
         "distilled mean"). Each image is encoded once and its vectors read from a
-        `store.Store`, which other seeds share where the key is the same."""
+        `store.Store`, which other seeds share where the key is the same; but a 7B model's full
+        tokens, 47 MB an item, are encoded when they are asked for, by what `model` then returns
+        (a model at hand; stage 2 leaves its vision side as it is)."""
         if tokens is None:
             return None
         paths = self.image_files(splits)
-        if tokens == "full" and not self.profile.world:  # a 7B model's take 47 MB an item
-            return vision.lazy_full_tokens(self.model(), self.processor, paths)
+        if tokens == "full" and not self.profile.world:
+            model = model or functools.cache(self.model)
+            return vision.lazy_full_tokens(model, self.processor, self.readable(paths))
         profile, kind, adapter = self.profile, kind_of(tokens), self.student(tokens)
 
         def encoder() -> store.Encode:
@@ -514,6 +542,13 @@ class Experiment:
         about = self.processor.tokenizer, profile or self.profile, self.titles
         return recommendation.Prompter(*about, visual, window)
 
+    def need_room(self, stage: str, tokens: Callable[[], int] | None = None) -> None:
+        """UserError where a stage of `bench.memory`, about to begin, does not fit what is free on
+        this machine's card; `tokens`: counts the longest prompt."""
+        from lavic_utils.bench.plan import refuse_now
+
+        refuse_now(self.profile, stage, tokens)
+
     def asked(self, dialogues: Sequence[data.Dialogue], method: str) -> dict:
         """What of dialogues, their candidates and a method's settings decides what it is asked."""
         which, rows = self.profile.candidates, []
@@ -538,7 +573,9 @@ class Experiment:
         examples = recommendation.training_examples(dialogues, self.profile.candidates, self.seed)
 
         def make() -> dict:
-            visual, model = variant.visual(self, "train"), self.model()
+            visual = variant.visual(self, "train", lambda: model)
+            self.need_room(variant.stages[-2])
+            model = self.model()
             prompter, on_step = self.prompter(visual, profile=profile), None
             if self.profile.world and variant.name == "LaViC":
                 look, valid = self.prompter(variant.visual(self, "valid")), "valid"
@@ -692,7 +729,8 @@ def _begin(folder: Path, begun: Mapping) -> float:
     place = folder / BEGUN
     if place.is_file():
         found = json.loads(place.read_text(encoding="utf-8"))
-        last = max(one.stat().st_mtime for one in (folder, *folder.glob("checkpoints")))
+        made = [folder, *folder.glob("checkpoints"), *folder.glob("checkpoints/*")]
+        last = max(one.stat().st_mtime for one in made)
         costly = last - found["started"] >= QUICK
         asks = ("key", "processes") if costly else begun  # long work is kept though code changed
         if all(found[name] == begun[name] for name in asks):

@@ -34,19 +34,22 @@ if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment
 
 TITLE, BOTH = "item title", "item title and image"
+ENTIRE, LONG = "Entire tokens (5x577)", ("entire tokens, training", "entire tokens, answers")
 Control = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Method:
     """A row of a table. `hub`: the model it needs that is not the profile's. `chooses`: it picks
-    one of the ten candidates; False: it ranks the domain's whole catalogue."""
+    one of the ten candidates; False: it ranks the domain's whole catalogue. `stages`: those of
+    `bench.memory` that must fit a card."""
 
     name: str
     inputs: str = TITLE
     family: str = "generative"
     hub: HubModel | None = None
     chooses: ClassVar[bool] = True
+    stages: ClassVar[tuple[str, ...]] = ()
 
     @property
     def full(self) -> str | None:
@@ -63,8 +66,12 @@ class Method:
 
     def check(self, run: Experiment) -> None:
         """UserError where it cannot run here and now: why, and the command that helps."""
+        from lavic_utils.bench.plan import refuse_here
+
         if self.hub:
             self.hub.source(run.profile.models.get(self.name))
+        for stage in self.stages:
+            refuse_here(run.profile, stage)
 
     def reason(self, run: Experiment) -> str | None:
         """What `check` says; None where the method can run."""
@@ -122,19 +129,26 @@ class Base(Method):
     """The profile's own LLaVA-v1.6 as it comes. With images, a prompt that does not fit its context
     is refused."""
 
+    @property
+    def stages(self):
+        return LONG[1:] if self.full else ("inference",)
+
     def needs(self, run):
         return f"the profile's model ({run.profile.model})"
 
     def check(self, run):
         vision.source(run.profile)
+        super().check(run)
 
     def reads(self, run, domain, split):
         return [run.base(), run.visual_reads(self.full, split)]
 
     def answer(self, run, domain, split, dialogues, control=None):
-        model, which = run.model(), run.profile.candidates
-        visual = run.visual(self.full, (split,))
-        prompter = run.prompter(visual, vision.context_window(model) if self.full else None)
+        visual, which = run.visual(self.full, (split,), lambda: model), run.profile.candidates
+        window = vision.context_window(vision.load_config(run.profile)) if self.full else None
+        prompter = run.prompter(visual, window)
+        run.need_room("inference", lambda: prompter.longest(dialogues, which))
+        model = run.model()
         return recommendation.generate_answers(model, prompter, dialogues, which)
 
 
@@ -144,6 +158,7 @@ class Open(Method):
     reads titles; a LLaVA 1.5 reads titles, or titles and its own full image tokens."""
 
     chat: str = "{message}"
+    stages = Base.stages
 
     def reads(self, run, domain, split):
         folder = run.profile.models.get(self.name)
@@ -153,13 +168,14 @@ class Open(Method):
     def answer(self, run, domain, split, dialogues, control=None):
         chat = run.profile.prompts.model_copy(update={"chat": self.chat})
         profile, which = run.profile.model_copy(update={"prompts": chat}), run.profile.candidates
+        run.need_room("inference")
         model, processor = load_open(profile, *self.hub.source(profile.models.get(self.name)))
         visual, window = None, None
         if self.full:
             asins = {asin for dialogue in dialogues for asin in getattr(dialogue, which)}
             paths = {asin: image_file(run.root, asin) for asin in sorted(asins)}
-            visual = vision.lazy_full_tokens(model, processor, paths)
-            window = vision.context_window(model)
+            visual = vision.lazy_full_tokens(lambda: model, processor, run.readable(paths))
+            window = vision.context_window(model.config)
         tokenizer = getattr(processor, "tokenizer", processor)
         prompter = recommendation.Prompter(tokenizer, profile, run.titles, visual, window)
         return recommendation.generate_answers(model, prompter, dialogues, which)
@@ -244,12 +260,20 @@ class Trained(Method):
     tuned: bool = True
     tiles: int | None = None
 
+    @property
+    def stages(self):  # the last but one trains it
+        if self.name == ENTIRE:
+            return LONG
+        first = ("teacher", "distillation") if (self.tokens or "").startswith("distilled") else ()
+        return (*first, "recommendation", "inference")
+
     def needs(self, run):
         return f"the profile's model ({run.profile.model}), the train split and the images"
 
     def check(self, run):
         vision.source(run.profile)
         run.need_training_data()
+        super().check(run)
 
     def reads(self, run, domain, split):
         self.trained(run, domain)
@@ -261,9 +285,11 @@ class Trained(Method):
         """What stage 2 did, trained now if it is not yet."""
         return run.tune(self.name, domain) if self.tuned else {"examples": 0, "steps": 0}
 
-    def visual(self, run: Experiment, split: str) -> Mapping[str, Tensor] | None:
+    def visual(
+        self, run: Experiment, split: str, model: Callable | None = None
+    ) -> Mapping[str, Tensor] | None:
         """Visual tokens of a split's items, as its prompts carry them."""
-        visual = run.visual(self.tokens, (split,))
+        visual = run.visual(self.tokens, (split,), model)
         if self.tiles is None:
             return visual
         return {asin: tokens[: self.tiles] for asin, tokens in visual.items()}
@@ -273,11 +299,11 @@ class Trained(Method):
         self.visual(run, split)
 
     def answer(self, run, domain, split, dialogues, control=None):
-        visual = self.visual(run, split)
+        visual, which = self.visual(run, split, lambda: model), run.profile.candidates
         shown, profile = control(visual) if control else visual, run.profile.arm(self.name)
         prompter = run.prompter(shown, profile=profile)
+        run.need_room(self.stages[-1], lambda: prompter.longest(dialogues, which))
         model = run.tuned(self.name, domain) if self.tuned else run.model()
-        which = run.profile.candidates
         return recommendation.generate_answers(model, prompter, dialogues, which)
 
 
@@ -311,7 +337,7 @@ METHODS = _registry(
     Proprietary("GPT-4o (title)", TITLE, "proprietary"),
     Proprietary("GPT-4o-mini (title+image)", BOTH, "proprietary"),
     Proprietary("GPT-4o (title+image)", BOTH, "proprietary"),
-    Trained("Entire tokens (5x577)", BOTH, "ablation", tokens="full"),
+    Trained(ENTIRE, BOTH, "ablation", tokens="full"),
     Trained("LaViC w/o images", TITLE, "ablation", tokens=None),
     Trained(RAW, BOTH, "ablation", tokens="base"),
     Trained("LaViC", BOTH, "proposed"),

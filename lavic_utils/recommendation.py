@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from lavic_utils import training, vision
 from lavic_utils.config import Profile
+from lavic_utils.config import Recommendation as Settings
 from lavic_utils.data import Dialogue
 from lavic_utils.evaluation import parse_answer
 from lavic_utils.prompts import Candidate, Encoded, encode, recommend_prompt
@@ -109,6 +110,10 @@ class Prompter:
         text, turns = self.profile.prompts, dialogue.turns
         return recommend_prompt(self.tokenizer, text, turns, items, self.room, self.refuse)
 
+    def longest(self, dialogues: Sequence[Dialogue], which: str) -> int:
+        """Tokens of the longest of their prompts."""
+        return max((len(self.prompt(d, getattr(d, which)).ids) for d in dialogues), default=0)
+
     def target_ids(self, asin: str) -> list[int]:
         """The target: the id and the end of the sequence."""
         text = self.profile.prompts.answer.format(id=asin)
@@ -194,11 +199,12 @@ def fine_tune(
         vision.dtype(profile),
         logging_steps=2,
         save_total_limit=1,
-        train_sampling_strategy="group_by_length",
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
+        save_strategy="no",  # but by `training.Saves`
+        # rows alike in length, where several make a batch
+        train_sampling_strategy="group_by_length" if settings.batch_size > 1 else "random",
     )
     trainer = RecommendationTrainer(
+        settings,
         model=training.add_adapter(Recommender(model), settings.lora, LANGUAGE_LINEAR),
         processing_class=prompter.tokenizer,
         train_dataset=[prompter.row(example) for example in examples],
@@ -227,9 +233,23 @@ def generate_answers(
         answers.append(Answer("", candidates=ten, refused=prompts[-1].refused))
     asked = [i for i, answer in enumerate(answers) if not answer.refused]
     asked.sort(key=lambda i: len(prompts[i].ids))
-    for group in vision.batched(asked, prompter.profile.recommendation.eval_batch_size):
+    settings = prompter.profile.recommendation
+    pace = training.Pace("answers", len(asked))
+    for rows in batches([len(prompts[i].ids) for i in asked], settings):
+        group = [asked[row] for row in rows]
         _answer_batch(model, prompter, [prompts[i] for i in group], [answers[i] for i in group])
+        pace.at(rows.stop)
     return answers
+
+
+def batches(lengths: Sequence[int], settings: Settings) -> list[range]:
+    """Prompts of rising lengths, in batches of as many as fit (`Settings.at_once`)."""
+    found, start = [], 0
+    for i, tokens in enumerate(lengths):
+        if i - start >= settings.at_once(tokens):
+            found.append(range(start, i))
+            start = i
+    return [*found, range(start, len(lengths))] if lengths else []
 
 
 def _answer_batch(model, prompter: Prompter, prompts: list, answers: list) -> None:

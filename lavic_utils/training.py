@@ -9,11 +9,15 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import logging
 import math
 import os
 import re
 import shutil
+import time
+import weakref
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,7 +33,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lavic_utils.config import Lora, UserError
 
+log = logging.getLogger(__name__)
 IGNORE = -100  # the label of a token that is not scored
+QUIET = 30  # seconds between two lines on how far a stage is
 
 
 # ------------------------------------------------------------ batches and the loss
@@ -196,13 +202,16 @@ def training_arguments(folder: Path, stage, seed: int, dtype, **more) -> Trainin
 
 class StageTrainer(Trainer):
     """transformers' Trainer, but a broken run stops, and a killed one goes on as if nothing had
-    been: it ends with the same adapter to the bit."""
+    been: it ends with the same adapter to the bit. `settings`: the stage's, of its checkpoints."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, settings=None, **options) -> None:
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Finite(self.accelerator))
-        self.add_callback(Resumed(self))
+        place = Path(self.args.output_dir).parent
+        for callback in (Finite(self.accelerator), Resumed(self), Progress(place)):
+            self.add_callback(callback)
+        if settings is not None:
+            self.add_callback(Saves(settings, self.accelerator))
 
     def fit(self, folder: Path) -> None:
         """Train, from the newest whole checkpoint if there is one, and leave the adapter in
@@ -212,11 +221,23 @@ class StageTrainer(Trainer):
             remove_broken(made)
         self.accelerator.wait_for_everyone()
         gc.freeze()  # the Trainer collects garbage often: what was there before it is left alone
-        self.train(resume_from_checkpoint=get_last_checkpoint(made) if made.is_dir() else None)
-        gc.unfreeze()
-        if self.is_world_process_zero():
-            save_adapter(self.model, folder)
-        self.accelerator.wait_for_everyone()  # nobody reads the checkpoints any more
+        try:
+            self.train(resume_from_checkpoint=get_last_checkpoint(made) if made.is_dir() else None)
+            if self.is_world_process_zero():
+                save_adapter(self.model, folder)
+            self.accelerator.wait_for_everyone()  # nobody reads the checkpoints any more
+        finally:
+            gc.unfreeze()
+            self.release()
+
+    def release(self) -> None:
+        """Leave the model as it was given: nothing of the training holds on to it, so it goes from
+        memory with its last user."""
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.model.__dict__.pop(name, None)  # autocast around `forward`: the model in a circle
+        self.model.zero_grad()
+        self.accelerator.free_memory()
+        self.optimizer = self.lr_scheduler = self.model_wrapped = None
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # nobody reads them, and every step would count the model's parameters
@@ -247,7 +268,7 @@ class Resumed(TrainerCallback):
     log shows, and where the best checkpoint is now (it keeps the path of the first run)."""
 
     def __init__(self, trainer: StageTrainer) -> None:
-        self.trainer = trainer
+        self.trainer = weakref.proxy(trainer)  # which holds this: no circle
 
     def on_train_begin(self, args, state, control, **_):
         if kept := state.stateful_callbacks.get(Resumed.__name__):
@@ -255,6 +276,69 @@ class Resumed(TrainerCallback):
             self.trainer._globalstep_last_logged = kept["since"]
         if state.best_global_step:
             state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.best_global_step}"
+
+
+class Saves(TrainerCallback):
+    """A checkpoint every `save_steps` steps and every `save_minutes` minutes of a stage; not at the
+    end of an epoch, which counts only once it is validated."""
+
+    def __init__(self, settings, accelerator) -> None:
+        self.steps, self.accelerator = settings.save_steps, accelerator
+        self.seconds = 60 * settings.save_minutes if settings.save_minutes else None
+
+    def on_train_begin(self, *_, **__):
+        self.last = time.monotonic()
+
+    on_save = on_train_begin
+
+    def on_step_end(self, args, state, control, **_):
+        due = bool(self.steps) and state.global_step % self.steps == 0
+        if self.seconds:  # all processes save together
+            late = time.monotonic() - self.last >= self.seconds
+            late = torch.tensor([late], device=self.accelerator.device)
+            due |= bool(self.accelerator.gather(late).any())
+        epoch_ends = state.global_step % max(1, state.max_steps // state.num_train_epochs) == 0
+        control.should_save |= due and not epoch_ends
+
+
+class Pace:
+    """Says in the log, at most every QUIET seconds, how far a long work is and the time left."""
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self.what, self.total, self.first = what, total, done
+        self.start = self.said = time.monotonic()
+
+    def at(self, done: int, more: str = "") -> None:
+        now = time.monotonic()
+        if done > self.first and now - self.said >= QUIET:
+            left = round((now - self.start) / (done - self.first) * (self.total - done))
+            left = timedelta(seconds=left)
+            log.info("%s: %s of %s%s, %s left", self.what, done, self.total, more, left)
+            self.said = now
+
+
+class Progress(TrainerCallback):
+    """The steps of a stage and of its validations, with the loss, in the log."""
+
+    def __init__(self, place: Path) -> None:
+        self.name, self.batches = f"{place.parent.name}/{place.name}", None
+
+    def on_train_begin(self, args, state, control, **_):
+        self.steps = Pace(f"{self.name}, steps", state.max_steps, state.global_step)
+
+    def on_log(self, args, state, control, logs, **_):
+        if "loss" in logs and state.is_world_process_zero:
+            self.steps.at(state.global_step, f", loss {logs['loss']:.4f}")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **_):
+        if self.batches is None:
+            self.seen, self.batches = 0, Pace(f"{self.name}, validation", len(eval_dataloader))
+        self.seen += 1
+        if state.is_world_process_zero:
+            self.batches.at(self.seen)
+
+    def on_evaluate(self, *_, **__):
+        self.batches = None
 
 
 class Reseeded(TrainerCallback):

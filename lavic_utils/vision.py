@@ -8,6 +8,7 @@ Full tokens: every patch of the last layer but one, projected, with row ends. [C
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -36,6 +37,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def free() -> None:
+    """Give back what nobody uses of a card's memory, where there is a card."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def half() -> torch.dtype:
     """bfloat16, but float16 on a card below compute capability 8, which only emulates bfloat16."""
     old = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
@@ -57,9 +65,15 @@ def load_processor(profile: Profile) -> llava_next.LlavaNextProcessor:
     path, revision = source(profile)
     images = llava_next.LlavaNextImageProcessorPil.from_pretrained(path, revision=revision)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    patch = AutoConfig.from_pretrained(path, revision=revision).vision_config.patch_size
+    patch = load_config(profile).vision_config.patch_size
     options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return llava_next.LlavaNextProcessor(images, tokenizer, patch, **options)
+
+
+def load_config(profile: Profile):
+    """The configuration of the profile's model."""
+    path, revision = source(profile)
+    return AutoConfig.from_pretrained(path, revision=revision)
 
 
 def load_model(profile: Profile) -> llava_next.LlavaNextForConditionalGeneration:
@@ -72,6 +86,7 @@ def load_model(profile: Profile) -> llava_next.LlavaNextForConditionalGeneration
 def load(kind, profile: Profile, path: str, revision: str | None):
     """A checkpoint (folder or hub id) of the class `kind` as the profile wants it (dtype, 4 bits),
     in eval mode and without gradients. UserError where files are missing."""
+    free()
     options: dict = {"dtype": dtype(profile), "attn_implementation": "sdpa", "revision": revision}
     if profile.quantize_4bit:
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
@@ -101,9 +116,9 @@ def _four_bits(profile: Profile):
     )
 
 
-def context_window(model) -> int:
+def context_window(config) -> int:
     """Tokens the language model was made for."""
-    return model.config.get_text_config().max_position_embeddings
+    return config.get_text_config().max_position_embeddings
 
 
 def inner(model):
@@ -253,19 +268,21 @@ class Lazy(Mapping[str, Tensor]):
         return len(self.sizes)
 
 
-def lazy_full_tokens(model, processor, paths: Mapping[str, Path]) -> Lazy:
-    """Full tokens of each readable image (item id -> file); the model: LLaVA-NeXT or LLaVA 1.5."""
+def lazy_full_tokens(model: Callable, processor, paths: Mapping[str, Path]) -> Lazy:
+    """Full tokens of readable images (item id -> file), encoded by the LLaVA-NeXT or LLaVA 1.5 that
+    `model()` returns."""
     sizes = {}
     for name, path in paths.items():
-        if (image := open_image(path)) is not None:
+        with Image.open(path) as image:  # no more than its head
             counts = processor._get_num_multimodal_tokens([(image.height, image.width)])
-            sizes[name] = counts.num_image_tokens[0]
+        sizes[name] = counts.num_image_tokens[0]
 
     @torch.inference_mode()
     def encode_one(name: str) -> Tensor:
+        looks = model()
         batch = processor.image_processor(open_image(paths[name]), return_tensors="pt")
-        batch = batch.to(model.device, model.dtype)  # the pixels alone are of floats
-        return inner(model).get_image_features(**batch).pooler_output[0].float().cpu()
+        batch = batch.to(looks.device, looks.dtype)  # the pixels alone are of floats
+        return inner(looks).get_image_features(**batch).pooler_output[0].float().cpu()
 
     return Lazy(sizes, encode_one)
 

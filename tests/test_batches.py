@@ -241,3 +241,20 @@ def test_an_id_is_written_where_each_of_its_tokens_is_the_likeliest():
     likeliest[1, 3] = 5  # it goes on after the id, which is something else
     assert rec.greedy_choice(likeliest, targets, 10) == []
     assert rec.greedy_choice(likeliest, targets, 3) == [1, 3, 4]
+
+
+def test_long_prompts_are_answered_in_smaller_batches():
+    """A batch has no more tokens than a full one of `max_length`, unless it is a single prompt."""
+    settings = PROFILE.recommendation.model_copy(update={"eval_batch_size": 4, "max_length": 100})
+    assert rec.batches([], settings) == []
+    lengths = [10] * 3 + [100] * 5 + [133, 134, 200, 201, 5000]
+    groups = rec.batches(lengths, settings)
+    assert [list(lengths[g.start : g.stop]) for g in groups] == [
+        [10, 10, 10, 100],
+        [100] * 4,
+        [133, 134],
+        [200],
+        [201],
+        [5000],
+    ]
+    assert [i for g in groups for i in g] == list(range(len(lengths)))

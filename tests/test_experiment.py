@@ -118,8 +118,8 @@ def test_checkpoints_are_gone_on_from_by_the_same_stage_and_never_deleted(run, t
 def test_only_settings_that_can_change_a_result_are_in_its_key():
     profile = load_profile("mini")
     for stage_name, only_speed in (
-        ("distillation", ("eval_batch_size", "teacher_batch_size", "keep_pixels")),
-        ("recommendation", ("eval_batch_size", "save_steps", "gradient_checkpointing")),
+        ("distillation", ("eval_batch_size", "teacher_batch_size", "keep_pixels", "workers")),
+        ("recommendation", ("eval_batch_size", "save_steps", "save_minutes")),
     ):
         settings = getattr(profile, stage_name)
         for name in only_speed:

@@ -41,6 +41,7 @@ STAGE1 = {
     "epochs": 2,
     "batch_size": 8,
     "warmup_steps": 2,
+    "save_steps": 2,
 }  # 5 steps an epoch, a log every 10: one log spans both
 STAGE2 = {
     "epochs": 2,
@@ -240,6 +241,40 @@ def test_checkpoints_of_another_key_or_number_of_processes_are_moved_aside(
     assert aside == [f"checkpoint-{k}" for k in (1, 2, 3, 4)]  # nothing was deleted
     assert stage(lambda: {"n": 1}, "y") == {"n": 1}
     assert [p.name for p in folder.iterdir()] == ["result.json"]
+
+
+def test_descriptions_are_kept_as_they_are_written(place, monkeypatch, tmp_path):
+    """Killed after three batches, the teacher goes on with the fourth; half a line is no text."""
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
+    described, begun = [], []
+
+    def describe(model, processor, profile, titles, pictures, how) -> list[str]:
+        if len(described) == 3 and not begun:
+            begun.append(next(tmp_path.rglob("descriptions.jsonl")))
+            raise KeyboardInterrupt
+        described.append(len(titles))
+        return [f"{title}, {len(described)}\n\u2028" for title in titles]
+
+    monkeypatch.setattr(experiment.distillation, "describe", describe)
+    monkeypatch.setattr(experiment.Experiment, "model", lambda self: None)
+
+    def teach() -> dict:
+        run = experiment.Experiment(str(place / "small.yaml"), None, place / "world")
+        size = run.profile.distillation.model_copy(update={"teacher_batch_size": 10})
+        run.profile = run.profile.model_copy(update={"distillation": size})
+        return run.teach()
+
+    with pytest.raises(KeyboardInterrupt):
+        teach()
+    with open(begun[0], "a") as file:
+        file.write('"half a')
+    found = teach()
+    said = found["train"] + found["valid"]
+    assert sum(described) == len(said) > 40 and described[:4] == [10] * 4
+    assert [int(text.rsplit(", ", 1)[1]) for text in said] == sorted(
+        i // 10 + 1 for i in range(len(said))
+    )
+    assert not begun[0].exists() and teach() == found
 
 
 def test_only_checkpoints_with_a_whole_state_are_kept(tmp_path):

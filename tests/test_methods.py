@@ -388,9 +388,8 @@ def test_placed_full_tokens_are_the_models_own_forward(run, folders, name):
     model, processor = (
         (run.model(), run.processor) if new else methods.load_open(run.profile, folders[name], None)
     )
-    visual = vision.lazy_full_tokens(
-        model, processor, {a: image_file(run.root, a) for a in getattr(row, which)}
-    )
+    files = {a: image_file(run.root, a) for a in getattr(row, which)}
+    visual = vision.lazy_full_tokens(lambda: model, processor, run.readable(files))
     assert all(vision.lengths(visual)[a] == len(visual[a]) for a in visual)
     prompter = recommendation.Prompter(processor.tokenizer, run.profile, run.titles, visual)
     prompt = prompter.prompt(row, row.candidates_st)

@@ -20,11 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaNextForConditionalGeneration
 
 from lavic_utils import distillation as dist
-from lavic_utils import experiment, training, vision
+from lavic_utils import experiment, methods, training, vision
 from lavic_utils import recommendation as rec
 from lavic_utils.__main__ import main
 from lavic_utils.bench import card, memory, plan
 from lavic_utils.config import PACKAGE, ROOT, UserError, load_profile
+from lavic_utils.methods import ENTIRE, LONG
 from lavic_utils.mini import model as minimodel
 
 MINI, T4, PAPER = (load_profile(name) for name in ("mini", "t4", "paper"))
@@ -288,6 +289,57 @@ def test_a_stage_is_refused_before_anything_is_loaded(monkeypatch, stage, gib, r
     assert re.fullmatch(one_line, str(said.value))
 
 
+# ---------------------------------------------------------------- all tokens of every image
+def test_entire_tokens_fit_a_large_card_and_are_refused_with_numbers_on_a_small_one(monkeypatch):
+    """Ten images of 2,928 tokens each: 32 layers' inputs, and one layer as it is computed anew."""
+    parts = memory.memories(PAPER)[LONG[0]]
+    layer = 2 * 4 * 4096 + 2 * 4 * 4096 + 2 * 3 * 14336 + (6 * 4096 + 14336) * (2 + 1)
+    by_hand = 32768 * (32 * 2 * 4096 + 1.5 * layer) / memory.GIB
+    assert parts["activations"] == pytest.approx(by_hand, rel=1e-3)
+    assert plan.refuse(PAPER, plan.CARDS["a100"], LONG) is None  # a control
+    small = SimpleNamespace(name="Tesla T4", total_memory=14.6 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: small)
+    monkeypatch.setattr(plan, "source", lambda profile: None)
+    monkeypatch.setattr(methods.vision, "source", lambda profile: None)
+    run = SimpleNamespace(profile=T4, need_training_data=lambda: None)
+    why = methods.find(ENTIRE).reason(run)
+    assert re.search(r"entire tokens, training needs 2[0-9.]+ GiB \(weights 4\.9, .*activ", why)
+    assert methods.find("LaViC").reason(run) is None
+
+
+def test_answers_are_judged_by_the_prompts_at_hand():
+    """Rows of 30,120 tokens: one at once, not eight; and the tokens of a batch, not the longest
+    prompt that training allows."""
+    short, long = (memory.memories(PAPER, longest=n)["inference"] for n in (2048, 30_120))
+    assert short == memory.memories(PAPER)["inference"]
+    batch = PAPER.recommendation.eval_batch_size * PAPER.recommendation.max_length
+    assert batch < 30_120 and long["cache"] == pytest.approx(30_230 * 2**17 / 2**30, rel=1e-3)
+    assert long["total"] < 40 < 14.1 + 8 * (long["total"] - 14.1)
+    with pytest.raises(UserError, match=r"inference needs .* GiB for a prompt of 300,000 tokens"):
+        plan.refuse(PAPER, plan.CARDS["h100"], longest=300_000)
+
+
+def test_what_is_in_use_on_the_card_counts_before_a_stage_begins(monkeypatch):
+    card = SimpleNamespace(name="A100", total_memory=39.4 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    monkeypatch.setattr(plan, "free", lambda: None)
+    held = {"free": 39.0, "reserved": 0.2, "allocated": 0.1}  # GiB; a context takes some
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda: (held["free"] * 2**30, card.total_memory)
+    )
+    for name in ("reserved", "allocated"):
+        monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda name=name: held[name] * 2**30)
+    assert plan.refuse_now(PAPER, "distillation") is None  # a control
+    held |= {"free": 24.0, "reserved": 15.0, "allocated": 14.1}  # a model is still there
+    with pytest.raises(UserError, match=r"card of 24\.9 GiB \(what is free of the 39\.4 of A100\)"):
+        plan.refuse_now(PAPER, "distillation")
+    assert plan.refuse_now(PAPER, "inference", lambda: 900) is None
+    with pytest.raises(UserError, match="prompt of 60,000 tokens"):
+        plan.refuse_now(PAPER, "inference", lambda: 60_000)
+
+
 def test_a_refused_run_ends_with_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     monkeypatch.setattr(experiment.Experiment, "data_hash", "steady")
@@ -319,10 +371,14 @@ def test_the_plan_as_json_has_everything(capsys, name):
     stages = {"distillation", "recommendation", "inference"} | (
         {"teacher"} if name == "mini" else set()
     )
-    assert set(found["memory_gib"]) == stages
+    assert set(found["memory_gib"]) == stages | set(LONG)
     assert list(found["fits"].values()) == [name != "paper", True, True] and len(
         found["hours"]
     ) == sum(found["fits"].values())
+    for on, singly in found["hours_of_all_that_is_trained"].items():
+        assert singly["LaViC"] == pytest.approx(sum(found["hours"][on].values()), abs=0.05)
+        assert ("Entire tokens" in singly) is (name != "t4" or "T4" not in on)
+        assert all(hours > 0 for hours in singly.values()) and len(singly) >= 3
     rows = {row["lever"]: row for row in found["levers"]["rows"]}
     if name == "mini":
         assert "1 image an item" not in rows and found["disk_gb"]["images"] == 0
@@ -346,15 +402,21 @@ def test_fewer_images_an_item_are_less_work():
 
 
 def test_hours_agree_with_the_one_outside_figure():
-    """Linhao0301/LaViC_Pratice: stage 1 alone, one RTX 4090 (165 TFLOP/s in half precision, 1,008
-    GB/s), batch 1, about 81k samples, 4 to 5 hours; taken as one pass over them. The shares assumed
-    for the other cards give within a factor two."""
-    card = plan.Card("RTX 4090", 24, 165 * 0.35, 1008 * 0.6)
+    """The shares assumed for the other cards give within a factor two; and `plan` says both."""
+    card = plan.OUTSIDE
     profile = changed(PAPER, "distillation", batch_size=1, epochs=1)
     assert 4 / 2 < plan.hours(profile, plan.ASSUMED, card)["distillation"] < 5 * 2
     assert (
         not plan.hours(PAPER, plan.ASSUMED, card)["distillation"] < 5 * 2 - 1
     )  # five epochs are not one
+
+
+def test_the_outside_figure_and_all_that_is_trained_stand_in_the_plan(capsys):
+    assert main(["plan", "--profile", "paper", "--gpu", "a100"]) == 0
+    said = capsys.readouterr().out
+    assert "hours of LaViC alone" in said and "all that `reproduce` trains" in said
+    assert "4 to 5 hours an epoch" in said and "RTX 4090" in said
+    assert all(name in said for name in ("w/o images", "w/o self-distillation", "Entire tokens"))
 
 
 def test_a_teacher_that_need_not_write_costs_nothing():

@@ -456,15 +456,18 @@ def test_training_that_does_not_fit_the_card_is_refused_before_anything_runs(
         reproduce(tiny_profile)
     assert not list(results.rglob("*.ipynb"))
     assert reproduce(tiny_profile, only=["0"]) == 0  # control: this one trains nothing
-    for family, stages in (
-        ("retrieval", []),
-        ("proprietary", []),
-        ("generative", ["inference"]),
-        ("ablation", ["teacher", "distillation", "recommendation"]),
+    for method, stages in (
+        ("BM25", []),
+        ("GPT-4o (title)", []),
+        ("LLaVA-v1.6 (title)", ["inference"]),
+        ("LLaVA-v1.6 (title+image)", ["entire tokens, answers"]),
+        ("Entire tokens (5x577)", ["entire tokens, training", "entire tokens, answers"]),
+        ("LaViC w/o images", ["recommendation"]),
+        ("LaViC", ["teacher", "distillation", "recommendation"]),
     ):
         asked.clear()
         try:
-            _refuse(str(tiny_profile), family)
+            _refuse(str(tiny_profile), method)
         except UserError:
-            assert family == "ablation"
+            assert "LaViC" in method
         assert asked == stages

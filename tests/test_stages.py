@@ -4,10 +4,14 @@ the released scripts shown on the defective way beside ours."""
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
+import mistral_common
 import pytest
 import torch
 import torch.nn.functional as F
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from peft import get_peft_model
 from PIL import Image
 
@@ -17,6 +21,7 @@ from lavic_utils import recommendation as rec
 from lavic_utils.config import UserError, load_profile
 from lavic_utils.data import Dialogue
 from lavic_utils.evaluation import parse_answer
+from lavic_utils.methods import ENTIRE
 from lavic_utils.mini import words as w
 
 PROFILE = load_profile("mini")
@@ -316,3 +321,56 @@ def test_student_batch_is_described_by_the_real_tile_counts(processor, model, tm
     slots = (batch["input_ids"] == model.config.image_token_id).sum(1).tolist()
     assert slots == [5, 3]
     assert dist.Student(model)(**batch)["loss"].isfinite()
+
+
+class Mistral:
+    """The tokenizer of LLaVA-v1.6's language model, as `prompts.encode` calls it."""
+
+    def __init__(self) -> None:
+        folder = Path(mistral_common.__file__).parent / "data"
+        self.spoken = SentencePieceTokenizer(str(folder / "tokenizer.model.v1"))
+        self.eos_token_id, self.pad_token_id = self.spoken.eos_id, 0
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 32000 if token == prompts.IMAGE else -1
+
+    def __call__(self, text: str, add_special_tokens: bool = False):
+        first, *rest = text.split(prompts.IMAGE)
+        ids = self.spoken.encode(first, bos=add_special_tokens, eos=False)
+        for part in rest:
+            ids += [32000, *self.spoken.encode(part, bos=False, eos=False)]
+        return SimpleNamespace(input_ids=ids)
+
+    def whole(self, text: str) -> list[int]:
+        return self.spoken.encode(text, bos=True, eos=False)
+
+
+def test_targets_are_spelled_as_the_model_would_write_them():
+    """The tokens that follow the prompt where prompt and target are one text; the released scripts
+    put a space before, which becomes a token of its own."""
+    tokenizer, profile = Mistral(), load_profile("paper")
+    said = "The jar is red, with a white lid."
+    model = SimpleNamespace(config=SimpleNamespace(image_grid_pinpoints=[], vision_config=None))
+    collate = dist.StudentCollator(model, SimpleNamespace(tokenizer=tokenizer), profile, None)
+    prompt, target = collate.tokens(dist.Picture("A", "Velora jar", Path("A_0.jpg"), said), 5)
+    assert target[-1] == tokenizer.eos_token_id and prompt.count(32000) == 5
+    assert target[:-1] == tokenizer.whole(f"[/INST] {said}")[-len(target) + 1 :]
+    assert tokenizer.spoken.decode(target) == said
+    lone = tokenizer(" " + said).input_ids
+    assert lone[1:] == target[:-1] and tokenizer.spoken.id_to_piece(lone[0]) == "▁"
+    answer = rec.Prompter(tokenizer, profile, TITLES, None).target_ids(IDS[0])
+    assert answer[:-1] == tokenizer.whole(f"[/INST] {IDS[0]}")[-len(answer) + 1 :]
+
+
+@pytest.mark.parametrize("name", ["paper", "t4"])
+def test_entire_tokens_of_a_7b_profile_keep_every_image(name):
+    """All ten images of 2,928 tokens, whatever the dialogue: it alone is shortened."""
+    profile, full = load_profile(name), dict.fromkeys(IDS, torch.zeros(2928, 1))
+    rows = [dialogue(text="a jar"), dialogue(text="red " * 5000 + "striped mug")]
+    for settings, some in ((profile.arm(ENTIRE), False), (profile, True)):
+        prompter = rec.Prompter(Mistral(), settings, TITLES, full)
+        found = [prompter.prompt(row, row.candidates_st) for row in rows]
+        limit = settings.recommendation.max_length - settings.recommendation.max_new_tokens
+        assert all(len(one.ids) <= limit for one in found)
+        assert all((one.dropped_images > 0) is some for one in found)  # and a control
+    assert profile.arm(ENTIRE).recommendation.at_once(32768) == 1

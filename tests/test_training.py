@@ -3,7 +3,10 @@ checkpointing, accumulation, runs that half precision broke, models that cannot 
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -265,6 +268,91 @@ def test_a_student_of_mean_patches_trains_all_layers_but_the_last(processor, tmp
         assert layers == set(range(last + (how is vision.cls_tokens)))
 
 
+@pytest.mark.parametrize("released", [True, False])
+def test_a_trained_model_goes_with_its_last_user(processor, tmp_path, monkeypatch, released):
+    """In autocast, as on a card: which puts the model in a circle with its own `forward`, and the
+    stage's whole mathematics, the vision tower too, under half precision."""
+    tuned, options = student(processor, tmp_path, 2, 1)
+    options["args"].mixed_precision = "bf16"
+    tower, under = tuned.get_base_model().llava.model.vision_tower, []
+    tower.register_forward_pre_hook(lambda *_: under.append(torch.is_autocast_enabled("cpu")))
+    if not released:  # negative control
+        monkeypatch.setattr(training.StageTrainer, "release", lambda self: None)
+    gc.collect()
+    gc.disable()
+    try:
+        training.StageTrainer(**options).fit(tmp_path / "adapter")
+        assert under == [True, True] and (tmp_path / "adapter").is_dir()
+        alive = weakref.ref(tuned)
+        del tuned, options, tower
+        assert (alive() is None) is released
+    finally:
+        gc.enable()
+
+
+def test_worker_processes_change_no_loss(processor, tmp_path):
+    def losses(workers: int) -> list[float]:
+        _, options = student(processor, tmp_path, 2, 1)
+        options["args"].dataloader_num_workers = workers
+        options["args"].dataloader_persistent_workers = workers > 0
+        trainer = training.StageTrainer(**options)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    alone = losses(0)
+    assert len(alone) == 2 and losses(2) == alone and alone[0] != alone[1]
+
+
+def test_checkpoints_come_by_steps_and_by_minutes_but_not_where_an_epoch_ends(monkeypatch):
+    def saved(**settings) -> list[int]:
+        given = {"save_steps": None, "save_minutes": None} | settings
+        saves = training.Saves(
+            SimpleNamespace(**given),
+            SimpleNamespace(gather=lambda flag: flag, device="cpu"),
+        )
+        now, steps = [0.0], []
+        monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+        saves.on_train_begin()
+        for step in range(1, 21):  # half a minute each; 10 an epoch
+            now[0] += 30
+            state = TrainerState(global_step=step, max_steps=20, num_train_epochs=2)
+            control = TrainerControl()
+            saves.on_step_end(None, state, control)
+            if control.should_save:
+                steps.append(step)
+                saves.on_save()
+        return steps
+
+    assert saved(save_steps=5) == [5, 15] and saved() == []
+    assert saved(save_minutes=2) == [4, 8, 12, 16]
+    assert saved(save_steps=7, save_minutes=3) == [6, 7, 13, 14]
+
+
+def test_how_far_a_stage_is_stands_in_the_log_and_nowhere_else(
+    processor, tmp_path, caplog, capfd, monkeypatch
+):
+    def lines() -> list[str]:
+        _, options = student(processor, tmp_path, 1, 1)
+        options["eval_dataset"] = options["train_dataset"]
+        trainer = training.StageTrainer(**options)
+        trainer.train()
+        trainer.evaluate()
+        return [record.getMessage() for record in caplog.records if "left" in record.getMessage()]
+
+    monkeypatch.setattr(training, "QUIET", 0)
+    caplog.set_level(logging.WARNING, "lavic_utils")  # as in a notebook
+    assert lines() == [] and "left" not in "".join(capfd.readouterr())
+    with caplog.at_level(logging.INFO, "lavic_utils"):
+        found = lines()
+    assert len(found) == 5 and found[0].startswith(f"{tmp_path.parent.name}/{tmp_path.name}, ")
+    assert "steps: 2 of 4, loss " in found[1] and found[3].endswith("0:00:00 left")
+    assert "validation: 1 of 1, 0:00:00 left" in found[4]
+    monkeypatch.setattr(training, "QUIET", 60)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "lavic_utils"):
+        assert lines() == []  # not more often than that
+
+
 def guard(skipped: bool):
     return training.Finite(SimpleNamespace(optimizer_step_was_skipped=skipped))
 
@@ -344,6 +432,7 @@ def test_the_7b_profiles_name_a_pinned_model_and_the_papers_batch(name):
     )
     assert (
         two.gradient_checkpointing
+        and one.workers > 0 < one.save_minutes == two.save_minutes <= 15
         and profile.dtype == "half"
         and profile.quantize_4bit is (name == "t4")
     )

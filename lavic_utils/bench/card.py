@@ -175,10 +175,8 @@ def train(tuned, profile: Profile, case: Case, steps: int) -> list[float]:
         )
         try:
             trainer.train()
-        finally:  # the next trainer finds the model as this one did
-            trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)
-            tuned.__dict__.pop("_is_accelerate_prepared", None)  # or it would not autocast again
-            tuned.zero_grad()
+        finally:
+            trainer.release()  # the next trainer finds the model as this one did
     return clock.seconds
 
 

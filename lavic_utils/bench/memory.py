@@ -16,6 +16,7 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from lavic_utils.config import PACKAGE, Lora, Profile
 from lavic_utils.distillation import VISION_LINEAR
+from lavic_utils.methods import ENTIRE, LONG
 from lavic_utils.recommendation import LANGUAGE_LINEAR
 from lavic_utils.vision import UNQUANTISED
 
@@ -23,7 +24,7 @@ GIB = 2**30
 RESERVE = 1.0  # GiB for the CUDA context and the allocator's gaps
 TITLE = 128  # tokens of a description's prompt: the instruction and the longest title seen (103)
 SCORED = 10 * 11  # positions that score ten candidates' ids
-STAGES = ("teacher", "distillation", "recommendation", "inference")
+STAGES = ("teacher", "distillation", "recommendation", "inference")  # of LaViC
 CONFIGS = {  # shapes, so that no network is needed
     "llava-hf/llava-v1.6-mistral-7b-hf": PACKAGE / "llava_v1_6_mistral_7b.json"
 }
@@ -149,10 +150,14 @@ def training(config, profile: Profile, stage: str, half: int, cuda: bool) -> dic
     return {"activations": held, "logits": positions * text.vocab_size * (half + 12)}
 
 
-def reading(config, profile: Profile, stage: str, half: int) -> dict[str, float]:
-    """Bytes beside weights and adapter at the peak of a batch of descriptions or answers.
+def reading(
+    config, profile: Profile, stage: str, half: int, longest: int | None = None
+) -> dict[str, float]:
+    """Bytes beside weights and adapter at the peak of a batch of descriptions or answers; these to
+    prompts of at most `longest` tokens (None: the profile's `max_length`).
 
-    cache: keys and values. work: one layer's largest intermediates (and CLIP's hidden states, all
+    cache: keys and values. mask: who sees whom, as answers need it (additive, padded once more, and
+    as booleans). work: one layer's largest intermediates (and CLIP's hidden states, all
     of which the library keeps while the teacher looks). Adapters in float32 beside weights in half
     precision read a copy of their input in float32.
     """
@@ -164,20 +169,28 @@ def reading(config, profile: Profile, stage: str, half: int) -> dict[str, float]
         layers = sight.hidden_size * (sight.num_hidden_layers + 1) + 2 * sight.intermediate_size
         seen = rows * patches(config) * half * layers
     else:
-        rows, logits, seen = two.eval_batch_size, SCORED, 0
-        length = two.max_length + SCORED
+        longest = longest or two.max_length
+        rows, logits, seen = two.at_once(longest), SCORED, 0
+        length = longest + SCORED
     layer = half * (3 * text.intermediate_size + 6 * text.hidden_size)
     if stage == "inference" and half < 4:
         layer += 4 * text.intermediate_size
     return {
         "cache": cache_bytes(text, half, rows * length),
         "work": max(seen, rows * length * layer),
+        "mask": rows * length**2 * (2 * half + 1) * (stage == "inference"),
         "logits": rows * logits * text.vocab_size * (half + 8),
     }
 
 
 def memory(
-    config, counted: Count, adapter: int, profile: Profile, stage: str, cuda: bool = True
+    config,
+    counted: Count,
+    adapter: int,
+    profile: Profile,
+    stage: str,
+    cuda: bool = True,
+    longest: int | None = None,
 ) -> dict[str, float]:
     """Bytes by component at a stage's peak (one of STAGES), of one process.
 
@@ -193,16 +206,25 @@ def memory(
     if stage in ("distillation", "recommendation"):
         rest = training(config, profile, stage, half, cuda)
         return {"weights": weights, "adapter, gradients, optimizer": 16 * adapter, **rest}
-    rest = reading(config, profile, stage, half)
+    rest = reading(config, profile, stage, half, longest)
     return {"weights": weights, "adapter, gradients, optimizer": 4 * adapter, **rest}
 
 
-def memories(profile: Profile, cuda: bool = True) -> dict[str, dict[str, float]]:
-    """GiB by stage and component, and the total. No teacher where the data brings descriptions."""
+def memories(
+    profile: Profile, cuda: bool = True, longest: int | None = None
+) -> dict[str, dict[str, float]]:
+    """GiB by stage and component, and the total: STAGES (no teacher where the data brings
+    descriptions) and LONG. `longest`: as in `reading`."""
     bare, sizes, found = skeleton(profile.model_path), trainables(profile), {}
     adapters = {"teacher": 0, "inference": sum(sizes.values())} | sizes
-    for stage in STAGES[profile.distillation.descriptions == "published" :]:
-        parts = memory(bare.config, count(bare), adapters[stage], profile, stage, cuda)
+    entire = profile.arm(ENTIRE)
+    stages = {name: (name, profile) for name in STAGES}
+    stages |= {LONG[0]: ("recommendation", entire), LONG[1]: ("inference", entire)}
+    if profile.distillation.descriptions == "published":
+        del stages["teacher"]
+    for name, (stage, settings) in stages.items():
+        given = bare.config, count(bare), adapters[stage], settings, stage, cuda, longest
+        parts = memory(*given)
         parts["total"] = sum(parts.values())
-        found[stage] = {name: round(value / GIB, 3) for name, value in parts.items()}
+        found[name] = {part: round(value / GIB, 3) for part, value in parts.items()}
     return found

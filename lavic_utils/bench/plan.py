@@ -6,7 +6,7 @@ measurements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from lavic_utils.bench import memory
 from lavic_utils.bench.memory import RESERVE, count, memories, number_bytes, skeleton, trainables
 from lavic_utils.config import DOMAINS, Profile, UserError
 from lavic_utils.experiment import Experiment
-from lavic_utils.vision import source
+from lavic_utils.methods import ENTIRE, LONG
+from lavic_utils.vision import free, source
 
 
 class Card(NamedTuple):
@@ -35,6 +36,10 @@ CARDS = {
     "a100": Card("A100, 40 GB", 39.4, 125, 930),
     "h100": Card("H100, 80 GB", 79.1, 346, 2000),
 }
+# The one outside figure: 4 to 5 hours for stage 1 over 81,000 samples, one at a time, on an RTX
+# 4090 (Linhao0301/LaViC_Pratice; 165 TFLOP/s, 1,008 GB/s), taken as one epoch.
+OUTSIDE, TOOK = Card("RTX 4090, 24 GB", 23.5, 165 * 0.35, 1008 * 0.6), "4 to 5"
+CANDIDATES, TILES = 10, 5
 
 
 class Work(NamedTuple):
@@ -75,16 +80,23 @@ LEVERS = {
 }
 
 
-def refuse(profile: Profile, card: Card, stages: Sequence[str] = memory.STAGES) -> None:
-    """UserError, one line with the numbers, where one of the stages does not fit the card."""
-    for stage, parts in memories(profile).items():
+def refuse(
+    profile: Profile,
+    card: Card,
+    stages: Sequence[str] = memory.STAGES,
+    longest: int | None = None,
+) -> None:
+    """UserError, one line with the numbers, where one of the stages does not fit the card. Answers
+    are judged by prompts of at most `longest` tokens (None: the profile's `max_length`)."""
+    for stage, parts in memories(profile, longest=longest).items():
         total = parts.pop("total")
         if stage in stages and total + RESERVE > card.gib:
             most = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items() if gib >= 0.1)
+            asked = f" for a prompt of {longest:,} tokens" if longest else ""
             raise UserError(
                 f"profile {profile.name} does not fit a card of {card.gib:g} GiB ({card.name}): "
-                f"{stage} needs {total:.1f} GiB ({most}) and {RESERVE:g} in reserve; use smaller "
-                "batches or profile t4"
+                f"{stage} needs {total:.1f} GiB{asked} ({most}) and {RESERVE:g} in reserve; use "
+                "smaller batches, profile t4 or a larger card"
             )
 
 
@@ -101,11 +113,25 @@ def present() -> Card | None:
 
 
 def refuse_here(profile: Profile, stage: str) -> None:
-    """`refuse` for a stage about to begin and this machine's card, before anything is loaded."""
+    """`refuse` for a stage and this machine's card, before anything is loaded."""
     card = present()
     if card:
         source(profile)  # says so first where there is no such model
         refuse(profile, card, (stage,))
+
+
+def refuse_now(profile: Profile, stage: str, tokens: Callable[[], int] | None = None) -> None:
+    """`refuse` for a stage that begins, by what of the card is free now: models that are still in
+    use there, and other programs, count. `tokens`: counts the longest prompt to be answered."""
+    card = present()
+    if card:
+        free()
+        other, _ = torch.cuda.mem_get_info()
+        left = other + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        left = round(left / memory.GIB, 1)
+        name = f"what is free of the {card.gib:g} of {card.name}"
+        card = card._replace(name=name, gib=left) if left + RESERVE < card.gib else card
+        refuse(profile, card, (stage,), tokens() if tokens else None)
 
 
 def work(profile: Profile) -> Work:
@@ -126,14 +152,22 @@ def work(profile: Profile) -> Work:
 
 
 def pass_seconds(
-    profile: Profile, card: Card, seen: float, read: float, kind: str = "answer"
+    profile: Profile,
+    card: Card,
+    seen: float,
+    read: float,
+    kind: str = "answer",
+    length: float = 0,
 ) -> float:
     """Seconds of a pass of one batch: `seen` tokens through the vision side, `read` through the
-    language model. 2 FLOP a parameter and token; attention's own products are left out (under 5 %).
-    At least the time to read the weights, and `LEAST`; 4-bit weights are unpacked, written and read
-    first."""
+    language model, in rows of `length`. 2 FLOP a parameter and token, and the language model's
+    attention, causal. At least the time to read the weights, and `LEAST`; 4-bit weights are
+    unpacked, written and read first."""
     n, half = count(skeleton(profile.model_path)), number_bytes(profile)
-    compute = 2 * (n.vision * seen + n.quantisable * read) / (card.tflops * 1e12)
+    text = skeleton(profile.model_path).config.text_config
+    attention = 2 * text.num_hidden_layers * text.hidden_size * length * read
+    compute = 2 * (n.vision * seen + n.quantisable * read) + attention
+    compute /= card.tflops * 1e12
     weights = n.vision * (seen > 0) + n.quantisable * (read > 0)
     unpacked = 4.56 * n.quantisable * (profile.quantize_4bit and read > 0)
     seconds = max(compute, half * weights / (card.gb_s * 1e9)) + unpacked / (card.gb_s * 1e9)
@@ -150,8 +184,7 @@ def write_seconds(profile: Profile, card: Card, rows: int, tokens: float, length
 def hours(profile: Profile, todo: Work, card: Card) -> dict[str, float]:
     """Expected hours by stage, all domains. A training step is two passes (back through frozen
     weights to activations), three with checkpointing. Decoding images is assumed to keep up."""
-    config = skeleton(profile.model_path).config
-    one, two = profile.distillation, profile.recommendation
+    config, one = skeleton(profile.model_path).config, profile.distillation
     tiles, full = memory.patches(config), memory.full_tokens(config)
     title, seconds = memory.TITLE / 2, {}
 
@@ -166,16 +199,38 @@ def hours(profile: Profile, todo: Work, card: Card) -> dict[str, float]:
     seconds["distillation"] = one.epochs * todo.images / rows * batch
 
     seconds["encoding items"] = todo.items / 64 * pass_seconds(profile, card, 64 * tiles, 0)
+    return {k: value / 3600 for k, value in seconds.items()} | stage_two(profile, todo, card)
 
-    rows, passes = two.batch_size, 2 + two.gradient_checkpointing
-    batch = passes * pass_seconds(profile, card, 0, rows * todo.prompt, "train")
-    seconds["recommendation"] = two.epochs * todo.examples / rows * batch
 
-    rows = two.eval_batch_size
-    batch = pass_seconds(profile, card, 0, rows * (todo.prompt + memory.SCORED))
-    batch += write_seconds(profile, card, rows, 12, todo.prompt)
-    seconds["inference"] = todo.test / rows * batch
-    return {stage: value / 3600 for stage, value in seconds.items()}
+def stage_two(profile: Profile, todo: Work, card: Card, images: int = 0) -> dict[str, float]:
+    """Hours of stage 2 and its answers; `images`: how many are encoded anew for each prompt."""
+    two, seen = profile.recommendation, images * memory.patches(skeleton(profile.model_path).config)
+    rows, passes, length = two.batch_size, 2 + two.gradient_checkpointing, todo.prompt
+    batch = passes * pass_seconds(profile, card, 0, rows * length, "train", length)
+    batch += pass_seconds(profile, card, rows * seen, 0) * (seen > 0)
+    found = {"recommendation": two.epochs * todo.examples / rows * batch / 3600}
+
+    rows = two.at_once(round(length))
+    batch = pass_seconds(profile, card, rows * seen, rows * (length + memory.SCORED), length=length)
+    batch += write_seconds(profile, card, rows, 12, length)
+    return found | {"inference": todo.test / rows * batch / 3600}
+
+
+def trained(profile: Profile, todo: Work, card: Card) -> dict[str, float]:
+    """Hours of all that `reproduce` trains, a method each, its answers included; LaViC's are with
+    stage 1. The ablation with entire tokens is left out where it does not fit the card."""
+    found, shown = {"LaViC": sum(hours(profile, todo, card).values())}, CANDIDATES * TILES
+    blind = todo._replace(prompt=todo.prompt - shown)
+    found["LaViC w/o images"] = sum(stage_two(profile, blind, card).values())
+    found["LaViC w/o self-distillation"] = sum(stage_two(profile, todo, card).values())
+    needs = memories(profile)
+    if max(needs[stage]["total"] for stage in LONG) + RESERVE <= card.gib:
+        whole = profile.arm(ENTIRE)
+        full = CANDIDATES * memory.full_tokens(skeleton(profile.model_path).config)
+        prompt = min(blind.prompt + full, whole.recommendation.max_length)
+        more = todo._replace(prompt=prompt)
+        found["Entire tokens"] = sum(stage_two(whole, more, card, CANDIDATES).values())
+    return found
 
 
 def levers(profile: Profile, todo: Work, card: Card) -> list[dict[str, Any]]:
@@ -219,13 +274,16 @@ def plan(profile: Profile, gpu: str | None = None) -> dict[str, Any]:
     if card:
         refuse(profile, card)
     todo, needs = work(profile), memories(profile)
-    peak = max(parts["total"] for parts in needs.values()) + RESERVE
-    cards = [card] if card else list(CARDS.values())
+    peak = max(needs[stage]["total"] for stage in memory.STAGES if stage in needs) + RESERVE
+    cards, one = [card] if card else list(CARDS.values()), profile.distillation
     able = [c for c in cards if peak <= c.gib]
     slowest = min(able or cards, key=lambda c: c.tflops)
-    spent = {}
+    spent, all_trained = {}, {}
     for c in able:
         spent[c.name] = {stage: round(h, 2) for stage, h in hours(profile, todo, c).items()}
+        all_trained[c.name] = {name: round(h, 2) for name, h in trained(profile, todo, c).items()}
+    singly = one.model_copy(update={"batch_size": 1, "epochs": 1})
+    singly = profile.model_copy(update={"distillation": singly})
     return {
         "profile": profile.name,
         "model": profile.model,
@@ -238,6 +296,8 @@ def plan(profile: Profile, gpu: str | None = None) -> dict[str, Any]:
         "memory_gib": needs,
         "fits": {c.name: c in able for c in cards},
         "hours": spent,
+        "hours_of_all_that_is_trained": all_trained,
+        "outside": round(hours(singly, ASSUMED, OUTSIDE)["distillation"], 1),
         "levers": {"card": slowest.name, "rows": levers(profile, todo, slowest)},
     }
 
@@ -260,8 +320,12 @@ def show(found: dict[str, Any]) -> None:
         f"{todo['test']:,} test dialogues\n  [{todo['source']}]\n"
         f"\npeak memory, GiB (and {RESERVE:g} in reserve); fits: {fits}\n"
         + pd.DataFrame(found["memory_gib"]).T.to_string(**text)
-        + "\n\nexpected hours, all domains (speeds assumed, not measured)\n"
+        + "\n\nexpected hours of LaViC alone, all domains (speeds assumed, not measured)\n"
         + pd.DataFrame(found["hours"]).to_string(**text)
+        + "\n\nand of all that `reproduce` trains, with its answers (-: does not fit the card)\n"
+        + pd.DataFrame(found["hours_of_all_that_is_trained"]).to_string(**text)
+        + f"\n\nbeside the one outside figure: {TOOK} hours an epoch of stage 1 at batch 1 on an "
+        f"{OUTSIDE.name.split(',')[0]}, where this arithmetic says {found['outside']:g}"
         + f"\n\nlevers, {found['levers']['card']}\n"
         + pd.DataFrame(found["levers"]["rows"]).to_string(index=False)
     )
