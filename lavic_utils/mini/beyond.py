@@ -46,7 +46,7 @@ class Longer(methods.Trained):
 
     def answer(self, run, domain, split, dialogues, control=None):
         model, profile = run.tuned(self.of, domain), run.profile.arm(self.of)
-        window = {"max_length": vision.context_window(model)}
+        window = {"max_length": vision.context_window(model.config)}
         settings = profile.recommendation.model_copy(update=window)
         wide = profile.model_copy(update={"recommendation": settings})
         prompter = run.prompter(self.visual(run, split), profile=wide)
