@@ -274,8 +274,9 @@ def test_a_trained_model_goes_with_its_last_user(processor, tmp_path, monkeypatc
     stage's whole mathematics, the vision tower too, under half precision."""
     tuned, options = student(processor, tmp_path, 2, 1)
     options["args"].mixed_precision = "bf16"
-    tower, under = tuned.get_base_model().llava.model.vision_tower, []
-    tower.register_forward_pre_hook(lambda *_: under.append(torch.is_autocast_enabled("cpu")))
+    first, under = "vision_tower.encoder.layers.0.mlp.fc1", []
+    layer = tuned.get_base_model().llava.model.get_submodule(first)
+    layer.register_forward_pre_hook(lambda *_: under.append(torch.is_autocast_enabled("cpu")))
     if not released:  # negative control
         monkeypatch.setattr(training.StageTrainer, "release", lambda self: None)
     gc.collect()
@@ -284,7 +285,7 @@ def test_a_trained_model_goes_with_its_last_user(processor, tmp_path, monkeypatc
         training.StageTrainer(**options).fit(tmp_path / "adapter")
         assert under == [True, True] and (tmp_path / "adapter").is_dir()
         alive = weakref.ref(tuned)
-        del tuned, options, tower
+        del tuned, options, layer
         assert (alive() is None) is released
     finally:
         gc.enable()
