@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from lavic_utils.evaluation import parse_answer
 from lavic_utils.mini import abilities, recipe
 from lavic_utils.mini import model as minimodel
 from lavic_utils.mini import words as w
+from lavic_utils.provenance import file_hash
 
 FOLDER = PACKAGE / "mini_model"
 
@@ -59,25 +61,20 @@ def test_checkpoint_is_an_ordinary_small_llava_next():
 
 
 # ---------------------------------------------------------------- the recipe
-SMALL = tuple(
-    replace(phase, steps=3, tokens=150, pictures=min(phase.pictures, 8)) for phase in recipe.PHASES
-)
+SMALL = tuple(replace(phase, steps=3) for phase in recipe.PHASES)
 LEARNT = {
-    "tower": {"read by LLaVA", "last layer"},
+    "tower": {"vision tower"},
     "language": {"language model"},
     "joint": {"language model", "projector"},
-    "late": {"language model", "projector", "read by LLaVA"},
-    "last": {"last layer"},
     "sharpen": {"language model", "projector"},
 }
 
 
 def parts(learner: recipe.Learner) -> dict[str, dict[str, torch.Tensor]]:
-    found = {"read by LLaVA": {}, "last layer": {}, "language model": {}, "projector": {}}
+    found = {"vision tower": {}, "language model": {}, "projector": {}}
     for name, value in learner.model.named_parameters():
         part = "language model" if "language_model" in name else "projector"
-        if "vision_tower" in name:
-            part = "last layer" if "encoder.layers.3." in name else "read by LLaVA"
+        part = "vision tower" if "vision_tower" in name else part
         found[part][name] = value.detach().clone()
     return found
 
@@ -87,28 +84,37 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def pools() -> dict[int, recipe.Pool]:
-    """Small ones, by seed, each drawn once."""
-    processor = minimodel.build_processor()
-    return {seed: recipe.Pool(processor, 120, seed) for seed in (0, 1, 999)}
+def pool() -> recipe.Pool:
+    """A small one of looks that training never shows."""
+    return recipe.Pool(minimodel.build_processor(), 120, 999, held_out=True)
 
 
 @pytest.fixture(scope="module")
-def learner(pools) -> recipe.Learner:
+def learner(pool) -> recipe.Learner:
     """With the shipped weights, and pictures it never saw."""
     made = recipe.Learner()
-    made.model, made.pool = vision.load_model(load_profile("mini")), pools[999]
+    made.model, made.pool = vision.load_model(load_profile("mini")), pool
     return made
 
 
 @pytest.fixture
-def small_pools(pools, monkeypatch) -> None:
-    monkeypatch.setattr(recipe, "Pool", lambda processor, count, seed: pools[seed])
+def small(pool, monkeypatch) -> None:
+    monkeypatch.setattr(recipe, "Pool", lambda *_: pool)
+    monkeypatch.setattr(recipe, "TOKENS", 150)
+    monkeypatch.setattr(recipe, "PICTURES", 8)
 
 
-def test_every_phase_runs_trains_its_parts_alone_and_goes_on_where_it_stopped(
-    tmp_path, small_pools
-):
+def test_a_pool_keeps_to_its_looks(pool):
+    """The recipe's own never shows what is held out; the controls: a pool of the others does."""
+    assert all(w.held_out(facts) for facts in pool.facts)
+    assert not any(
+        w.held_out(facts) for facts in recipe.Pool(minimodel.build_processor(), 60, 0).facts
+    )
+    values = [pool.labels[:, 1:][:, i].unique().numel() for i in range(4)]
+    assert values == [len(v) for v in w.ATTRIBUTES.values()]  # and yet every value occurs
+
+
+def test_every_phase_runs_trains_its_parts_alone_and_goes_on_where_it_stopped(tmp_path, small):
     """One phase more at a time in one folder: each call goes on where the last one stopped."""
     before = parts(recipe.Learner())
     for number, phase in enumerate(SMALL, 1):
@@ -120,7 +126,7 @@ def test_every_phase_runs_trains_its_parts_alone_and_goes_on_where_it_stopped(
     assert all(same(whole[part], before[part]) for part in whole)
 
 
-def test_a_killed_phase_resumes_to_the_same_weights(tmp_path, small_pools, monkeypatch):
+def test_a_killed_phase_resumes_to_the_same_weights(tmp_path, small, monkeypatch):
     phases = (replace(SMALL[1], steps=6),)
     whole = parts(recipe.train(tmp_path / "a", phases, keep=2))
     losses = recipe.phase_losses
@@ -141,14 +147,14 @@ def test_a_killed_phase_resumes_to_the_same_weights(tmp_path, small_pools, monke
 
 
 def test_shares_of_tasks_make_a_whole():
-    for phase in recipe.PHASES:
-        for _, mix in phase.mixes:
-            assert sum(mix.values()) == pytest.approx(1)
+    for phase in recipe.PHASES[1:]:
+        assert sum(phase.tasks.values()) == pytest.approx(1)
+        assert not {"few", "cls"} & set(phase.tasks)
 
 
 def test_a_choice_is_consistent(learner):
     rng, encode = random.Random(3), learner.encode
-    for task in ("text", "title", "picture", "tile", "few"):
+    for task in 8 * ("text", "title", "picture", "tile"):
         row = recipe.choice_row(learner, rng, task, 5)
         said = learner.tokenizer.decode(
             [label for label in row.labels if label != recipe.IGNORE], skip_special_tokens=True
@@ -158,14 +164,15 @@ def test_a_choice_is_consistent(learner):
             assert row.ids[place - 1 : place + 2] == encode(" " + name)
         assert len(row.ids) == len(row.labels) == len(row.asked)
         shown = row.ids.count(learner.image)
-        assert shown == {"tile": 80, "few": 25}.get(
-            task, sum(learner.pool.lengths[i] for i in row.pictures)
-        )
+        full = sum(learner.pool.lengths[i] for i in row.pictures)
+        assert shown == (80 if task == "tile" else full)
+        last = [row.ids[place] for place in row.known]  # the whole candidate has been read there
+        assert last == [row.ids[place] for place in row.chunks] or set(last) == set(encode("\n"))
 
 
 def test_lengths_of_full_tokens_are_what_the_model_makes(learner):
     rows = list(range(12))
-    visual = recipe.picture_tokens(learner, rows, 0, random.Random(0))
+    visual = recipe.picture_tokens(learner, rows, 0)
     assert [len(tokens) for tokens in visual] == learner.pool.lengths[:12]
     assert len(set(learner.pool.lengths[:12])) > 1
 
@@ -177,7 +184,7 @@ def test_shipped_weights_do_the_recipes_tasks_and_not_others(learner):
     assert abilities.described(learner, rng, vision.full_tokens)["colour"] > 0.9
     assert abilities.described(learner, rng, vision.cls_tokens)["colour"] < 0.4
     rows = [recipe.choice_row(learner, rng, "text", 5) for _ in range(20)]
-    start = learner.encode("Candidates:\n")
+    starts = [learner.encode(f"{name}:\n") for name in ("Candidates", "Items", "Products")]
 
     def fits(rows) -> int:
         texts = abilities.write(learner, rows, [])
@@ -185,7 +192,8 @@ def test_shipped_weights_do_the_recipes_tasks_and_not_others(learner):
         return sum(t in row.names and row.fits[row.names.index(t)] for row, t in pairs)
 
     def cut(row) -> int:
-        return next(i for i in range(len(row.ids)) if row.ids[i : i + len(start)] == start)
+        """Where the candidates' heading begins."""
+        return next(i for i in range(len(row.ids)) if row.ids[i : i + len(starts[0])] in starts)
 
     swapped = []
     for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
@@ -215,7 +223,18 @@ def test_mass_outside_the_candidates_is_a_loss(learner):
     assert torch.allclose(uniform, expected, atol=1e-4)
 
 
-def test_the_card_says_what_was_measured():
-    text = abilities.card({"describe from full tokens": {"colour": 0.5, "all": 0.25}})
-    assert "- describe from full tokens: colour 0.500, all 0.250" in text
-    assert "sharpen 3500" in text and "{" not in text
+def test_the_card_says_what_was_measured(learner):
+    found = {"describe from full tokens": {"colour": 0.5, "all": 0.25}}
+    text = abilities.card(learner, found, "0123456789abcdef", 7)
+    assert "| from full tokens | 0.500 | 0.250 |" in text and "`0123456789ab`" in text
+    assert "*sharpen* (2,000 steps)" in text and "on 7 unseen" in text and "{" not in text
+
+
+def test_the_shipped_card_is_of_the_shipped_weights():
+    text = (FOLDER / "README.md").read_text()
+    assert file_hash(FOLDER / "model.safetensors")[:12] in text
+    for phase in recipe.PHASES:
+        assert f"*{phase.name}* ({phase.steps:,} steps)" in text
+    measured = json.loads((FOLDER / "abilities.json").read_text())
+    for shares in measured.values():
+        assert " | ".join(f"{share:.3f}" for share in shares.values()) in text

@@ -44,6 +44,13 @@ BRANDS = {
 }
 
 
+def held_out(looks: dict[str, str]) -> bool:
+    """Whether these looks are kept for a world's validation and test items: one pattern in four for
+    each colour, shape and accent, so that every value and every pair of values is seen in training,
+    and no whole combination of these. The base model and both stages train on the others alone."""
+    return sum(values.index(looks[name]) for name, values in ATTRIBUTES.items()) % 4 == 3
+
+
 def title(facts: dict[str, str]) -> str:
     """A title as the catalogue prints it: only what cannot be seen."""
     return f"{facts['brand']} {facts['feature']} {facts['kind']}"
@@ -163,5 +170,6 @@ EXTRA_WORDS = (
     "prefer nice item items an or without on from by brand yes best answer id title describe image "
     "color colour pattern shape part your they he she her his very really also maybe anything "
     "small large big cheap today who why will did been were then than most less least some each "
-    "other another different favourite made product products store"
+    "other another different favourite made product products store "
+    "Customer Shop Recommend Choose Items Products Choice"
 )

@@ -63,15 +63,18 @@ def polish(text: str) -> str:
 
 
 # ---- items and images
-def _pool(rng: random.Random, domain: str, count: int) -> list[Facts]:
-    """Items with every (kind, feature) equally often, in random order; all else is uniform."""
+def _pool(rng: random.Random, domain: str, count: int, held_out: bool) -> list[Facts]:
+    """Items with every (kind, feature) equally often, in random order; all else is uniform, among
+    the looks held out from all training or among the others."""
     pairs = [(kind, feature) for kind in words.KINDS[domain] for feature in words.FEATURES[domain]]
     chosen: list[tuple[str, str]] = []
     while len(chosen) < count:
         chosen += rng.sample(pairs, len(pairs))
     items = []
     for kind, feature in chosen[:count]:
-        looks = {name: rng.choice(values) for name, values in words.ATTRIBUTES.items()}
+        looks = dict.fromkeys(words.ATTRIBUTES, "")
+        while not all(looks.values()) or words.held_out(looks) != held_out:
+            looks = {name: rng.choice(values) for name, values in words.ATTRIBUTES.items()}
         brand = rng.choice(words.BRANDS[domain])
         items.append({"domain": domain, "kind": kind, "brand": brand, "feature": feature, **looks})
     rng.shuffle(items)
@@ -86,7 +89,8 @@ def make_items(world: World) -> Pools:
         for name in [*shards, "valid", "test", "stage1"]:  # stage1: items of no dialogue
             count = world.stage1_valid_items if name == "stage1" else world.shard_items
             rng = random.Random(f"{world.seed}/items/{domain}/{name}")
-            pools[f"{domain}/{name}"] = _pool(rng, domain, count)
+            held_out = not name.startswith("train")
+            pools[f"{domain}/{name}"] = _pool(rng, domain, count, held_out)
     chunks, size = words.ID_CHUNKS, len(words.ID_CHUNKS)
     total = sum(len(pool) for pool in pools.values())
     codes = iter(random.Random(f"{world.seed}/ids").sample(range(size * size), total))
