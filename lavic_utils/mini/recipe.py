@@ -40,6 +40,14 @@ DOMAIN_OF = {kind: domain for domain, kinds in words.KINDS.items() for kind in k
 NAMED = {"kind": tuple(words.PARTS), **words.ATTRIBUTES}  # what the tower learns to name
 PATCHES = (TILE // PATCH) ** 2  # of one tile
 SHOWN = {"tile": PATCHES, "picture": 0}  # visual tokens of a candidate; 0: all there are
+# Forms of a request: opening, speakers, heading, what stands between a candidate and its id.
+FORM = (
+    ("Recommend one item.\n", "Choose the best product.\n", ""),
+    (("Seeker", "Helper"), ("Customer", "Shop")),
+    ("Candidates:\n", "Items:\n", "Products:\n"),
+    ("", "", " ID:", " id", " is"),
+)
+CUES = ("Answer:", "Answer:", "Choice:", "ID:")  # the answer follows
 SIZES = ((144, 144), (144, 144), (144, 144), (144, 72), (72, 144), (144, 108))  # pixels
 MEANT = {*words.PARTS, *words.PARTS.values()}.union(
     *words.ATTRIBUTES.values(), *words.FEATURES.values()
@@ -158,42 +166,18 @@ def filler(rng: Random, most: int) -> str:
     return " ".join(rng.choices(FILLER, k=rng.randint(0, most)))
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a request is written: one of many, drawn anew for each row."""
-
-    opening: str
-    seeker: str
-    helper: str
-    header: str
-    gap: str  # between a candidate and its id
-    id_first: bool
-    cue: str  # which the answer follows
-
-    @classmethod
-    def draw(cls, rng: Random) -> Form:
-        return cls(
-            rng.choice(("Recommend one item.\n", "Choose the best product.\n", "")),
-            *rng.choice((("Seeker", "Helper"), ("Customer", "Shop"))),
-            rng.choice(("Candidates:\n", "Items:\n", "Products:\n")),
-            rng.choice(("", "", " ID:", " id", " is")),
-            rng.random() < 0.2,
-            rng.choice(("Answer:", "Answer:", "Choice:", "ID:")),
-        )
-
-
-def request_text(rng: Random, form: Form, facts: list[str], looks: list[str]) -> str:
+def request_text(rng: Random, speakers: tuple, facts: list[str], looks: list[str]) -> str:
     """Keywords in random order among filler words, in one or two turns of the seeker."""
-    lines = []
+    (seeker, helper), lines = speakers, []
     for keywords in [facts + looks] if rng.random() < 0.5 else [facts, looks]:
         if lines and rng.random() < 0.6:
-            lines.append(f"{form.helper}: {filler(rng, 9)}{rng.choice('?.')}\n")
+            lines.append(f"{helper}: {filler(rng, 9)}{rng.choice('?.')}\n")
         pieces = [filler(rng, 6)]
         for word in rng.sample(keywords, len(keywords)):
             pieces.append(word + rng.choice(("", "", ",", ".")))
             pieces.append(filler(rng, 3 if rng.random() < 0.5 else 0))
-        lines.append(f"{form.seeker}: {' '.join(filter(None, pieces))}{rng.choice('.?')}\n")
-    return form.opening + "".join(lines)
+        lines.append(f"{seeker}: {' '.join(filter(None, pieces))}{rng.choice('.?')}\n")
+    return "".join(lines)
 
 
 def alike_items(rng: Random, pool: Pool, count: int) -> list[dict]:
@@ -222,15 +206,16 @@ def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
     """Request and candidates in, an id out. Beside a candidate's title stand its looks in words
     ("text"), nothing ("title": no looks are asked for, so several candidates fit), or the patch
     tokens of its whole "picture" or of the picture's first "tile"."""
-    encode, items, form = learner.encode, alike_items(rng, learner.pool, count), Form.draw(rng)
-    target = items[0]
+    encode, items = learner.encode, alike_items(rng, learner.pool, count)
+    opening, speakers, heading, gap = (rng.choice(some) for some in FORM)
+    id_first, cue, target = rng.random() < 0.2, rng.choice(CUES), items[0]
     rng.shuffle(items)
     facts, looks = wishes(rng, task)
     named, said = [target[name] for name in facts], [target[name] for name in looks]
     if "accent" in looks:
         said[looks.index("accent")] += " " + words.PARTS[target["kind"]]
     asked = set(encode(" ".join(named + said)))  # tokens
-    ids = encode(request_text(rng, form, named, said) + form.header)
+    ids = encode(opening + request_text(rng, speakers, named, said) + heading)
     short = rng.random() < 0.5
     row = Row([], [], asked=[IGNORE] * len(ids))
     for item in items:
@@ -246,18 +231,18 @@ def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
             body += [learner.image] * (SHOWN[task] or learner.pool.lengths[item["picture"]])
             row.pictures.append(item["picture"])
         marks = [int(token in asked) for token in body]
-        name, gap = encode(" " + item["asin"]), encode(form.gap) if form.gap else []
-        parts = [(name, None), (gap, None), (body, marks)]
-        for tokens, wanted in parts if form.id_first else reversed(parts):
+        name = encode(" " + item["asin"])
+        parts = [(name, None), (encode(gap) if gap else [], None), (body, marks)]
+        for tokens, wanted in parts if id_first else reversed(parts):
             if tokens is name:
                 row.chunks.append(len(ids) + 1)  # after "B0"
             ids += tokens
             row.asked += wanted or [IGNORE] * len(tokens)
-        row.known.append(len(ids) if form.id_first else row.chunks[-1])
+        row.known.append(len(ids) if id_first else row.chunks[-1])
         ids += encode("\n")
         row.asked += [IGNORE]
     answer = rng.choice([name for name, fit in zip(row.names, row.fits, strict=True) if fit])
-    whole = answered(learner, ids + encode(form.cue), answer)
+    whole = answered(learner, ids + encode(cue), answer)
     row.ids, row.labels = whole.ids, whole.labels
     row.asked += [IGNORE] * (len(row.ids) - len(row.asked))
     return row
@@ -358,14 +343,16 @@ class Phase:
 LANGUAGE = ("language_model.", "help_")
 JOINED = (*LANGUAGE, "multi_modal_projector.", "image_newline")
 CHOOSE = {"copy": 0.15, "text": 0.65, "title": 0.2}
+COPY = {"copy": 0.5, "text": 0.35, "title": 0.15}
 SEE = {"caption": 0.3, "tile": 0.3, "picture": 0.08, "copy": 0.02, "text": 0.23, "title": 0.07}
 DOUBT = {"caption": 0.2, "tile": 0.3, "picture": 0.08, "copy": 0.02, "text": 0.22, "title": 0.18}
 PHASES = (
     Phase("tower", 2400, 1e-3, ("vision_tower.", "name_")),
     Phase("language", 1600, 2e-3, LANGUAGE, CHOOSE, eased=("text", "title")),
-    Phase("joint", 2400, 1.5e-3, JOINED, SEE, eased=("tile",)),
+    Phase("copy", 500, 1.5e-3, LANGUAGE, COPY),
+    Phase("joint", 2000, 1.5e-3, JOINED, SEE, eased=("tile",)),
     # Valid ids: more requests that several candidates fit, and losses on ids, not the heads'.
-    Phase("sharpen", 2000, 8e-4, JOINED, DOUBT, sharpen=True),
+    Phase("sharpen", 1500, 8e-4, JOINED, DOUBT, sharpen=True),
 )
 
 
