@@ -1,14 +1,12 @@
 """How the mini model becomes a base LLaVA: pictures, texts, losses, phases (`make mini-model`).
 
-It learns what LLaVA can do before LaViC comes, in four phases: a vision tower names what it sees
-(the part of CLIP's pretraining); a language model follows a request among candidates described in
-words, and copies ids; a projector joins the two, so that it describes pictures and chooses among a
-few of them by all their patch tokens; at last it learns to write ids that stand in the list.
-
-What it never meets: a [CLS] through the projector, ten candidates that have visual tokens, an item,
-a dialogue or a wording of a mini world, or the looks held out for a world's validation and test
-items (`words.held_out`). Lists and answers come in many forms, so that stage 2 cannot live on the
-memory of one. Everything is drawn from the seeds below.
+It learns what LLaVA can do before LaViC comes. A vision tower names what it sees, as CLIP's does; a
+language model follows a request among candidates described in words, and copies ids; a projector
+joins the two, to describe pictures and to choose among a few by all their patch tokens; at last it
+learns to write ids that stand in the list. Never met: a [CLS] through the projector, ten candidates
+with visual tokens, an item, dialogue or wording of a mini world, or the looks of its validation and
+test items (`words.held_out`). Lists and answers come in many forms, so that stage 2 cannot live on
+the memory of one. Everything is drawn from the seeds below.
 """
 
 from __future__ import annotations
@@ -101,7 +99,6 @@ class Pool:
         self.labels = torch.tensor(true)  # (count, names): which of the words in NAMED
 
     def draw(self, rng: Random, kinds: Iterable[str]) -> int:
-        """A picture of one of these kinds."""
         return rng.choice(self.of_kind[rng.choice(list(kinds))])
 
 
@@ -148,16 +145,15 @@ def random_item(rng: Random, pool: Pool, picture: int, feature: str = "") -> dic
     facts = pool.facts[picture]
     domain = DOMAIN_OF[facts["kind"]]
     asin = "B0" + rng.choice(words.ID_CHUNKS) + rng.choice(words.ID_CHUNKS)
-    feature = feature or rng.choice(words.FEATURES[domain])
-    brand = rng.choice(words.BRANDS[domain])
-    return {"brand": brand, "feature": feature, "asin": asin, "picture": picture, **facts}
+    title = {"feature": feature or rng.choice(words.FEATURES[domain])}
+    title["brand"] = rng.choice(words.BRANDS[domain])
+    return {**title, "asin": asin, "picture": picture, **facts}
 
 
 def caption_row(learner: Learner, item: dict, length: int) -> Row:
     """Title and picture (`length` visual tokens) in, a description of the looks out."""
-    slots = [learner.image] * length
-    prompt = [*learner.encode(words.title(item)), *slots, *learner.encode("\nLooks:")]
-    row = answered(learner, prompt, words.description(item))
+    prompt = learner.encode(words.title(item)) + [learner.image] * length
+    row = answered(learner, prompt + learner.encode("\nLooks:"), words.description(item))
     row.pictures.append(item["picture"])
     return row
 
@@ -258,11 +254,10 @@ def naming_loss(learner: Learner, rng: Random, count: int) -> dict[str, Tensor]:
     tiles = (pool.pixels[rows, 1:] if crops else pool.pixels[rows, :1]).to(device).float()
     real = (tiles.flatten(2).abs().amax(-1) > 0).float()  # (rows, tiles)
     tower = learner.model.model.vision_tower(tiles.flatten(0, 1), output_hidden_states=True)
-    patches, losses = tower.hidden_states[-2][:, 1:].mean(1), {}
     views = {"cls": (tower.last_hidden_state[:, 0], learner.name_cls)}
-    views["patches"] = (patches, learner.name_patches)
+    views["patches"] = (tower.hidden_states[-2][:, 1:].mean(1), learner.name_patches)
+    shares, losses = real / real.sum(1, keepdim=True), {}
     for view, (hidden, heads) in views.items():
-        shares = real / real.sum(1, keepdim=True)
         mean = (hidden.unflatten(0, real.shape) * shares[..., None]).sum(1)  # (rows, WIDTH)
         named = zip(heads, pool.labels[rows].T.to(device), strict=True)
         losses[view] = sum(F.cross_entropy(head(mean), true) for head, true in named)
@@ -295,9 +290,8 @@ def text_losses(learner: Learner, rng: Random, rows: list[Row], shown: int, shar
     model, pad, device = learner.model, learner.tokenizer.pad_token_id, learner.model.device
     ids = pad_sequence([torch.tensor(row.ids) for row in rows], True, pad).to(device)
     labels = pad_sequence([torch.tensor(row.labels) for row in rows], True, IGNORE).to(device)
-    pictures = [picture for row in rows for picture in row.pictures]
-    embeds = vision.place(model, ids, picture_tokens(learner, pictures, shown), pad)
-    # embeds: (rows, longest, WIDTH)
+    visual = picture_tokens(learner, [one for row in rows for one in row.pictures], shown)
+    embeds = vision.place(model, ids, visual, pad)  # (rows, longest, WIDTH)
     out = model.model.language_model(inputs_embeds=embeds, output_hidden_states=True)
     learnt = labels[:, 1:] != IGNORE
     logits = model.lm_head(out.last_hidden_state[:, :-1][learnt])
@@ -307,8 +301,8 @@ def text_losses(learner: Learner, rng: Random, rows: list[Row], shown: int, shar
         every = learner.tokenizer.convert_tokens_to_ids(words.ID_CHUNKS)
         losses["overlap"] = 30 * overlap_loss(model, every)
         if len(chunks):
-            outside = outside_loss(model, ids, labels, chunks, out.last_hidden_state)
-            losses["outside"] = 2 * outside
+            hidden = out.last_hidden_state
+            losses["outside"] = 2 * outside_loss(model, ids, labels, chunks, hidden)
         return losses
     second, fourth = out.hidden_states[2], out.hidden_states[4]  # of six layers
     some = torch.tensor(rng.choices(range(ids[:, 1:].numel()), k=512))
