@@ -65,6 +65,7 @@ SMALL = tuple(replace(phase, steps=3) for phase in recipe.PHASES)
 LEARNT = {
     "tower": {"vision tower"},
     "language": {"language model"},
+    "copy": {"language model"},
     "joint": {"language model", "projector"},
     "sharpen": {"language model", "projector"},
 }
@@ -227,7 +228,7 @@ def test_the_card_says_what_was_measured(learner):
     found = {"describe from full tokens": {"colour": 0.5, "all": 0.25}}
     text = abilities.card(learner, found, "0123456789abcdef", 7)
     assert "| from full tokens | 0.500 | 0.250 |" in text and "`0123456789ab`" in text
-    assert "*sharpen* (2,000 steps)" in text and "on 7 unseen" in text and "{" not in text
+    assert "*sharpen* (1,500 steps)" in text and "on 7 unseen" in text and "{" not in text
 
 
 def test_the_shipped_card_is_of_the_shipped_weights():

@@ -176,7 +176,11 @@ def test_splits_share_no_item_and_pools_are_balanced(mini: Path, facts: dict) ->
         or used["valid"] & used["test"]
         or used["train"] & used["valid"]
     )
-    pool = world.make_items(TINY)["home/test"]
+    pools = world.make_items(TINY)
+    for name, pool in pools.items():  # whole looks of validation and test items: never trained on
+        kept = {wording.held_out(item) for item in pool.values()}
+        assert kept == {"train" not in name}, name
+    pool = pools["home/test"]
     assert used["test"] <= set(pool)
     assert set(Counter((item["kind"], item["feature"]) for item in pool.values()).values()) == {1}
 
