@@ -264,6 +264,22 @@ def naming_loss(learner: Learner, rng: Random, count: int) -> dict[str, Tensor]:
     return losses
 
 
+def anchor_loss(learner: Learner, rng: Random, count: int) -> dict[str, Tensor]:
+    """CLIP's task: the last layer's [CLS] (half of them of crops) meets the sum of its picture's
+    word embeddings, which are frozen and drawn at random, so they say nothing to a language model
+    that has not been taught to read them."""
+    pool, device = learner.pool, learner.model.device
+    rows = rng.sample(range(len(pool.facts)), count)
+    tiles = [rng.randrange(3) if rng.random() < 0.5 else 0 for _ in rows]
+    target, generator = torch.zeros(count, WIDTH), torch.Generator().manual_seed(5)
+    for column, values in enumerate(NAMED.values()):
+        anchors = F.normalize(torch.randn(len(values), WIDTH, generator=generator), dim=-1)
+        target += 4 * anchors[pool.labels[rows, column]]
+    tower = learner.model.model.vision_tower(pool.pixels[rows, tiles].to(device).float())
+    error = tower.last_hidden_state[:, 0] - target.to(device)
+    return {"anchors": error.square().sum(-1).mean()}
+
+
 def outside_loss(model, ids: Tensor, labels: Tensor, chunks: Tensor, hidden: Tensor) -> Tensor:
     """Minus the log of the probability that an answer's first id chunk is any candidate's: in doubt
     between several, a small model otherwise writes a token between them that nobody has.
@@ -322,14 +338,14 @@ def text_losses(learner: Learner, rng: Random, rows: list[Row], shown: int, shar
 # ---------------------------------------------------------------- the phases
 @dataclass(frozen=True)
 class Phase:
-    """What is learnt in `steps` steps of AdamW with a peak learning rate of `rate`: tasks, each in
-    its share of the batches of some TOKENS, or (no tasks) to name PICTURES."""
+    """`steps` steps of AdamW with a peak learning rate of `rate`, and `tasks`, each with its share
+    of the batches (of some TOKENS, or of so many PICTURES)."""
 
     name: str
     steps: int
     rate: float
     trains: tuple[str, ...]  # parameters with one of these in their names
-    tasks: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, float]
     eased: tuple[str, ...] = ()  # tasks that begin with 3 and then 5 candidates
     sharpen: bool = False
 
@@ -341,12 +357,14 @@ COPY = {"copy": 0.5, "text": 0.35, "title": 0.15}
 SEE = {"caption": 0.3, "tile": 0.3, "picture": 0.08, "copy": 0.02, "text": 0.23, "title": 0.07}
 DOUBT = {"caption": 0.2, "tile": 0.3, "picture": 0.08, "copy": 0.02, "text": 0.22, "title": 0.18}
 PHASES = (
-    Phase("tower", 2400, 1e-3, ("vision_tower.", "name_")),
+    Phase("tower", 2400, 1e-3, ("vision_tower.", "name_"), {"name": 1.0}),
     Phase("language", 1600, 2e-3, LANGUAGE, CHOOSE, eased=("text", "title")),
     Phase("copy", 500, 1.5e-3, LANGUAGE, COPY),
     Phase("joint", 2000, 1.5e-3, JOINED, SEE, eased=("tile",)),
     # Valid ids: more requests that several candidates fit, and losses on ids, not the heads'.
-    Phase("sharpen", 1500, 8e-4, JOINED, DOUBT, sharpen=True),
+    Phase("sharpen", 1200, 8e-4, JOINED, DOUBT, sharpen=True),
+    # LLaVA reads the layer before, which stays as it is.
+    Phase("last layer", 600, 2e-3, ("vision_tower.encoder.layers.3.",), {"anchor": 1.0}),
 )
 
 
@@ -371,8 +389,10 @@ def batch_rows(learner: Learner, rng: Random, phase: Phase, done: float) -> tupl
 
 def phase_losses(learner: Learner, rng: Random, phase: Phase, done: float) -> dict[str, Tensor]:
     """The weighted losses of one batch, after a share `done` of the phase's steps."""
-    if not phase.tasks:
+    if "name" in phase.tasks:
         return naming_loss(learner, rng, PICTURES)
+    if "anchor" in phase.tasks:
+        return anchor_loss(learner, rng, PICTURES)
     rows, shown = batch_rows(learner, rng, phase, done)
     return text_losses(learner, rng, rows, shown, phase.sharpen)
 
