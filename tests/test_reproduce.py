@@ -332,8 +332,8 @@ def test_every_arm_is_searched_over_the_same_rates_and_the_best_is_kept(results,
     rows = json.loads((results.parent / "mini" / "tuning.json").read_text())["rows"]
     chosen = {row["arm"]: row["setting"]["learning_rate"] for row in rows if row["chosen"]}
     lowest = min(tuning.RATES)
-    assert chosen == dict.fromkeys(tuning.ARMS, lowest) | best and len(rows) == 16
-    assert {row["steps"]["home"] for row in rows} == {7} and rows[0]["conversations"] == 6
+    assert chosen == dict.fromkeys(tuning.ARMS, lowest) | best and len(rows) == 12
+    assert {row["steps"] for row in rows} == {7} and rows[0]["conversations"] == 2
     assert "LaViC w/o images: 0.004 is best" in "".join(said)
     table = report.tuning_table(experiment.Experiment("mini"))
     assert table.loc["LaViC", 2e-3] == "0.500 / 0.500 *"
