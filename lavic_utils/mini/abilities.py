@@ -108,7 +108,7 @@ held out for a world's validation and test items (a quarter of all combinations:
 | --- | --- | --- | --- | --- | --- |
 {described}
 
-| choose | right | by chance | valid ids |
+| choose | right | valid ids | right by chance |
 | --- | --- | --- | --- |
 {chosen}
 
@@ -131,7 +131,7 @@ def card(learner: recipe.Learner, found: dict, digest: str, count: int) -> str:
         words=len(learner.tokenizer),
         minutes=learner.seconds / 60,
         machine=torch.cuda.get_device_name() if cuda else "two CPU cores",
-        phases=", ".join(f"*{phase.name}* ({phase.steps:,} steps)" for phase in recipe.PHASES),
+        phases=",\n".join(f"*{phase.name}* ({phase.steps:,} steps)" for phase in recipe.PHASES),
         digest=digest[:12],
         count=count,
         described="\n".join(described),

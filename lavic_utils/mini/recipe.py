@@ -407,6 +407,7 @@ def train(folder: Path, phases: Sequence[Phase] = PHASES, pictures=15000, keep=2
     if file.is_file():
         state = torch.load(file, weights_only=True)
         learner.load_state_dict(state["learner"])
+        learner.seconds = state["seconds"]
     learner.pool, began = Pool(learner.processor, pictures, 0), time.monotonic() - state["seconds"]
     for number in range(state["phase"], len(phases)):
         phase, start = phases[number], state["step"] if number == state["phase"] else 0
