@@ -67,7 +67,6 @@ LEARNT = {
     "language": {"language model"},
     "copy": {"language model"},
     "joint": {"language model", "projector"},
-    "sharpen": {"language model", "projector"},
     "last layer": {"vision tower"},
 }
 
@@ -205,31 +204,11 @@ def test_shipped_weights_do_the_recipes_tasks_and_not_others(learner):
     assert fits(rows) >= 14 and fits(swapped) <= 10
 
 
-def test_mass_outside_the_candidates_is_a_loss(learner):
-    """Where all tokens are equally likely, the loss is known."""
-    rng = random.Random(0)
-    rows = [recipe.choice_row(learner, rng, "title", 5) for _ in range(3)]
-    longest = max(len(row.ids) for row in rows)
-    ids, labels = (
-        torch.tensor([values + [fill] * (longest - len(values)) for values in some])
-        for some, fill in (
-            ([row.ids for row in rows], 0),
-            ([row.labels for row in rows], recipe.IGNORE),
-        )
-    )
-    chunks = torch.tensor([(b, place) for b, row in enumerate(rows) for place in row.chunks])
-    hidden = torch.zeros(*ids.shape, 128)
-    uniform = recipe.outside_loss(learner.model, ids, labels, chunks, hidden)
-    mine = [len({row.ids[place] for place in row.chunks}) for row in rows]
-    expected = -torch.tensor([m / len(learner.tokenizer) for m in mine]).log().mean()
-    assert torch.allclose(uniform, expected, atol=1e-4)
-
-
 def test_the_card_says_what_was_measured(learner):
     found = {"describe from full tokens": {"colour": 0.5, "all": 0.25}}
     text = abilities.card(learner, found, "0123456789abcdef", 7)
     assert "| from full tokens | 0.500 | 0.250 |" in text and "`0123456789ab`" in text
-    assert "*sharpen* (1,200 steps)" in text and "on 7 unseen" in text and "{" not in text
+    assert "*joint* (2,000 steps)" in text and "on 7 unseen" in text and "{" not in text
 
 
 def test_the_shipped_card_is_of_the_shipped_weights():

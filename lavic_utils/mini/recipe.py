@@ -2,11 +2,11 @@
 
 It learns what LLaVA can do before LaViC comes. A vision tower names what it sees, as CLIP's does; a
 language model follows a request among candidates described in words, and copies ids; a projector
-joins the two, to describe pictures and to choose among a few by all their patch tokens; at last it
-learns to write ids that stand in the list. Never met: a [CLS] through the projector, ten candidates
-with visual tokens, an item, dialogue or wording of a mini world, or the looks of its validation and
-test items (`words.held_out`). Lists and answers come in many forms, so that stage 2 cannot live on
-the memory of one. Everything is drawn from the seeds below.
+joins the two, to describe pictures and to choose among a few by all their patch tokens; at last the
+tower's [CLS] moves into a space of its own, as CLIP's is. Never met: a [CLS] through the projector,
+ten candidates with visual tokens, an item, dialogue or wording of a mini world, or the looks of its
+validation and test items (`words.held_out`). Lists and answers come in many forms, so that stage 2
+cannot live on the memory of one. Everything is drawn from the seeds below.
 """
 
 from __future__ import annotations
@@ -280,29 +280,9 @@ def anchor_loss(learner: Learner, rng: Random, count: int) -> dict[str, Tensor]:
     return {"anchors": error.square().sum(-1).mean()}
 
 
-def outside_loss(model, ids: Tensor, labels: Tensor, chunks: Tensor, hidden: Tensor) -> Tensor:
-    """Minus the log of the probability that an answer's first id chunk is any candidate's: in doubt
-    between several, a small model otherwise writes a token between them that nobody has.
-
-    ids, labels (rows, length); chunks (candidates, 2): row, position; hidden (rows, length, WIDTH).
-    """
-    first = (labels != IGNORE).int().argmax(1)  # the answer's "B0", which the chunk follows
-    log_p = F.log_softmax(model.lm_head(hidden[torch.arange(len(hidden)), first]), -1)
-    mine = torch.zeros_like(log_p, dtype=torch.bool)
-    mine[chunks[:, 0], ids[chunks[:, 0], chunks[:, 1]]] = True
-    return -log_p.masked_fill(~mine, -torch.inf).logsumexp(-1).mean()
-
-
-def overlap_loss(model, chunks: list[int]) -> Tensor:
-    """Mean squared cosine between embeddings of different id chunks. In doubt between k ids, an
-    answer is about the mean of k: where they overlap, a chunk of nobody's scores higher."""
-    rows = F.normalize(model.get_input_embeddings().weight[chunks], dim=-1)
-    return ((rows @ rows.T).square().sum() - len(chunks)) / (len(chunks) * (len(chunks) - 1))
-
-
-def text_losses(learner: Learner, rng: Random, rows: list[Row], shown: int, sharpen: bool):
-    """Cross-entropy of what is to be written, with the helping heads' losses or, to `sharpen` ids,
-    the two losses above. Padding on the right needs no mask under causal attention."""
+def text_losses(learner: Learner, rng: Random, rows: list[Row], shown: int) -> dict[str, Tensor]:
+    """Cross-entropy of what is to be written, and the helping heads' losses. Padding on the right
+    needs no mask under causal attention."""
     model, pad, device = learner.model, learner.tokenizer.pad_token_id, learner.model.device
     ids = pad_sequence([torch.tensor(row.ids) for row in rows], True, pad).to(device)
     labels = pad_sequence([torch.tensor(row.labels) for row in rows], True, IGNORE).to(device)
@@ -312,19 +292,11 @@ def text_losses(learner: Learner, rng: Random, rows: list[Row], shown: int, shar
     learnt = labels[:, 1:] != IGNORE
     logits = model.lm_head(out.last_hidden_state[:, :-1][learnt])
     losses = {"answer": F.cross_entropy(logits, labels[:, 1:][learnt])}
-    chunks = torch.tensor([(b, place) for b, row in enumerate(rows) for place in row.chunks])
-    if sharpen:
-        every = learner.tokenizer.convert_tokens_to_ids(words.ID_CHUNKS)
-        losses["overlap"] = 30 * overlap_loss(model, every)
-        if len(chunks):
-            hidden = out.last_hidden_state
-            losses["outside"] = 2 * outside_loss(model, ids, labels, chunks, hidden)
-        return losses
     second, fourth = out.hidden_states[2], out.hidden_states[4]  # of six layers
     some = torch.tensor(rng.choices(range(ids[:, 1:].numel()), k=512))
     before = model.lm_head(learner.help_before(second[:, 1:].flatten(0, 1)[some]))
     losses["before"] = 0.3 * F.cross_entropy(before, ids[:, :-1].flatten()[some])
-    if len(chunks):
+    if any(row.known for row in rows):
         asked = pad_sequence([torch.tensor(row.asked) for row in rows], True, IGNORE).to(device)
         said, true = learner.help_asked(second)[..., 0][asked != IGNORE], asked[asked != IGNORE]
         losses["asked"] = 0.5 * F.binary_cross_entropy_with_logits(said, true.float())
@@ -347,7 +319,6 @@ class Phase:
     trains: tuple[str, ...]  # parameters with one of these in their names
     tasks: dict[str, float]
     eased: tuple[str, ...] = ()  # tasks that begin with 3 and then 5 candidates
-    sharpen: bool = False
 
 
 LANGUAGE = ("language_model.", "help_")
@@ -355,14 +326,11 @@ JOINED = (*LANGUAGE, "multi_modal_projector.", "image_newline")
 CHOOSE = {"copy": 0.15, "text": 0.65, "title": 0.2}
 COPY = {"copy": 0.5, "text": 0.35, "title": 0.15}
 SEE = {"caption": 0.3, "tile": 0.3, "picture": 0.08, "copy": 0.02, "text": 0.23, "title": 0.07}
-DOUBT = {"caption": 0.2, "tile": 0.3, "picture": 0.08, "copy": 0.02, "text": 0.22, "title": 0.18}
 PHASES = (
     Phase("tower", 2400, 1e-3, ("vision_tower.", "name_"), {"name": 1.0}),
     Phase("language", 1600, 2e-3, LANGUAGE, CHOOSE, eased=("text", "title")),
     Phase("copy", 500, 1.5e-3, LANGUAGE, COPY),
     Phase("joint", 2000, 1.5e-3, JOINED, SEE, eased=("tile",)),
-    # Valid ids: more requests that several candidates fit, and losses on ids, not the heads'.
-    Phase("sharpen", 1200, 8e-4, JOINED, DOUBT, sharpen=True),
     # LLaVA reads the layer before, which stays as it is.
     Phase("last layer", 600, 2e-3, ("vision_tower.encoder.layers.3.",), {"anchor": 1.0}),
 )
@@ -394,7 +362,7 @@ def phase_losses(learner: Learner, rng: Random, phase: Phase, done: float) -> di
     if "anchor" in phase.tasks:
         return anchor_loss(learner, rng, PICTURES)
     rows, shown = batch_rows(learner, rng, phase, done)
-    return text_losses(learner, rng, rows, shown, phase.sharpen)
+    return text_losses(learner, rng, rows, shown)
 
 
 def train(folder: Path, phases: Sequence[Phase] = PHASES, pictures=15000, keep=200) -> Learner:
