@@ -21,6 +21,7 @@ from lavic_utils.provenance import world_dir
 
 SPLITS = ("train", "valid", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # not every reader of Pillow: one starts Ghostscript
+MIN_SIDE = 16  # pixels
 TURN = re.compile(r"<(submission|comment)>(.*?)</\1>", re.DOTALL)
 TAG = re.compile(r"</?(?:submission|comment)>")
 SPEAKERS = {"submission": "seeker", "comment": "helper"}  # who wrote a turn of this tag
@@ -253,11 +254,22 @@ def image_file(root: Path | str, asin: str, k: int = 0) -> Path:
     return valid if valid.is_file() and not train.is_file() else train
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image decoded, in RGB: what is transparent becomes white, 16 bits of grey become 8."""
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda grey: grey / 256).convert("L")
+    return image.convert("RGB")
+
+
 def open_image(path: Path | str) -> Image.Image | None:
-    """The whole image, decoded, RGB; None where it is missing or corrupt (never a stand-in)."""
+    """The whole image as `as_rgb` has it; None (never a stand-in) where it is missing, corrupt, or
+    a shop's placeholder with a side under MIN_SIDE pixels."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return image.convert("RGB")
+            return as_rgb(image) if min(image.size) >= MIN_SIDE else None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
         return None
 
