@@ -874,7 +874,7 @@ def _trained(profile: str, domain: str):
     tuned = run.tuned_folder("LaViC", domain)
     if run.profile.world:
         run.prepare().tune("LaViC", domain)
-    elif not (tuned / "result.json").is_file():
+    elif not all(kept(place / "result.json") for place in (run.folder / "stage1", tuned)):
         todo = f"python -m lavic_utils run LaViC --domain {domain} --profile {profile}"
         raise UserError(f"LaViC is not trained for {domain} here: {todo}")
     model = training.load_adapter(run.model(), run.folder / "stage1" / "adapter")

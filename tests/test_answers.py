@@ -320,15 +320,19 @@ def test_the_command_prints_json_and_tables(
     )
     assert main(["evaluate", str(a), "--against", str(b)]) == 0
     out = capsys.readouterr().out
-    assert "hit_ratio_pairs" in out and "0.3750" in out and "unmatched_a       1" in out
-    assert "Neither file leads, by 0.0000 of the shared rows, which may be chance" in out
+    assert "hit_ratio_pairs" in out and "0.3750" in out and re.search(r"unmatched_a +1\n", out)
+    assert "Neither file leads: first less second [+0.0000, +0.0000], p 1 (McNemar)" in out
     worse = [
         {**one, "recommended_st": "B0WRONG001", "gt_items": one["gt_items"][::-1]} for one in KNOWN
     ]
     other = write(tmp_path / "c.jsonl", *worse)
-    assert main(["evaluate", str(a), "--against", str(other), "--reparse"]) == 0
+    assert main(["evaluate", str(a), "--against", str(other)]) == 0
     out = capsys.readouterr().out
-    assert "matched           6" in out and "answers name another id" in out  # truths are a set
+    assert "The first file leads by 0.3333 of the shared rows, which may be chance" in out
+    assert main(["evaluate", str(other), "--against", str(a), "--reparse"]) == 0
+    out += capsys.readouterr().out
+    assert len(re.findall(r"^matched +6\n", out, re.M)) == 2  # truths are a set
+    assert "Read again, 5 of 6 answers name another id" in out
     assert not re.search(r"\d\.\d{5}|[{}]", out)  # no dictionary, no sixteen digits
     assert (
         main(["evaluate", str(tmp_path / "none.jsonl")]) == 2

@@ -78,12 +78,17 @@ def test_pictures_added_replaced_or_removed_are_another_input(folder):
 
 @pytest.mark.parametrize("method", ["BM25", "LLaVA-v1.6 (title)", "LLaVA-v1.6 (title+image)"])
 def test_a_candidate_that_the_catalogue_lacks_is_one_line(folder, capsys, method):
-    write_catalogue(folder, {**TITLES, TEN[7]: None})
-    for said in (f"item {TEN[7]}", "field title"), (f"item {TEN[7]}, which is not in it",):
+    with_title, lacking = (TEN[7], "field title"), (f"item {TEN[7]}, which is not in it",)
+    without = {asin: TITLES[asin] for asin in TEN if asin != TEN[7]}
+    for titles, said in (
+        ({**TITLES, TEN[7]: None}, with_title),
+        ({**TITLES, TEN[7]: "half a pair \ud800"}, with_title),
+        (without, lacking),
+    ):
+        write_catalogue(folder, titles)
         assert lavic("run", method, "--domain", "home", "--data", folder, "--limit", 1) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(words in error for words in said)
-        write_catalogue(folder, {asin: TITLES[asin] for asin in TEN if asin != TEN[7]})
 
 
 def test_what_is_wrong_with_out_is_said_before_anything_is_answered(folder, tmp_path, capsys):
@@ -101,7 +106,7 @@ def test_what_is_wrong_with_out_is_said_before_anything_is_answered(folder, tmp_
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--seed", "9" * 20], "not in the range"),
+        (["--seed", "9" * 20], "less than or equal to 4294967295"),
         (["--split", "train"], "'train' is not one of"),
         (["--profile", "nope"], "profile 'nope' not found"),
     ],

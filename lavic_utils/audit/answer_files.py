@@ -261,23 +261,20 @@ def show(found: dict[str, Any]) -> None:
         elif name not in ("parsing", "against", "ci95"):
             print(f"{name:24} {value}")
     if one := found.get("parsing"):
-        rows = {
-            name: [one[f"{name}_before"], found[name]] for name in ("hits", "valid", "unparsed")
-        }
+        counts = ("hits", "valid", "unparsed")
+        rows = {name: [one[f"{name}_before"], found[name]] for name in counts}
         print(
             f"\nRead again, {one['changed']} of {found['rows']} answers name another id:", end=" "
         )
         print("{ran_on} ran on behind it, {unexpected_form} of another form.".format(**one))
         print(pd.DataFrame(rows, ["as it was", "read again"]).T.to_string())
     if one := found.get("against"):
-        lead = ("Neither file", "The first file", "The second file")[
-            int(np.sign(one["difference"]))
-        ]
-        sure = "hardly by chance" if one["p_value"] < 0.05 else "which may be chance"
-        low, high = one["ci95"]
-        print(
-            f"\n{lead} leads, by {abs(one['difference']):.4f} of the shared rows, {sure}:", end=" "
-        )
-        print(f"first less second [{low:+.4f}, {high:+.4f}], p {one['p_value']:.2g} (McNemar).")
+        (low, high), lead = one["ci95"], "Neither file leads"
+        if gap := one["difference"]:
+            sure = "hardly by chance" if one["p_value"] < 0.05 else "which may be chance"
+            first = "The first" if gap > 0 else "The second"
+            lead = f"{first} file leads by {abs(gap):.4f} of the shared rows, {sure}"
+        print(f"\n{lead}: first less second [{low:+.4f}, {high:+.4f}],", end=" ")
+        print(f"p {one['p_value']:.2g} (McNemar).")
         names = ("matched", "only_a", "only_b", "other_candidates", "unmatched_a", "unmatched_b")
         print(pd.Series({name: one[name] for name in names}).to_string())
