@@ -19,15 +19,7 @@ from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, results_dir
 from lavic_utils.data import dialogue_file
 from lavic_utils.evaluation import Score, summary_by_seed
 from lavic_utils.methods import METHODS, Trained, find, slug
-from lavic_utils.provenance import (
-    kept,
-    locked,
-    newest,
-    target,
-    write_card,
-    write_kept,
-    write_text,
-)
+from lavic_utils.provenance import kept, locked, newest, target, write_card, write_kept, write_text
 from lavic_utils.ranking import paired_tests, ranking_scores
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from lavic_utils.data import profile_data_hash
 from lavic_utils.repro import notebooks as nbs
 
 INDEX = "index.json"  # file below the results -> its content when a notebook last left it
-UNTOLD = {".log", ".lock", ".sqlite"}  # files that change after they are made
+# Kinds and names of files that may change after they are made.
+UNTOLD = {".log", ".lock", ".sqlite", "run.json", INDEX, "README.md"}
 STAGES = ("teacher", "distillation", "recommendation", "inference")
 
 
@@ -138,7 +139,7 @@ def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
         origin.write_text(job.out, nbformat.writes(nb) + "\n")
         failed.unlink()
     found = [p for p in results.rglob("*") if p.is_file() and p.suffix not in UNTOLD]
-    made = [p for p in found if p.name not in ("run.json", INDEX) and p.stat().st_mtime >= start]
+    made = [p for p in found if p.name not in UNTOLD and p.stat().st_mtime >= start]
     left = {path.relative_to(results).as_posix(): origin.file_hash(path) for path in sorted(made)}
     origin.write_kept(results / INDEX, {**(origin.kept(results / INDEX) or {}), **left})
     kilobyte = 1 if sys.platform == "darwin" else 2**10
