@@ -156,9 +156,10 @@ Ids = tuple[Id, ...]
 Filled = Annotated[str, Text(pattern=r"\S")]
 ImageName = Annotated[str, Text(pattern=r"^[A-Za-z0-9]{1,32}_[0-9]{1,6}\.jpg$")]  # ASIN_k.jpg
 Ten = Annotated[Ids, AfterValidator(_ten)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # a text, a list of texts or null
+Plain = Annotated[str, Text(pattern="")]  # looked at, so that half a surrogate pair is refused
+Texts = Annotated[tuple[Plain, ...], BeforeValidator(_texts)]  # a text, a list of texts or null
 Links = Annotated[tuple[str, ...], BeforeValidator(_links)]
-ByImage = Annotated[dict[str, str], BeforeValidator(lambda value: {} if value is None else value)]
+ByImage = Annotated[dict[str, Plain], BeforeValidator(lambda one: {} if one is None else one)]
 
 
 class Dialogue(Row):
@@ -185,7 +186,7 @@ class Item(Row):
     what LLaVA wrote about the looks of an image, by file name."""
 
     asin: Id
-    title: str
+    title: Plain
     categories: Texts = ()
     features: Texts = ()
     description: Texts = ()
@@ -196,10 +197,10 @@ class Item(Row):
 class ValidImage(Row):
     """An image with its description ("" where no teacher has written yet): a stage-1 example."""
 
-    title: str
+    title: Plain
     image_name: ImageName
     link: str = Field(alias="image")
-    description: str = Field(alias="image_description_llava_cleaned")
+    description: Plain = Field(alias="image_description_llava_cleaned")
     asin = property(lambda self: self.image_name.split("_")[0])
     k = property(lambda self: int(self.image_name[:-4].split("_")[1]))
 

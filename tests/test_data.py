@@ -422,6 +422,8 @@ def test_catalogue_and_stage1_rows(tmp_path: Path) -> None:
         ({TEN[0]: {**item, "images": ["l0"]}}, "field images"),
         ({TEN[0]: {**item, "images": "l0"}}, "field images"),
         ({TEN[0]: {**item, "features": [1]}}, "field features"),
+        ({TEN[0]: {**item, "features": ["half a pair \ud800"]}}, "field features"),
+        ({TEN[0]: {**item, "title": "half a pair \ud800"}}, "field title"),
     ):
         with pytest.raises(UserError, match=expected):
             data.read_catalogue(catalogue(tmp_path, wrong))

@@ -266,7 +266,9 @@ def test_a_damaged_result_is_said_and_made_again(run, tmp_path, kind, capsys):
         made.append(1)
         (folder / "adapter").mkdir(parents=True)
         (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-        (folder / "adapter" / "adapter_config.json").write_text('{"lora_alpha": 32}')
+        (folder / "adapter" / "adapter_config.json").write_text(
+            '{"lora_alpha": 32, "base_model_name_or_path": "base"}'
+        )
         return {"n": 1, "rows": [{"id": "B000000001"}]}
 
     for _ in range(2):
