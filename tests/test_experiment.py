@@ -37,6 +37,7 @@ FORK = multiprocessing.get_context("fork")
 def run(monkeypatch, tmp_path):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     monkeypatch.setattr(experiment.Experiment, "data_hash", "steady")
+    monkeypatch.setattr(experiment.data, "data_hash", lambda root: "steady")
     monkeypatch.setattr(experiment, "code_of", lambda module: dict(CODE))
     monkeypatch.setitem(CODE, "store", "old")
     return experiment.Experiment("mini", 42)

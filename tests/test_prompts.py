@@ -24,6 +24,9 @@ class Counting:
     def __init__(self, tokenizer) -> None:
         self.tokenizer, self.calls = tokenizer, 0
 
+    def get_added_vocab(self) -> dict[str, int]:
+        return self.tokenizer.get_added_vocab()
+
     def __call__(self, *args, **options):
         self.calls += 1
         return self.tokenizer(*args, **options)
@@ -72,7 +75,10 @@ def test_text_is_text_and_a_templates_own_mark_is_refused(processor):
     assert len(control & set(tokenizer(odd).input_ids)) == 4  # negative control: as it stands
     encoded = recommend_prompt(tokenizer, PROMPTS, turns, items, 1000)
     told = describe_prompt(tokenizer, PROMPTS, odd, 2)
-    for ids, start in ((encoded.ids, 6), (told, 2)):  # three items of two visual tokens; one image
+    for ids, start in (
+        (encoded.ids, 15),
+        (told, 2),
+    ):  # three items of five visual tokens; one image
         found = [token for token in ids[1:] if token in control - {tokenizer.unk_token_id}]
         assert found == [tokenizer.convert_tokens_to_ids(IMAGE)] * start
     own = PROMPTS.model_copy(update={"candidate": "{title}{image}{id}<image>"})
