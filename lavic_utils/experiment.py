@@ -385,7 +385,9 @@ class Experiment:
                 write_kept(file, {"code": code, "images": known})
             pace.at(i + len(some))
         images = {path: known[about[0]] if about else nothing for path, about in found.items()}
-        return {p: sha if readable or not decode else None for p, (_, sha, readable) in images.items()}
+        return {
+            p: sha if readable or not decode else None for p, (_, sha, readable) in images.items()
+        }
 
     def readable(self, paths: Mapping[str, Path]) -> dict[str, Path]:
         """Those of the image files (item id -> file) that can be decoded."""
