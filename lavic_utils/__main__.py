@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 try:
     from typer import Abort, Argument, Context, Exit, Option, Typer
@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # the one place where nothing can be said with a Us
     print("python -m pip install -r requirements.lock", file=sys.stderr)
     sys.exit(2)
 
-from lavic_utils.config import UserError, load_profile, show_progress
+from lavic_utils.config import MOST, UserError, load_profile, show_progress
 
 app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 notebooks = Typer(help="The committed notebooks: execute in place, check.", no_args_is_help=True)
@@ -28,8 +28,16 @@ app.add_typer(notebooks, name="notebooks")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 
-Profile = Annotated[str, Option("--profile", help="A profile's name, or a path to a YAML file.")]
-Seed = Annotated[int | None, Option("--seed", help="Default: the profile's.")]
+
+def _known(profile: str) -> str:
+    load_profile(profile)  # a wrong one is refused before anything slow is imported
+    return profile
+
+
+Profile = Annotated[
+    str, Option("--profile", callback=_known, help="A profile's name, or a path to a YAML file.")
+]
+Seed = Annotated[int | None, Option("--seed", min=0, max=MOST, help="Default: the profile's.")]
 Data = Annotated[Path | None, Option("--data", help="Folder of the data. Default: LAVIC_DATA.")]
 Json = Annotated[bool, Option("--json", help="JSON on stdout instead of a table.")]
 Check = Annotated[bool, Option("--check", help="Write nothing; exit 1 where one is stale.")]
@@ -108,7 +116,7 @@ def run(
     domain: Annotated[str, Option(help="beauty, fashion or home.")],
     profile: Profile = "mini",
     limit: Annotated[int | None, Option(min=1, help="Only the first so many dialogues.")] = None,
-    split: Annotated[str, Option(help="test or valid.")] = "test",
+    split: Annotated[Literal["test", "valid"], Option(help="What is answered.")] = "test",
     seed: Seed = None,
     order: Annotated[int, Option(min=0, help="1, 2, ...: candidates shuffled, seeded.")] = 0,
     lists: Annotated[str | None, Option(help="Candidates: first ten of this retrieval.")] = None,
@@ -390,6 +398,8 @@ def demo(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     show_progress()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # in a shell of ASCII a dash becomes "?"
     try:
         code = app(args=arguments, prog_name="lavic", standalone_mode=False) or 0
         if code == 130:  # typer has taken the interrupt
@@ -402,9 +412,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; the same command continues from here", file=sys.stderr)
         return 130
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        said = f"{error.format_message()} (see --help)" if hasattr(error, "format_message") else ""
+        if getattr(error, "errno", None) or "(os error " in str(error):  # libraries in Rust
+            said = f"{error}; free or name another place, and run the same command again"
+        if not said:
             raise
-        print(f"error: {' '.join(error.format_message().split())} (see --help)", file=sys.stderr)
+        print(f"error: {' '.join(said.split())}", file=sys.stderr)
         return 2
 
 

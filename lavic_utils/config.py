@@ -6,14 +6,15 @@ import logging
 import math
 import os
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    StringConstraints,
     ValidationError,
     model_validator,
 )
@@ -21,6 +22,7 @@ from pydantic import (
 PACKAGE = Path(__file__).resolve().parent
 # The checkout; for a package installed from a wheel the folder where it is run.
 ROOT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
+MOST = 2**32 - 1  # numpy's largest seed; no size is larger
 DOMAINS = {"beauty": "all_beauty", "fashion": "amazon_fashion", "home": "amazon_home"}
 
 
@@ -28,22 +30,41 @@ class UserError(Exception):
     """Bad input: one clear line (what, where, what to do); the command line exits with code 2."""
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Some = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Place = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f][^\x00-\x1f]*$")]  # a path, or a hub id
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _holds(*names: str) -> AfterValidator:
+    """The check of a template: it holds each of these fields once, and no other."""
+
+    def check(text: str) -> str:
+        found = [one[1:] for one in Formatter().parse(text) if one[1] is not None]
+        if sorted(found, key=str) != sorted([(name, "", None) for name in names], key=str):
+            wanted = ", ".join(f"{{{name}}}" for name in names)
+            raise ValueError(f"{wanted} must stand in it once each, and no other field")
+        return text
+
+    return AfterValidator(check)
 
 
 class Prompts(Section):
-    """Text templates. `candidate` holds {id}, {title}, {image}. `chat` is the model's own form of a
-    conversation, put around the message of `describe` and `recommend`."""
+    """Text templates, each with its fields. `chat` is the model's own form of a conversation, put
+    around the message of `describe` and `recommend`."""
 
-    chat: Annotated[str, StringConstraints(pattern=r"\{message\}")] = "{message}"
-    describe: str
-    recommend: str
-    candidate: str
-    candidate_without_image: str
-    answer: str
-    seeker: str
-    helper: str
+    chat: Annotated[str, _holds("message")] = "{message}"
+    describe: Annotated[str, _holds("title", "image")]
+    recommend: Annotated[str, _holds("dialogue", "candidates")]
+    candidate: Annotated[str, _holds("id", "title", "image")]
+    candidate_without_image: Annotated[str, _holds("id", "title")]
+    answer: Annotated[str, _holds("id")]
+    seeker: Annotated[str, _holds("text")]
+    helper: Annotated[str, _holds("text")]
 
 
 class World(Section):
@@ -51,18 +72,18 @@ class World(Section):
 
     seed: int = 7
     image_side: int = Field(144, ge=48)
-    train_shards: int = Field(2, ge=1)
+    train_shards: Count = 2
     shard_items: int = Field(256, ge=64)
     stage1_valid_items: int = Field(170, ge=10)
-    train_dialogues: int = Field(2400, ge=1)
-    valid_dialogues: int = Field(150, ge=1)
-    test_dialogues: int = Field(400, ge=1)
-    p_feature_mentioned: float = Field(0.85, ge=0, le=1)
-    p_brand_mentioned: float = Field(0.15, ge=0, le=1)
-    p_properties: tuple[float, float, float] = (0.2, 0.4, 0.4)
-    p_several_truths: float = Field(0.3, ge=0, le=1)
-    p_new_wording: float = Field(0.3, ge=0, le=1)
-    p_extra_image: float = Field(0.5, ge=0, le=1)
+    train_dialogues: Count = 2400
+    valid_dialogues: Count = 150
+    test_dialogues: Count = 400
+    p_feature_mentioned: Share = 0.85
+    p_brand_mentioned: Share = 0.15
+    p_properties: tuple[Some, Some, Some] = (0.2, 0.4, 0.4)
+    p_several_truths: Share = 0.3
+    p_new_wording: Share = 0.3
+    p_extra_image: Share = 0.5
     missing_images: int = Field(6, ge=0)
     corrupt_images: int = Field(6, ge=0)
 
@@ -72,8 +93,8 @@ class World(Section):
 
 
 class Lora(Section):
-    r: int = Field(8, ge=1)
-    alpha: int = Field(32, ge=1)
+    r: Count = 8
+    alpha: Count = 32
     dropout: float = Field(0.1, ge=0, lt=1)
 
 
@@ -86,19 +107,19 @@ class Stage(Section):
     )
 
     lora: Lora = Lora()
-    learning_rate: float = Field(gt=0)
-    weight_decay: float = 1e-5
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(gt=0, le=10)
+    weight_decay: float = Field(1e-5, ge=0, le=1)
+    epochs: Count
+    batch_size: Count
+    gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
     max_length: int = Field(ge=16)
     max_new_tokens: int = Field(ge=4)
-    schedule: str = "constant"
-    warmup_steps: int = 0
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
     # a checkpoint every so many steps or minutes, so that a kill loses no more; None: stage 1 has
     # one an epoch, stage 2 begins an adapter again
-    save_steps: int | None = Field(None, ge=1)
+    save_steps: Count | None = None
     save_minutes: float | None = Field(None, gt=0)
 
     def steps(self, rows: int) -> int:
@@ -116,11 +137,11 @@ class Distillation(Stage):
 
     ONLY_SPEED: ClassVar = (*Stage.ONLY_SPEED, "teacher_batch_size", "keep_pixels", "workers")
 
-    teacher_batch_size: int = Field(48, ge=1)  # images described at once
-    eval_batch_size: int = Field(64, ge=1)
+    teacher_batch_size: Count = 48  # images described at once
+    eval_batch_size: Count = 64
     # written by the base model now, or as they stand in the data
     descriptions: Literal["write", "published"] = "write"
-    images_per_item: int | None = None  # the first so many images of an item; None: all
+    images_per_item: Count | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
     keep_pixels: bool = False  # in memory, instead of decoding every image in every epoch
     workers: int = Field(0, ge=0)  # processes that decode images while the card computes
@@ -130,7 +151,7 @@ class Recommendation(Stage):
     """Stage 2 (method: recommendation fine-tuning) and inference."""
 
     # prompts answered at once, where none is longer than `max_length`
-    eval_batch_size: int = Field(ge=1)
+    eval_batch_size: Count
 
     def at_once(self, tokens: int) -> int:
         """Prompts of so many tokens in a batch: no more tokens than in a full one, but a prompt."""
@@ -138,15 +159,15 @@ class Recommendation(Stage):
 
 
 class Profile(Section):
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")  # results go to a folder of it
     tier: Literal["mini run", "full run", "rehearsal"]  # the last is given by the weights
-    model: str  # a folder inside the package, a path, or a hub id
-    revision: str | None = None  # a commit of the hub's repository
+    model: Place  # a folder inside the package, a path, or a hub id
+    revision: Place | None = None  # a commit of the hub's repository
     download_gb: float = Field(0, ge=0)
-    models: dict[str, str] = {}  # method -> a folder of yours with its checkpoint, not the hub's
+    models: dict[str, Place] = {}  # method -> a folder of yours with its checkpoint, not the hub's
     quantize_4bit: bool = False
     dtype: Literal["float32", "half"] = "float32"  # half: what `vision.half` says of the card
-    seed: int = 42
+    seed: int = Field(42, ge=0, le=MOST)
     candidates: Literal["candidates_st", "candidates_gpt_large"] = "candidates_st"
     prompts: Prompts
     world: World | None = None
@@ -176,6 +197,16 @@ class Profile(Section):
         return str(inside) if inside.is_dir() else self.model
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader, but a key that stands twice is refused; the last one would have counted."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} stands twice from line {node.start_mark.line + 1} on")
+        return super().construct_mapping(node, deep)
+
+
 def load_profile(name: str = "mini") -> Profile:
     """Read `lavic_utils/profiles/NAME.yaml`, or a path to a YAML file. UserError: file, field."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else PACKAGE / "profiles" / f"{name}.yaml"
@@ -185,13 +216,13 @@ def load_profile(name: str = "mini") -> Profile:
             f"profile {name!r} not found at {path}; use one of {known}, or a .yaml file"
         )
     try:
-        return Profile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        problem = f"not valid YAML ({' '.join(str(error).split())})"
+        return Profile.model_validate(yaml.load(path.read_bytes().decode("utf-8"), _Loader))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        problem = f"field {field}: {first['msg']}"
+        problem = f"field {field}: {first['msg'].removeprefix('Value error, ')}"
+    except Exception as error:  # YAML's constructors raise anything: "2020-99-99", "!!int abc"
+        problem = f"not valid YAML ({type(error).__name__}: {' '.join(str(error).split())})"
     raise UserError(f"{path}: {problem}; correct the file")
 
 
@@ -203,7 +234,7 @@ def show_progress() -> None:
 
 def results_dir(profile: Profile) -> Path:
     """Where everything a run makes goes: `results/<profile>/`, or under LAVIC_RESULTS."""
-    return Path(os.environ.get("LAVIC_RESULTS", ROOT / "results")) / profile.name
+    return Path(os.environ.get("LAVIC_RESULTS") or ROOT / "results") / profile.name
 
 
 def real_data_dir() -> Path | None:

@@ -21,6 +21,7 @@ from lavic_utils.provenance import world_dir
 
 SPLITS = ("train", "valid", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # not every reader of Pillow: one starts Ghostscript
+MIN_SIDE = 16  # pixels
 TURN = re.compile(r"<(submission|comment)>(.*?)</\1>", re.DOTALL)
 TAG = re.compile(r"</?(?:submission|comment)>")
 SPEAKERS = {"submission": "seeker", "comment": "helper"}  # who wrote a turn of this tag
@@ -155,9 +156,10 @@ Ids = tuple[Id, ...]
 Filled = Annotated[str, Text(pattern=r"\S")]
 ImageName = Annotated[str, Text(pattern=r"^[A-Za-z0-9]{1,32}_[0-9]{1,6}\.jpg$")]  # ASIN_k.jpg
 Ten = Annotated[Ids, AfterValidator(_ten)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]  # a text, a list of texts or null
+Plain = Annotated[str, Text(pattern="")]  # looked at, so that half a surrogate pair is refused
+Texts = Annotated[tuple[Plain, ...], BeforeValidator(_texts)]  # a text, a list of texts or null
 Links = Annotated[tuple[str, ...], BeforeValidator(_links)]
-ByImage = Annotated[dict[str, str], BeforeValidator(lambda value: {} if value is None else value)]
+ByImage = Annotated[dict[str, Plain], BeforeValidator(lambda one: {} if one is None else one)]
 
 
 class Dialogue(Row):
@@ -184,7 +186,7 @@ class Item(Row):
     what LLaVA wrote about the looks of an image, by file name."""
 
     asin: Id
-    title: str
+    title: Plain
     categories: Texts = ()
     features: Texts = ()
     description: Texts = ()
@@ -195,10 +197,10 @@ class Item(Row):
 class ValidImage(Row):
     """An image with its description ("" where no teacher has written yet): a stage-1 example."""
 
-    title: str
+    title: Plain
     image_name: ImageName
     link: str = Field(alias="image")
-    description: str = Field(alias="image_description_llava_cleaned")
+    description: Plain = Field(alias="image_description_llava_cleaned")
     asin = property(lambda self: self.image_name.split("_")[0])
     k = property(lambda self: int(self.image_name[:-4].split("_")[1]))
 
@@ -253,11 +255,22 @@ def image_file(root: Path | str, asin: str, k: int = 0) -> Path:
     return valid if valid.is_file() and not train.is_file() else train
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image decoded, in RGB: what is transparent becomes white, 16 bits of grey become 8."""
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda grey: grey / 256).convert("L")
+    return image.convert("RGB")
+
+
 def open_image(path: Path | str) -> Image.Image | None:
-    """The whole image, decoded, RGB; None where it is missing or corrupt (never a stand-in)."""
+    """The whole image as `as_rgb` has it; None (never a stand-in) where it is missing, corrupt, or
+    a shop's placeholder with a side under MIN_SIDE pixels."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return image.convert("RGB")
+            return as_rgb(image) if min(image.size) >= MIN_SIDE else None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
         return None
 

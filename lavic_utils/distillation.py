@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from lavic_utils import training, vision
 from lavic_utils.config import Profile, UserError
 from lavic_utils.data import open_image
-from lavic_utils.prompts import describe_prompt, encode
+from lavic_utils.prompts import describe_prompt, encode, plain
 from lavic_utils.provenance import write_text
 from lavic_utils.training import IGNORE, pad_left, target_loss
 
@@ -149,7 +149,8 @@ class StudentCollator:
         """(prompt, target) of an image of so many tiles."""
         prompt = describe_prompt(self.tokenizer, self.profile.prompts, row.title, tiles)
         # spelled as the model would write it: the tokenizer puts the space before a text itself
-        target = encode(self.tokenizer, row.description) + [self.tokenizer.eos_token_id]
+        text = plain(self.tokenizer, row.description)
+        target = [*encode(self.tokenizer, text), self.tokenizer.eos_token_id]
         found, most = len(prompt) + len(target), self.profile.distillation.max_length
         if found > most:
             raise UserError(

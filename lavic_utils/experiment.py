@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -47,12 +47,14 @@ from lavic_utils.provenance import (
     code_of,
     file_hash,
     folder_hash,
+    kept,
     key,
+    locked,
     provenance,
     versions,
     world_dir,
     write_card,
-    write_json,
+    write_kept,
 )
 from lavic_utils.retrieval import candidate_lists
 
@@ -80,6 +82,14 @@ def once(method: Callable) -> Callable:
         return self._remembered[place]
 
     return remembered
+
+
+class Titles(dict):
+    """Item id -> title; UserError for an id that dialogues name and the catalogue lacks."""
+
+    def __missing__(self, asin: str) -> str:
+        why = f"dialogues name item {asin}, which is not in it; {data.GET_DATA}"
+        raise UserError(f"item2meta_train.json: {why}")
 
 
 class Experiment:
@@ -115,11 +125,11 @@ class Experiment:
         if self.lists and self.lists.chooses:
             why = "ranks no catalogue, so it makes no candidate lists; use a retrieval method"
             raise UserError(f"{self.lists.name} {why}")
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.processes = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.processes = _process()
         self._dialogues: dict[tuple[str, str, bool], list[data.Dialogue]] = {}
         self._remembered: dict[tuple, Any] = {}
         self._made: set[Path] = set()  # the stages that `force` has made again already
+        self._files: dict[Path, Mapping] = {}  # folder of a stage -> hashes of what it left there
         self._scanned: dict[str, list] = {}
 
     def prepare(self) -> Experiment:
@@ -128,8 +138,7 @@ class Experiment:
             from lavic_utils.mini.world import make_world
 
             place = world_dir(self.profile, self.seed)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(place.parent / f".{place.name}.lock"):  # one process makes it
+            with locked(place):
                 make_world(place, self.world)
         if torch.cuda.is_available() and self.processes > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -165,7 +174,7 @@ class Experiment:
         """Where results of this data and these lists go, whatever the seed."""
         place = results_dir(self.profile)
         if self.data_folder:
-            place = place / f"data-{self.data_hash}"
+            place = place / f"data-{data.data_hash(self.root)}"  # pictures are in stages' keys
         return place / f"lists-{methods.slug(self.lists.name)}" if self.lists else place
 
     @property
@@ -186,7 +195,13 @@ class Experiment:
 
     @cached_property
     def data_hash(self) -> str:
-        return data.data_hash(self.root)
+        """Of the data's texts, and of the pictures that they list."""
+        listed = [(a, k) for a, item in self.catalogue.items() for k in range(len(item.images))]
+        if (self.root / "item2meta_valid.jsonl").is_file():
+            listed += [(row.asin, row.k) for row in data.read_stage1_valid(self.root)]
+        pictures = self.scan([data.image_file(self.root, *one) for one in listed], decode=False)
+        found = sorted((path.name, content) for path, content in pictures.items() if content)
+        return key(texts=data.data_hash(self.root), pictures=found)
 
     @cached_property
     def catalogue(self) -> dict[str, data.Item]:
@@ -194,7 +209,7 @@ class Experiment:
 
     @cached_property
     def titles(self) -> dict[str, str]:
-        return {asin: item.title for asin, item in self.catalogue.items()}
+        return Titles((asin, item.title) for asin, item in self.catalogue.items())
 
     @cached_property
     def kinds(self) -> dict[str, str]:
@@ -253,10 +268,6 @@ class Experiment:
         asins: set[str] = set()
         for split in data.SPLITS:
             asins |= self._ids([domain], split, as_read=True)
-        if missing := sorted(asins - set(self.titles)):
-            what = f"{len(missing)} items of the {domain} dialogues, e.g. {missing[0]}"
-            why = f"are not in item2meta_train.json; {data.GET_DATA}"
-            raise UserError(f"{self.root}: {what}, {why}")
         return sorted(asins), [self.titles[asin] for asin in sorted(asins)]
 
     def need_training_data(self) -> None:
@@ -307,48 +318,76 @@ class Experiment:
         """
         path, wanted = folder / "result.json", key(stage=name, **reads)
         made_by = {"code": code_of(code), "versions": versions()}
-        found = None if self.force and path not in self._made else _kept(path, wanted, made_by)
+        force = self.force and path not in self._made
+        found = None if force else _kept(path, wanted, made_by)
         if found is None:
-            begun = {"key": wanted, "processes": self.processes, "made_by": made_by}
-            started = _begin(folder, begun) if self.rank == 0 else 0.0
-            result = make() if together or self.rank == 0 else {}
-            if self.rank == 0:
-                about = {"seconds": round(time.time() - started, 1), "made_by": made_by}
-                stored = {"key": wanted, **about, "provenance": self.stamp(), "result": result}
-                write_json(path, stored)
-                write_card(folder)
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-                (folder / BEGUN).unlink(missing_ok=True)
+            with locked(folder) if self.rank == 0 else nullcontext():
+                if self.processes == 1 and not force:  # another process may have made it meanwhile
+                    found = _kept(path, wanted, made_by)
+                if found is None:
+                    begun = {"key": wanted, "processes": self.processes, "made_by": made_by}
+                    self._make(folder, begun, make, together)
             self._made.add(path)
         while (found := found or _kept(path, wanted, made_by)) is None:
             time.sleep(0.2)  # no barrier: describing images may take longer than one waits
+        self._files[folder] = found["files"]
         return found["result"]
 
-    def scan(self, paths: Iterable[Path]) -> dict[Path, str | None]:
-        """sha256 of image files, None for one that is missing or cannot be decoded. Kept in
-        `images.json`: a file is looked at again only where its size or time has changed."""
+    def _make(self, folder: Path, begun: dict, make: Callable[[], dict], together: bool) -> None:
+        started = _begin(folder, begun) if self.rank == 0 else 0.0
+        result = make() if together or self.rank == 0 else {}
+        if self.rank == 0:
+            files = {f"adapter/{name}": sha for name, sha in folder_hash(folder / "adapter")}
+            about = {"seconds": round(time.time() - started, 1), "made_by": begun["made_by"]}
+            about |= {"provenance": self.stamp(), "files": files}
+            write_kept(folder / "result.json", {"key": begun["key"], **about, "result": result})
+            write_card(folder)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            (folder / BEGUN).unlink(missing_ok=True)
+
+    def adapter(self, folder: Path) -> Path:
+        """The adapter that a stage left; UserError where another process has replaced it since."""
+        for name, content in self._files.get(folder, {}).items():
+            if file_hash(folder / name) != content:
+                why = "another process has made this stage anew meanwhile"
+                raise UserError(f"{folder}: {why}; run the same command again")
+        return folder / "adapter"
+
+    def scan(self, paths: Iterable[Path], decode: bool = True) -> dict[Path, str | None]:
+        """sha256 of image files; None for one that is missing, or (`decode`) that `open_image` does
+        not take. Kept in `images.json`: a file is looked at again only where its size or time has
+        changed, or the code that opens it."""
         file, known, found, new = self.of_data / "images.json", self._scanned, {}, []
-        if not known and file.is_file():
-            known.update(json.loads(file.read_text(encoding="utf-8")))
+        code, nothing = code_of("data"), [None, None, None]  # mark, sha256, can be decoded
+        if not known and (old := kept(file)) and old["code"] == code:
+            known.update(old["images"])
+
+        def look(path: Path) -> tuple[str | None, bool | None]:
+            return file_hash(path), data.open_image(path) is not None if decode else None
+
         for path in paths:
             found[path] = None
             if path.is_file():
                 name, about = f"{path.parent.name}/{path.name}", path.stat()
                 found[path] = name, [about.st_size, about.st_mtime_ns]
-                if known.get(name, [None])[0] != found[path][1]:
+                mark, _, readable = known.get(name, nothing)
+                if mark != found[path][1] or decode and readable is None:
                     new.append(path)
         pace = training.Pace("images looked at", len(new))
         for i in range(0, len(new), SCANNED):
             some = new[i : i + SCANNED]
             with ThreadPoolExecutor() as pool:
-                hashes = list(pool.map(lambda p: data.open_image(p) and file_hash(p), some))
-            for path, image in zip(some, hashes, strict=True):
+                seen = list(pool.map(look, some))
+            for path, image in zip(some, seen, strict=True):
                 name, mark = found[path]
-                known[name] = [mark, image]
+                known[name] = [mark, *image]
             if self.rank == 0:
-                write_json(file, known)
+                write_kept(file, {"code": code, "images": known})
             pace.at(i + len(some))
-        return {path: about and known[about[0]][1] for path, about in found.items()}
+        images = {path: known[about[0]] if about else nothing for path, about in found.items()}
+        return {
+            p: sha if readable or not decode else None for p, (_, sha, readable) in images.items()
+        }
 
     def readable(self, paths: Mapping[str, Path]) -> dict[str, Path]:
         """Those of the image files (item id -> file) that can be decoded."""
@@ -490,7 +529,7 @@ class Experiment:
             return None
         self.distil(kind_of(tokens))
         name = "stage1" if kind_of(tokens) == "cls" else f"stage1_{kind_of(tokens)}"
-        return self.folder / name / "adapter"
+        return self.adapter(self.folder / name)
 
     def visual(
         self,
@@ -554,7 +593,7 @@ class Experiment:
         which, rows = self.profile.candidates, []
         for d in dialogues:
             names = getattr(d, which)
-            rows.append([d.line, d.context, names, [self.titles.get(a) for a in names]])
+            rows.append([d.line, d.context, names, [self.titles[a] for a in names]])
         return {
             "dialogues": key(rows=rows),
             "prompts": self.profile.prompts.model_dump(),
@@ -571,6 +610,7 @@ class Experiment:
         profile = self.profile.arm(variant.name)
         dialogues = self.dialogues(domain, "train")
         examples = recommendation.training_examples(dialogues, self.profile.candidates, self.seed)
+        shown = [[e.dialogue.line, e.candidates, e.target, self.titles[e.target]] for e in examples]
 
         def make() -> dict:
             visual = variant.visual(self, "train", lambda: model)
@@ -604,7 +644,7 @@ class Experiment:
             "base": self.base(),
             "asked": self.asked(dialogues, variant.name),
             "seed": self.seed,
-            "examples": key(rows=[[e.dialogue.line, e.candidates, e.target] for e in examples]),
+            "examples": key(rows=shown),
             "visual": self.visual_reads(variant.tokens, "train"),
             "tiles": variant.tiles,
         }
@@ -616,7 +656,7 @@ class Experiment:
     def tuned(self, method: str, domain: str):
         """The base model with a trained method's adapter, merged where that is exact."""
         self.tune(method, domain)
-        adapter = self.tuned_folder(method, domain) / "adapter"
+        adapter = self.adapter(self.tuned_folder(method, domain))
         return training.merged(training.load_adapter(self.model(), adapter)).eval()
 
     @once
@@ -638,6 +678,7 @@ class Experiment:
         part = f"{domain}_{split}" + (f"_order{order}" if order else "")
         folder = self.folder / "answers" / methods.slug(chosen.name + name) / part
         dialogues = self.dialogues(domain, split, order)[:limit]
+        asked = self.asked(dialogues, chosen.name)
 
         def make() -> dict:
             chosen.prepare(self, domain, split)
@@ -651,8 +692,7 @@ class Experiment:
 
         if limit is not None or chosen.family == "proprietary":
             return make()  # `chat_api` keeps what was answered; the rest is asked again
-        reads = {"method": chosen.reads(self, domain, split), "control": name}
-        reads["asked"] = self.asked(dialogues, chosen.name)
+        reads = {"method": chosen.reads(self, domain, split), "control": name, "asked": asked}
         return self.stage("answers", folder, "methods", reads, make, together=True)
 
     def answers(self, method: str, domain: str, split: str = "test", **how) -> list[dict]:
@@ -704,10 +744,19 @@ def kind_of(tokens: str) -> str:
 
 
 # ------------------------------------------------------------ keeping results: the files
+def _process() -> tuple[int, int]:
+    """(this process's rank, number of processes), as `accelerate launch` sets them."""
+    rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        why = f"RANK={rank!r} and WORLD_SIZE={count!r} are of no `accelerate launch`"
+        raise UserError(f"{why}; unset both, or start with it")
+    return int(rank), int(count)
+
+
 def _kept(path: Path, wanted: str, made_by: Mapping) -> dict | None:
     """A stage's file, if it is of this key and need not be made again for a change of code."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if found.get("key") != wanted:
+    found = kept(path)
+    if found is None or found["key"] != wanted:
         return None
     if found["made_by"] == made_by:
         return found
@@ -727,8 +776,7 @@ def _begin(folder: Path, begun: Mapping) -> float:
     """Before a stage is made: what stands in its folder goes on if it is the same stage under way,
     and is moved aside, never deleted, if it is anything else. Returns when the stage was begun."""
     place = folder / BEGUN
-    if place.is_file():
-        found = json.loads(place.read_text(encoding="utf-8"))
+    if found := kept(place):
         made = [folder, *folder.glob("checkpoints"), *folder.glob("checkpoints/*")]
         last = max(one.stat().st_mtime for one in made)
         costly = last - found["started"] >= QUICK
@@ -741,7 +789,7 @@ def _begin(folder: Path, begun: Mapping) -> float:
             number += 1
         folder.rename(aside)
     started = time.time()
-    write_json(place, {**begun, "started": started})
+    write_kept(place, {**begun, "started": started})
     return started
 
 
@@ -803,7 +851,7 @@ def recommend(
             continue
         try:
             given = isinstance(image, Image.Image)
-            picture = image.convert("RGB") if given else data.open_image(image)
+            picture = data.as_rgb(image) if given else data.open_image(image)
         except OSError:
             picture = None
         if picture is None:
@@ -828,7 +876,7 @@ def _trained(profile: str, domain: str):
     tuned = run.tuned_folder("LaViC", domain)
     if run.profile.world:
         run.prepare().tune("LaViC", domain)
-    elif not (tuned / "result.json").is_file():
+    elif not all(kept(place / "result.json") for place in (run.folder / "stage1", tuned)):
         todo = f"python -m lavic_utils run LaViC --domain {domain} --profile {profile}"
         raise UserError(f"LaViC is not trained for {domain} here: {todo}")
     model = training.load_adapter(run.model(), run.folder / "stage1" / "adapter")

@@ -40,6 +40,14 @@ def encode(tokenizer, text: str, start: bool = False) -> list[int]:
     return tokenizer(text, add_special_tokens=start).input_ids
 
 
+def plain(tokenizer, text: str) -> str:
+    """What somebody wrote, as text: a special token's name in it ("</s>", IMAGE) gets a blank after
+    its first character, so that no control token comes of it."""
+    for name in filter(str.strip, tokenizer.get_added_vocab()):  # the mini model has "\n" there
+        text = text.replace(name, f"{name[0]} {name[1:]}")
+    return text
+
+
 def dialogue_text(prompts: Prompts, turns: Turns) -> str:
     forms = {"seeker": prompts.seeker, "helper": prompts.helper}
     return "".join(forms[role].format(text=text) for role, text in turns)
@@ -57,7 +65,7 @@ def recommend_message(prompts: Prompts, turns: Turns, items: Items, image: str =
 
 def describe_prompt(tokenizer, prompts: Prompts, title: str, tokens: int) -> list[int]:
     """Stage 1 (paper, section 4.1): the title and an image; the description follows."""
-    message = prompts.describe.format(title=title, image=IMAGE * tokens)
+    message = prompts.describe.format(title=plain(tokenizer, title), image=IMAGE * tokens)
     return encode(tokenizer, prompts.chat.format(message=message), start=True)
 
 
@@ -84,7 +92,7 @@ def _ids(tokenizer, prompts: Prompts, turns: Turns, items: Items) -> list[int]:
         return text
     ids, slot = [], tokenizer.convert_tokens_to_ids(IMAGE)
     if text.count(slot) != len(counts):
-        raise UserError(f"a dialogue or title holds {IMAGE}, which stands for a picture; remove it")
+        raise UserError(f"a template of the profile holds {IMAGE}: write {{image}} in its place")
     for token in text:
         ids += [token] * (counts.pop(0) if token == slot else 1)
     return ids
@@ -99,6 +107,8 @@ def recommend_prompt(
     its last KEEP_WORDS words; then candidates lose their images, the last first, or (`refuse`) the
     prompt is refused: all counted in the result. UserError where even that is too long.
     """
+    turns = [(role, plain(tokenizer, text)) for role, text in turns]
+    items = [one._replace(title=plain(tokenizer, one.title)) for one in items]
     whole = _ids(tokenizer, prompts, turns, items)
     with_image = [one.id for one in items if one.tokens]
     if len(whole) <= max_length:

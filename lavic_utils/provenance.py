@@ -18,7 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lavic_utils.config import PACKAGE, ROOT, Profile
+from filelock import FileLock, Timeout
+
+from lavic_utils.config import PACKAGE, ROOT, Profile, UserError
 
 # The libraries that can change a number: recorded beside every result.
 PACKAGES = (
@@ -65,12 +67,12 @@ def folder_hash(folder: Path | str) -> list[tuple[str, str | None]]:
 
 
 def tree_hash(folder: Path | None) -> str:
-    """16 hex over names, sizes and times of the JSON files below a folder; 'unset' or 'absent'
-    where there is none."""
+    """16 hex over names, sizes and times of the JSON files and pictures below a folder; 'unset' or
+    'absent' where there is none."""
     if folder is None or not folder.is_dir():
         return "unset" if folder is None else "absent"
     files = []
-    for path in sorted(p for p in folder.rglob("*.json*") if p.is_file()):
+    for path in sorted(p for kind in ("*.json*", "*.jpg") for p in folder.rglob(kind)):
         about = path.stat()
         files.append((path.relative_to(folder).as_posix(), about.st_size, about.st_mtime_ns))
     return key(files=files)
@@ -78,7 +80,7 @@ def tree_hash(folder: Path | None) -> str:
 
 def world_dir(profile: Profile, seed: int) -> Path:
     """Folder of a seed's rendered world: data/<profile>/seed<seed>/, or under LAVIC_WORLD."""
-    place = Path(os.environ.get("LAVIC_WORLD", ROOT / "data"))
+    place = Path(os.environ.get("LAVIC_WORLD") or ROOT / "data")
     return place / profile.name / f"seed{seed}"
 
 
@@ -208,10 +210,22 @@ def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------ files
+def target(path: Path) -> Path:
+    """Where a file is to be written, links followed. UserError where that is no file (a folder, a
+    device), or its folder cannot be written to."""
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: a folder or a device, not a file; name another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent}: cannot be written to; name another folder")
+    return path
+
+
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A temporary sibling that replaces `path` when the block ends well, and goes when it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = target(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temp
@@ -230,6 +244,52 @@ def write_json(path: Path, obj: Any) -> None:
     """Atomic, deterministic JSON. NaN or infinity raise ValueError."""
     text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
     write_text(path, text + "\n")
+
+
+def write_kept(path: Path, obj: Mapping[str, Any]) -> None:
+    """`write_json` with a hash of all the rest, by which `kept` sees damage."""
+    rest = json.loads(json.dumps(obj, allow_nan=False, default=_plain))
+    write_json(path, {**rest, "check": key(**rest)})
+
+
+def kept(path: Path) -> dict[str, Any] | None:
+    """What `write_kept` wrote; None where there is no such file, and, with a line that says so,
+    where it is damaged, or a file beside it that it names under `files` with its hash."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        beside = found.get("files", {}).items()
+        whole = all(file_hash(path.parent / name) == content for name, content in beside)
+        if whole and found.pop("check") == key(**found):
+            return found
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    print(f"{path.parent.name}/{path.name}: damaged, so not used", flush=True)
+    return None
+
+
+def newest(path: Path) -> Path:
+    """Beside a committed metrics.json one's own runs write metrics.own.json, which git ignores:
+    the latter where it is there."""
+    own = path.with_suffix(".own.json")
+    return own if own.is_file() else path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time at a file or folder; whoever has to wait says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{path.name}: another process works on it; waiting", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def footer(provenance: Mapping[str, Any]) -> str:

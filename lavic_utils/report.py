@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -18,7 +19,7 @@ from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, results_dir
 from lavic_utils.data import dialogue_file
 from lavic_utils.evaluation import Score, summary_by_seed
 from lavic_utils.methods import METHODS, Trained, find, slug
-from lavic_utils.provenance import write_card, write_json, write_text
+from lavic_utils.provenance import kept, locked, newest, target, write_card, write_kept, write_text
 from lavic_utils.ranking import paired_tests, ranking_scores
 
 if TYPE_CHECKING:
@@ -49,23 +50,20 @@ def published_rows(table: str | None = None) -> pd.DataFrame:
 
 # ------------------------------------------------------------ measured: metrics.json
 def metrics_path(run: Experiment) -> Path:
-    return results_dir(run.profile) / "metrics.json"
+    """The rows of one's own runs, or the committed ones where there are none yet."""
+    return newest(results_dir(run.profile) / "metrics.json")
 
 
 def extended_path(run: Experiment) -> Path:
-    return results_dir(run.profile) / "extended.json"
+    """The same of what goes beyond the paper."""
+    return newest(results_dir(run.profile) / "extended.json")
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """What `record` wrote; UserError where there is no such file, or it is another one."""
-    if not path.is_file():
-        raise UserError(f"{path.name} is not in {path.parent.name}/; run `make reproduce` first")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {"provenance": dict(found["provenance"]), "rows": list(found["rows"])}
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"not a metrics file ({type(error).__name__}: {error})"
-        raise UserError(f"{path}: {why}; delete it and run again") from None
+    """What `record` wrote; UserError where there is no such file, or it is damaged."""
+    if (found := kept(path)) is None:
+        raise UserError(f"{path}: not there, or damaged; run `make reproduce`")
+    return found
 
 
 def read_extended(run: Experiment) -> dict | None:
@@ -89,8 +87,7 @@ def record(
     domains: Iterable[str] = DOMAINS,
     path: Path | None = None,
 ) -> pd.DataFrame:
-    """Score methods on test and put their `scored_rows` into `results/<profile>/metrics.json` (or
-    `path`)."""
+    """Score methods on test and put their `scored_rows` into `metrics_path` (or `path`)."""
     rows = scored_rows(run, chosen, domains)
     upsert_metrics(path or metrics_path(run), rows, run.stamp())
     return pd.DataFrame(rows)
@@ -166,21 +163,26 @@ def unanswered(answers: Iterable[Mapping]) -> dict[str, int]:
 def upsert_metrics(
     path: Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Put rows into metrics.json, one for each (method, domain, seed); returns what was written.
+    """Put rows into metrics.own.json (`newest`), one for each (method, domain, seed), and, where
+    `notebooks execute` asks (LAVIC_COMMIT), all into metrics.json; returns what was written.
 
-    Other rows stay only where the file is of the same code and data, so that one file never mixes
-    two states. A row without one of ROW_FIELDS raises KeyError.
+    Other rows stay only where they are of the same code and data, so that one file never mixes two
+    states. A row without one of ROW_FIELDS raises KeyError.
     """
     found: dict[tuple, dict] = {}
-    old = read_metrics(path) if Path(path).is_file() else {"provenance": {}, "rows": []}
-    kept = old["rows"] if _same_state(old["provenance"], provenance) else []
-    for row in [*kept, *rows]:
-        names = (*ROW_FIELDS, *sorted(set(row) - set(ROW_FIELDS)))
-        found[row["method"], row["domain"], row["seed"]] = {name: row[name] for name in names}
-    seeds = sorted({seed for _, _, seed in found})
-    written = [found[place] for place in sorted(found)]
-    out = {"provenance": {**provenance, "seeds": seeds}, "rows": written}
-    write_json(path, out)
+    path = path.with_name(path.name.replace(".own.", "."))
+    with locked(path):
+        old = kept(newest(path)) or {"provenance": {}, "rows": []}
+        same = old["rows"] if _same_state(old["provenance"], provenance) else []
+        for row in [*same, *rows]:
+            names = (*ROW_FIELDS, *sorted(set(row) - set(ROW_FIELDS)))
+            found[row["method"], row["domain"], row["seed"]] = {name: row[name] for name in names}
+        seeds = sorted({seed for _, _, seed in found})
+        written = [found[place] for place in sorted(found)]
+        out = {"provenance": {**provenance, "seeds": seeds}, "rows": written}
+        write_kept(path.with_suffix(".own.json"), out)
+        if os.environ.get("LAVIC_COMMIT") == "1":
+            write_kept(path, out)
     return out
 
 
@@ -304,7 +306,7 @@ def run_method(
     `candidates_<key>`; the key is "st" (or "gpt_large") for a method that chooses, else the
     method's own, and its list the ten it ranks first.
     """
-    chosen = find(method)
+    chosen, out = find(method), out and target(out)
     dialogue_file("", domain, split)  # says which domains and splits there are
     if why := chosen.reason(run):
         raise UserError(f"{chosen.name}: {why}")

@@ -25,14 +25,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lavic_utils import vision
-from lavic_utils.data import open_image
+from lavic_utils.data import as_rgb, open_image
 from lavic_utils.provenance import file_hash, folder_hash, key, versions
 
 log = logging.getLogger(__name__)
 GROUP, CHUNK = 64, 256  # images encoded at once, and in a file
 Encode = Callable[[Sequence[Path]], list[Tensor | None]]  # image files -> tokens, None: unreadable
 Shards = dict[str, tuple[Path, int]]  # name of a vector -> its file, its tokens
-MAKERS = (open_image, vision.pixels, vision.tile_count, vision.real_tiles, vision.last_cls,
+MAKERS = (as_rgb, open_image, vision.pixels, vision.tile_count, vision.real_tiles, vision.last_cls,
           vision.cls_tokens, vision.full_tokens, vision.patch_tokens, vision.encode)  # fmt: skip
 
 

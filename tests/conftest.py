@@ -14,8 +14,9 @@ name: tiny
 tier: mini run
 model: none
 seed: 5
-prompts: {describe: d, recommend: r, candidate: c, candidate_without_image: c, answer: a,
-  seeker: s, helper: h}
+prompts: {describe: "{title}{image}", recommend: "{dialogue}{candidates}", answer: "{id}",
+  candidate: "{id}{title}{image}", candidate_without_image: "{id}{title}", seeker: "{text}",
+  helper: "{text}"}
 distillation: {learning_rate: 0.1, epochs: 1, batch_size: 1, max_length: 32, max_new_tokens: 8,
   training_items_only: true}
 recommendation: {learning_rate: 0.1, epochs: 1, batch_size: 1, max_length: 32, max_new_tokens: 8,

@@ -234,14 +234,14 @@ def test_equal_rows_are_matched_one_to_one() -> None:
 
 
 def test_the_answer_s_field_is_found_or_chosen(tmp_path: Path) -> None:
-    two = {**row(TEN[0], [TEN[0]]), "recommended_new": TEN[1], "candidates_new": TEN[1:]}
+    two = {**row(TEN[0], [TEN[0]]), "recommended_new": TEN[1], "candidates_new": [*TEN[1:], OTHER]}
     path = write(tmp_path / "two.jsonl", two)
     with pytest.raises(UserError, match="line 1: .*: recommended_st, recommended_new; .* --answer"):
         an.read_answers(path)
     first = an.read_answers(path, "recommended_st")[0]
     assert (first.recommended, first.candidates, first.response) == (TEN[0], tuple(TEN), TEN[0])
     second = an.read_answers(path, "recommended_new")[0]
-    assert (second.recommended, second.candidates) == (TEN[1], tuple(TEN[1:]))
+    assert (second.recommended, second.candidates) == (TEN[1], (*TEN[1:], OTHER))
     assert second.response is None
     silent = write(tmp_path / "silent.jsonl", {**row(TEN[0], [TEN[0]]), "recommended_st": ""})
     assert an.read_answers(silent)[0].recommended is None
@@ -270,6 +270,12 @@ BAD = {
         [],
         "line 1: field recommended_st: String should match",
     ),
+    "None": ({**GOOD, "recommended_st": "None"}, [], "recommended 'None' is neither a candidate"),
+    "lower case": ({**GOOD, "recommended_st": "b0test0000"}, [], "10 capitals and digits"),
+    "a title": ({**GOOD, "recommended_st": "mug"}, [], "null stands for an answer without an id"),
+    "nine": ({**GOOD, "candidates_st": TEN[:9]}, [], "candidates_st: 10 different candidates"),
+    "eleven": ({**GOOD, "candidates_st": [*TEN, OTHER]}, [], "found 11 different in 11"),
+    "repeated": ({**GOOD, "candidates_st": [*TEN[:9], TEN[0]]}, [], "found 9 different in 10"),
     "a number": ({**GOOD, "recommended_st": 7}, [], "line 1: field recommended_st"),
     "text for a list": ({**GOOD, "candidates_st": TEN[0]}, [], "field candidates_st"),
     "no ground truth": ({**GOOD, "gt_items": []}, [], "field gt_items"),
@@ -314,7 +320,20 @@ def test_the_command_prints_json_and_tables(
     )
     assert main(["evaluate", str(a), "--against", str(b)]) == 0
     out = capsys.readouterr().out
-    assert "hit_ratio_pairs" in out and "0.3750" in out and "unmatched_a 1" in out
+    assert "hit_ratio_pairs" in out and "0.3750" in out and re.search(r"unmatched_a +1\n", out)
+    assert "Neither file leads: first less second [+0.0000, +0.0000], p 1 (McNemar)" in out
+    worse = [
+        {**one, "recommended_st": "B0WRONG001", "gt_items": one["gt_items"][::-1]} for one in KNOWN
+    ]
+    other = write(tmp_path / "c.jsonl", *worse)
+    assert main(["evaluate", str(a), "--against", str(other)]) == 0
+    out = capsys.readouterr().out
+    assert "The first file leads by 0.3333 of the shared rows, which may be chance" in out
+    assert main(["evaluate", str(other), "--against", str(a), "--reparse"]) == 0
+    out += capsys.readouterr().out
+    assert len(re.findall(r"^matched +6\n", out, re.M)) == 2  # truths are a set
+    assert "Read again, 5 of 6 answers name another id" in out
+    assert not re.search(r"\d\.\d{5}|[{}]", out)  # no dictionary, no sixteen digits
     assert (
         main(["evaluate", str(tmp_path / "none.jsonl")]) == 2
         and "no such file" in capsys.readouterr().err

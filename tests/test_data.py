@@ -9,6 +9,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -421,6 +422,8 @@ def test_catalogue_and_stage1_rows(tmp_path: Path) -> None:
         ({TEN[0]: {**item, "images": ["l0"]}}, "field images"),
         ({TEN[0]: {**item, "images": "l0"}}, "field images"),
         ({TEN[0]: {**item, "features": [1]}}, "field features"),
+        ({TEN[0]: {**item, "features": ["half a pair \ud800"]}}, "field features"),
+        ({TEN[0]: {**item, "title": "half a pair \ud800"}}, "field title"),
     ):
         with pytest.raises(UserError, match=expected):
             data.read_catalogue(catalogue(tmp_path, wrong))
@@ -462,6 +465,30 @@ def test_images_are_whole_or_none(tmp_path: Path) -> None:
         "missing": [names[3]],
         "corrupt": [names[2]],
     }
+
+
+def test_pictures_are_what_a_shop_shows(tmp_path: Path) -> None:
+    cutout = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    cutout.paste((220, 30, 30, 255), (16, 16, 48, 48))
+    palette = cutout.quantize(8)
+    ramp = Image.frombytes(
+        "I;16", (64, 64), b"".join(bytes([0, x * 4]) * 1 for x in range(64)) * 64
+    )
+    kinds = {"rgba": cutout, "la": cutout.convert("LA"), "palette": palette, "ramp": ramp}
+    for name, image in kinds.items():
+        image.save(tmp_path / f"{name}.jpg", "PNG")
+    cutout.save(tmp_path / "webp.jpg", "WEBP", lossless=True)
+    cutout.convert("RGB").convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.new("P", (1, 1)).save(tmp_path / "pixel.jpg", "GIF")
+    opened = {path.stem: data.open_image(path) for path in tmp_path.glob("*.jpg")}
+    assert opened.pop("pixel") is None  # a shop's placeholder is no picture
+    greys = [opened["ramp"].getpixel((x, 0)) for x in range(64)]
+    assert greys == sorted(greys) and len(set(greys)) == 64  # the order of greys is kept
+    for name in ("rgba", "la", "palette", "webp"):
+        assert opened[name].getpixel((0, 0)) == (255, 255, 255), name
+    for name in ("rgba", "palette", "webp", "cmyk"):
+        assert np.allclose(opened[name].getpixel((32, 32)), (220, 30, 30), atol=3), name
+    assert opened["cmyk"].getpixel((0, 0)) == (0, 0, 0)  # negative control: black that is black
 
 
 def test_stage1_validation_images_are_read_and_their_names_checked(tmp_path: Path) -> None:

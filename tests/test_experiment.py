@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,15 +30,25 @@ from lavic_utils.evaluation import score
 from lavic_utils.mini.world import make_world
 
 CODE = {"store": "old"}
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     monkeypatch.setattr(experiment.Experiment, "data_hash", "steady")
+    monkeypatch.setattr(experiment.data, "data_hash", lambda root: "steady")
     monkeypatch.setattr(experiment, "code_of", lambda module: dict(CODE))
     monkeypatch.setitem(CODE, "store", "old")
     return experiment.Experiment("mini", 42)
+
+
+def ended(processes: list) -> list[int]:
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 class Maker:
@@ -83,8 +95,8 @@ def test_changed_code_remakes_what_was_quick_and_keeps_what_was_long(
     monkeypatch.setitem(CODE, "store", "new")
     assert stage(run, tmp_path, make) == 2  # seconds of work: the edit is seen
     path = tmp_path / "stage" / "result.json"
-    stored = json.loads(path.read_text())
-    path.write_text(json.dumps({**stored, "seconds": 90 * 3600.0}))
+    stored = provenance.kept(path)
+    provenance.write_kept(path, {**stored, "seconds": 90 * 3600.0})
     assert stage(run, tmp_path, make) == 2 and capsys.readouterr().out == ""  # nothing changed
     monkeypatch.setitem(CODE, "store", "newer")
     assert stage(run, tmp_path, make) == 2  # 90 hours: kept
@@ -150,14 +162,14 @@ def test_a_picture_replaced_or_removed_is_another_input_and_an_unlisted_file_is_
     folder.mkdir()
     paths = [folder / f"B00000000{i}_0.jpg" for i in range(3)]
     for shade, path in enumerate(paths):
-        Image.new("RGB", (8, 8), (shade, 0, 0)).save(path)
+        Image.new("RGB", (20, 20), (shade, 0, 0)).save(path)
     paths[2].write_bytes(b"no picture")
     first = run.scan(paths)
     assert first[paths[0]] and first[paths[2]] is None
     again = experiment.Experiment("mini", 42)  # another process: the scan is kept
     (folder / "unlisted.jpg").write_bytes(b"x")
     assert again.scan(paths) == first
-    Image.new("RGB", (8, 8), (9, 9, 9)).save(paths[0])
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(paths[0])
     paths[1].unlink()
     changed = run.scan(paths)
     assert changed[paths[0]] not in (None, first[paths[0]]) and changed[paths[1]] is None
@@ -192,7 +204,7 @@ def test_a_comparison_says_what_was_not_run():
     assert table.loc["Entire tokens (5x577)", ("home", "published")] == "–"
 
 
-def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile):
+def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile, monkeypatch, capsys):
     path = tmp_path / "metrics.json"
     about = provenance.provenance(load_profile(str(tiny_profile)), 5, "data")
     row = dict.fromkeys(report.ROW_FIELDS, 1) | {"method": "m", "domain": "home", "seed": 5}
@@ -208,9 +220,91 @@ def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile):
     assert len(out["rows"]) == 1  # rows of other code are not mixed with these
     with pytest.raises(KeyError, match="ci95"):
         report.upsert_metrics(path, [{k: v for k, v in row.items() if k != "ci95"}], about)
-    Path(path).write_text("{}")
-    with pytest.raises(UserError, match="not a metrics file"):
-        report.upsert_metrics(path, [row], about)
+    assert not path.exists()  # the committed file is written by `notebooks execute` alone
+    monkeypatch.setenv("LAVIC_COMMIT", "1")
+    out = report.upsert_metrics(path, [row | {"seed": 7}], about | {"numbers_hash": "new"})
+    assert report.read_metrics(path) == out == report.read_metrics(report.newest(path))
+    report.newest(path).write_text(path.read_text().replace('"hits": 1', '"hits": 9'))
+    with pytest.raises(UserError, match="metrics.own.json: not there, or damaged"):
+        report.read_metrics(report.newest(path))
+    assert len(report.upsert_metrics(path, [row], about)["rows"]) == 1  # the damaged are not kept
+    assert "metrics.own.json: damaged, so not used" in capsys.readouterr().out
+
+
+def test_no_row_is_lost_when_processes_write_at_once(tmp_path):
+    path, about = tmp_path / "metrics.json", {"numbers_hash": "n", "data_hash": "d"}
+    row = dict.fromkeys(report.ROW_FIELDS, 1) | {"domain": "home"}
+
+    def write(name: str) -> None:
+        for seed in range(8):
+            report.upsert_metrics(path, [row | {"method": name, "seed": seed}], about)
+
+    each = [FORK.Process(target=write, args=(name,)) for name in "abc"]
+    assert ended(each) == [0, 0, 0]
+    assert len(report.read_metrics(report.newest(path))["rows"]) == 24
+
+
+def test_a_stage_is_made_by_one_process_and_the_other_waits_for_it(run, tmp_path, capfd):
+    def make() -> dict:
+        with open(tmp_path / "made", "a") as file:
+            file.write("once\n")
+        time.sleep(1)
+        return {"n": 1}
+
+    def work() -> None:
+        assert stage(run, tmp_path, make) == 1
+
+    assert ended([FORK.Process(target=work) for _ in range(2)]) == [0, 0]
+    assert (tmp_path / "made").read_text() == "once\n"
+    assert "stage: another process works on it; waiting" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "list", "bytes", "id", "zeroed", "alpha", "gone"])
+def test_a_damaged_result_is_said_and_made_again(run, tmp_path, kind, capsys):
+    folder, made = tmp_path / "stage", []
+
+    def make() -> dict:
+        made.append(1)
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+        (folder / "adapter" / "adapter_config.json").write_text(
+            '{"lora_alpha": 32, "base_model_name_or_path": "base"}'
+        )
+        return {"n": 1, "rows": [{"id": "B000000001"}]}
+
+    for _ in range(2):
+        assert stage(run, tmp_path, make) == 1 and made == [1]
+    path, adapter = folder / "result.json", folder / "adapter"
+    text = path.read_text()
+    {
+        "cut": lambda: path.write_text(text[:200]),
+        "empty": lambda: path.write_text(""),
+        "list": lambda: path.write_text("[]"),
+        "bytes": lambda: path.write_bytes(b"\xff" + text.encode()),
+        "id": lambda: path.write_text(text.replace("B000000001", "B000000002")),
+        "zeroed": lambda: (adapter / "adapter_model.safetensors").write_bytes(bytes(7)),
+        "alpha": lambda: (adapter / "adapter_config.json").write_text('{"lora_alpha": 64}'),
+        "gone": lambda: (adapter / "adapter_model.safetensors").unlink(),
+    }[kind]()
+    capsys.readouterr()
+    again = experiment.Experiment("mini", 42)
+    assert stage(again, tmp_path, make) == 1 and made == [1, 1]
+    assert "stage/result.json: damaged, so not used\n" in capsys.readouterr().out
+    assert (tmp_path / "stage.replaced-1").is_dir()  # nothing is deleted
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"another's")
+    with pytest.raises(UserError, match="another process has made this stage anew"):
+        again.adapter(folder)
+
+
+@pytest.mark.parametrize("rank", [("1", "1"), ("abc", "2"), ("0", ""), ("-1", "2")])
+def test_a_rank_left_over_in_the_shell_is_one_line(rank, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert experiment.Experiment("mini").rank == 1  # negative control
+    for name, value in zip(("RANK", "WORLD_SIZE"), rank, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="unset both"):
+        experiment.Experiment("mini")
 
 
 def test_rows_of_other_worlds_stay_and_rows_of_other_data_do_not(tmp_path, tiny_profile):
@@ -286,10 +380,49 @@ def test_what_loses_pictures_bears_a_footnote():
 def test_bad_profiles_are_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="mini, paper, t4"):
         load_profile("nano")
-    bad = tmp_path / "bad.yaml"
-    bad.write_text("name: x\ntier: paper\n")
-    with pytest.raises(UserError, match="field tier"):
-        load_profile(str(bad))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("name: tiny", "name: /somewhere", "field name"),
+        ("name: tiny", "name: ../../x", "field name"),
+        ("tier: mini run", "tier: paper", "field tier"),
+        ("seed: 5", "seed: 5\nseed: 6", "seed stands twice"),
+        ("seed: 5", f"seed: {10**20}", "field seed"),
+        ("seed: 5", "seed: 2020-99-99", "ValueError"),
+        ("seed: 5", "seed: !!int abc", "ValueError"),
+        ("seed: 5", "seed: !!timestamp abc", "AttributeError"),
+        ("seed: 5", "seed: " + "[" * 5000, "RecursionError"),
+        ("seed: 5", "seed: 5 \x80", "UnicodeDecodeError"),
+        ("model: none", 'model: "a\\0b"', "field model"),
+        ("learning_rate: 0.1", "learning_rate: .inf", "field distillation.learning_rate"),
+        ("learning_rate: 0.1", "learning_rate: .nan", "field distillation.learning_rate"),
+        ("eval_batch_size: 1}", "eval_batch_size: 1, save_steps: 0}", "field recomm.*save_steps"),
+        (
+            "training_items_only: true",
+            "training_items_only: true, images_per_item: -1",
+            "field distill.*images_per_item",
+        ),
+        (
+            "training_items_only: true",
+            "training_items_only: true, schedule: nosuch",
+            "field distillation.schedule",
+        ),
+        ('answer: "{id}"', 'answer: "no"', "field prompts.answer: {id} must"),
+        ('answer: "{id}"', 'answer: "{id} {nosuch}"', "field prompts.answer"),
+        ('answer: "{id}"', 'answer: "{id} {"', "field prompts.answer"),
+        ('answer: "{id}"', 'answer: "{id!r}{id}"', "field prompts.answer"),
+        ("{id}{title}{image}", "{id}{title}", "field prompts.candidate"),
+    ],
+)
+def test_a_bad_profile_is_refused_by_field_when_it_is_read(old, new, said, tiny_profile):
+    assert load_profile(str(tiny_profile)).name == "tiny"
+    text = tiny_profile.read_text().replace(old, new, 1)
+    tiny_profile.write_bytes(text.replace("\x80", "\udc80").encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=said) as error:
+        load_profile(str(tiny_profile))
+    assert "\n" not in str(error.value) and str(error.value).endswith("; correct the file")
 
 
 # ---------------------------------------------------------------- a request of one's own

@@ -178,6 +178,49 @@ driver.reproduce({str(tiny_profile)!r}, 1, (), False, False)
     assert not list(results.rglob("*.failed.ipynb")) and not list(results.rglob(".*.tmp"))
 
 
+def test_what_was_damaged_since_is_made_again(folder, tiny_profile, results, capfd):
+    figure = f"open({str(results / 'figures.png')!r}, 'w').write('{{}}'.format(seed))"
+    (
+        save(folder / "00_a.ipynb", "1"),
+        save(folder / "01_b.ipynb", figure),
+        save(folder / "02_c.ipynb"),
+    )
+    assert reproduce(tiny_profile) == 0 == reproduce(tiny_profile)
+    assert capfd.readouterr().out.count("unchanged, not run again") == 3  # negative control
+    (results / "figures.png").write_text("6")
+    copy = results / "seed5" / "00_a.ipynb"
+    copy.write_text(copy.read_text()[:-9])
+    assert reproduce(tiny_profile) == 0
+    out = capfd.readouterr().out
+    assert "00_a (seed 5): seed5/00_a.ipynb is not as it was left" in out
+    assert "01_b (seed 5): figures.png is not as it was left" in out
+    assert out.count("unchanged") == 1 and (results / "figures.png").read_text() == "5"
+
+
+def test_a_path_with_braces_and_somebody_elses_kernel(folder, tmp_path, tiny_profile, monkeypatch):
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path / "{braces}"))
+    kernel = tmp_path / "jupyter" / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    said = {"argv": ["false"], "display_name": "x", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(said))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    save(folder / "00_a.ipynb", f"import sys; assert sys.executable == {sys.executable!r}")
+    assert reproduce(tiny_profile) == 0
+    assert (tmp_path / "{braces}" / "tiny" / "seed5" / "00_a.ipynb").is_file()
+
+
+def test_files_go_where_a_link_leads_and_never_onto_a_folder_or_a_device(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    provenance.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "file").read_text() == "new" and (tmp_path / "link").is_symlink()
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "."):
+        with pytest.raises(UserError, match="a folder or a device, not a file"):
+            provenance.write_text(tmp_path / name, "new")
+    assert (tmp_path / "fifo").is_fifo()
+
+
 def test_dead_kernel_is_a_failure_not_a_crash(folder, tmp_path, tiny_profile, results, capfd):
     save(folder / "00_a.ipynb", "import os; os._exit(1)")
     assert reproduce(tiny_profile) == 1
@@ -293,7 +336,7 @@ def test_files_are_whole_or_as_they_were_and_a_run_ends_with_its_scores(
     out = report.upsert_metrics(path, [row], about)
     with pytest.raises(ValueError, match="JSON compliant|NaN"):
         provenance.write_json(path, {"x": float("nan")})
-    assert json.loads(path.read_text()) == out and [p.name for p in tmp_path.glob(".*")] == []
+    assert report.read_metrics(report.newest(path)) == out and not list(tmp_path.glob(".*.tmp"))
     about = {**about, "seeds": [5, 6]}  # another run's rows, of another seed
     report.upsert_metrics(path, [{**row, "seed": 6, "hit_ratio_conversations": 0}], about)
     job = driver.Job(path, path, {"seed": 5}, True, 1, "", {"seconds": 60, "peak_mb": 9})
@@ -355,7 +398,7 @@ def test_a_run_over_kept_results_says_nothing_about_the_time(folder, tiny_profil
     place.mkdir(parents=True)
     for made, wanted in ((["seed5/x/result.json"], 90), (["metrics.json"], 180)):
         record = {"seconds": 90, "made": made, "key": "", "status": "ok"}
-        (place / "run.json").write_text(json.dumps({"notebooks": {"02_b": record}}))
+        provenance.write_kept(place / "run.json", {"notebooks": {"02_b": record}})
         assert [job.seconds for job in driver.plan(profile, given)] == [wanted]
 
 

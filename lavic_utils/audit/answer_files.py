@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from lavic_utils import evaluation
 from lavic_utils.config import DOMAINS, UserError
-from lavic_utils.data import Filled, Id, Row, check_row, read_rows
+from lavic_utils.data import Filled, Id, Row, Ten, check_row, read_rows
 
+CODE = re.compile("[A-Z0-9]{10}")  # also of an invented id
 # What the model of a replication saw -> end of its files' names
 VARIANTS = {"title+image": "_st2", "title": "_st_noimg", "image": "_st_notitle"}
 
@@ -37,8 +39,17 @@ class Answer(Row):
     context: Filled
     gt_items: Annotated[tuple[Id, ...], Field(min_length=1)]
     recommended: Annotated[Id | None, BeforeValidator(lambda value: None if value == "" else value)]
-    candidates: Annotated[tuple[Id, ...], Field(min_length=1)]
+    candidates: Ten
     response: str | None = None
+
+    @model_validator(mode="after")
+    def _names_an_id(self) -> Answer:
+        """A text that is no id would count as a miss in silence: "None", a title, "b00ho5ee9w"."""
+        read = self.recommended
+        if read not in (None, *self.candidates, *self.gt_items) and not CODE.fullmatch(read):
+            why = "is neither a candidate nor an ASIN (10 capitals and digits)"
+            raise ValueError(f"recommended {read!a} {why}; null stands for an answer without an id")
+        return self
 
 
 def read_answers(path: Path | str, answer: str | None = None) -> list[Answer]:
@@ -241,12 +252,29 @@ def report(path: Path, against: Path | None, answer: str | None, again: bool) ->
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print a report, a line a figure, ratios with their 95 % intervals."""
+    """Print a report: a line a figure, ratios with their 95 % intervals; then what reading again
+    changed, and who leads, in a sentence and a small table each."""
     for name, value in found.items():
         if isinstance(value, float):
             low, high = found["ci95"][name]
             print(f"{name:24} {value:.4f}  [{low:.4f}, {high:.4f}]")
-        elif name in ("parsing", "against"):
-            print(f"{name}:", ", ".join(f"{key} {one}" for key, one in value.items()))
-        elif name != "ci95":
+        elif name not in ("parsing", "against", "ci95"):
             print(f"{name:24} {value}")
+    if one := found.get("parsing"):
+        counts = ("hits", "valid", "unparsed")
+        rows = {name: [one[f"{name}_before"], found[name]] for name in counts}
+        print(
+            f"\nRead again, {one['changed']} of {found['rows']} answers name another id:", end=" "
+        )
+        print("{ran_on} ran on behind it, {unexpected_form} of another form.".format(**one))
+        print(pd.DataFrame(rows, ["as it was", "read again"]).T.to_string())
+    if one := found.get("against"):
+        (low, high), lead = one["ci95"], "Neither file leads"
+        if gap := one["difference"]:
+            sure = "hardly by chance" if one["p_value"] < 0.05 else "which may be chance"
+            first = "The first" if gap > 0 else "The second"
+            lead = f"{first} file leads by {abs(gap):.4f} of the shared rows, {sure}"
+        print(f"\n{lead}: first less second [{low:+.4f}, {high:+.4f}],", end=" ")
+        print(f"p {one['p_value']:.2g} (McNemar).")
+        names = ("matched", "only_a", "only_b", "other_candidates", "unmatched_a", "unmatched_b")
+        print(pd.Series({name: one[name] for name in names}).to_string())

@@ -43,7 +43,7 @@ Figures = dict[tuple[str, str, str], dict[str, Any]]  # (method, domain, metric)
 
 def results_root() -> Path:
     """`results/`, or LAVIC_RESULTS where it is set."""
-    return Path(os.environ.get("LAVIC_RESULTS", ROOT / "results"))
+    return Path(os.environ.get("LAVIC_RESULTS") or ROOT / "results")
 
 
 def _figure(tier: str, value: float, n: int, bounds: Sequence[float]) -> dict[str, Any]:
@@ -136,7 +136,11 @@ def claims(data: Path, replications: Path, root: Path) -> dict[str, Any]:
     images = published.value_of_images(runs)
 
     def plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
-        return json.loads(frame.to_json(orient="records", double_precision=4))
+        rows = frame.to_dict("records")  # to four digits that count: no p becomes 0
+        return [
+            {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in r.items()}
+            for r in rows
+        ]
 
     found = {"splits": sizes, "rows": rows, "comparisons": plain(leads)}
     return found | {"value_of_images": plain(images)}

@@ -7,8 +7,9 @@ import io
 from PIL import Image, ImageOps
 
 from lavic_utils.config import UserError
+from lavic_utils.data import MIN_SIDE, as_rgb
 
-MAX_BYTES, MAX_PIXELS, MIN_SIDE, MAX_RATIO, KEPT_SIDE = 4 * 2**20, 16_000_000, 16, 10, 1024
+MAX_BYTES, MAX_PIXELS, MAX_RATIO, KEPT_SIDE = 4 * 2**20, 16_000_000, 10, 1024
 FORMATS = ("PNG", "JPEG", "WEBP")
 TAKEN = (
     f"at least {MIN_SIDE} a side are taken, at most {MAX_PIXELS // 10**6} million in all, and no "
@@ -29,7 +30,7 @@ def read_upload(content: bytes) -> bytes:
         low, high = sorted(image.size)
         if low * high > MAX_PIXELS or low < MIN_SIDE or high > MAX_RATIO * low:
             raise UserError(f"the picture has {image.width} x {image.height} pixels; {TAKEN}")
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = as_rgb(ImageOps.exif_transpose(image))
     except UserError:
         raise
     except Image.DecompressionBombError:

@@ -6,7 +6,6 @@ data, and the cells of the notebooks before it. `results/<profile>/seed<seed>/ru
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -24,6 +23,9 @@ from lavic_utils import provenance as origin
 from lavic_utils.data import profile_data_hash
 from lavic_utils.repro import notebooks as nbs
 
+INDEX = "index.json"  # file below the results -> its content when a notebook last left it
+# Kinds and names of files that may change after they are made.
+UNTOLD = {".log", ".lock", ".sqlite", "run.json", INDEX, "README.md"}
 STAGES = ("teacher", "distillation", "recommendation", "inference")
 
 
@@ -38,24 +40,31 @@ class Job:
     seconds: float  # expected
     key: str
     record: dict[str, Any]
+    world: str = ""  # what stands in the mini world's folder now
 
     @property
     def name(self) -> str:
         return f"{self.path.stem} (seed {self.parameters['seed']})"
 
     def unchanged(self, results: Path) -> bool:
-        """Executed well with this key, and everything that it made then is still there."""
-        if self.record.get("status") != "ok" or self.record["key"] != self.key:
+        """Executed well with this key, and everything that it made then is as it was left: a file
+        of the content noted in index.json, or a newer one that `provenance.kept` takes."""
+        now = {"status": "ok", "key": self.key, "world": self.world}
+        if any(self.record.get(name) != value for name, value in now.items()):
             return False
-        return self.out.is_file() and all((results / made).exists() for made in self.record["made"])
+        noted = origin.kept(results / INDEX) or {}
+        for name in self.record["made"]:
+            path = results / name
+            left = origin.file_hash(path) == noted.get(name, "")
+            if not left and not (path.suffix == ".json" and origin.kept(path)):
+                print(f"{self.name}: {name} is not as it was left", flush=True)
+                return False
+        return True
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """The notebooks of one seed's run.json; empty where there is none or it is damaged."""
-    try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["notebooks"]
-    except (OSError, ValueError, KeyError):
-        return {}
+    return (origin.kept(folder / "run.json") or {}).get("notebooks", {})
 
 
 def plan(profile: config.Profile, given: list[dict], only: Sequence[str] = ()) -> list[Job]:
@@ -70,6 +79,7 @@ def plan(profile: config.Profile, given: list[dict], only: Sequence[str] = ()) -
     for wanted in [*given[1:], given[0]]:
         out = config.results_dir(profile) / f"seed{wanted['seed']}"
         records, earlier = read_run(out), []
+        world = origin.tree_hash(origin.world_dir(profile, wanted["seed"]))
         for path, nb in books.items():
             about, record = nb.metadata.get("lavic", {}), records.get(path.stem, {})
             trains = bool(about.get("per_seed"))
@@ -83,7 +93,8 @@ def plan(profile: config.Profile, given: list[dict], only: Sequence[str] = ()) -
             if record and (made or not trains):  # a run that read kept results says nothing
                 seconds = record["seconds"]
             if path in chosen:
-                jobs.append(Job(path, out / path.name, own, trains, seconds, key, record))
+                place = out / path.name
+                jobs.append(Job(path, place, own, trains, seconds, key, record, world))
     return jobs
 
 
@@ -113,7 +124,8 @@ def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
             "cwd": job.path.parent,
         }
         try:
-            nb = papermill.execute_notebook(nb, failed, parameters=job.parameters, **how)
+            to = str(failed).replace("{", "{{").replace("}", "}}")  # papermill fills in braces
+            nb = papermill.execute_notebook(nb, to, parameters=job.parameters, **how)
         except Exception as error:  # whatever a cell, the kernel or papermill raised
             index = getattr(error, "cell_index", begun[-1])  # a dead kernel: the last one begun
             record = {"status": "failed", "error": _failure(job, nb, index, error)}
@@ -126,15 +138,19 @@ def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
         nb.metadata["lavic"] = {**nb.metadata.get("lavic", {}), "provenance": about}
         origin.write_text(job.out, nbformat.writes(nb) + "\n")
         failed.unlink()
-    made = [path for path in results.rglob("*.json") if path.stat().st_mtime >= start]
+    found = [p for p in results.rglob("*") if p.is_file() and p.suffix not in UNTOLD]
+    made = [p for p in found if p.name not in UNTOLD and p.stat().st_mtime >= start]
+    left = {path.relative_to(results).as_posix(): origin.file_hash(path) for path in sorted(made)}
+    origin.write_kept(results / INDEX, {**(origin.kept(results / INDEX) or {}), **left})
     kilobyte = 1 if sys.platform == "darwin" else 2**10
     record |= {
         "seconds": round(time.time() - start, 1),
         "peak_mb": getrusage(RUSAGE_CHILDREN).ru_maxrss * kilobyte // 2**20,  # largest so far
-        "made": sorted(path.relative_to(results).as_posix() for path in made),
+        "made": list(left),
+        "world": origin.tree_hash(origin.world_dir(profile, seed)),  # the first to ask makes it
     }
     records = {**read_run(job.out.parent), job.path.stem: record}
-    origin.write_json(job.out.with_name("run.json"), {"provenance": about, "notebooks": records})
+    origin.write_kept(job.out.with_name("run.json"), {"provenance": about, "notebooks": records})
     return record
 
 
@@ -216,8 +232,9 @@ def summary(jobs: Sequence[Job], results: Path) -> None:
     minutes = sum(job.record["seconds"] for job in jobs) / 60
     peak = max(job.record["peak_mb"] for job in jobs)
     print(f"{'in all':44} {minutes:5.1f} min, peak memory {peak} MB\n")
-    where = f"executed notebooks, figures, tables, metrics.json: {relpath(results)}"
-    seeds, path = {job.parameters["seed"] for job in jobs}, results / "metrics.json"
+    path = origin.newest(results / "metrics.json")
+    where = f"executed notebooks, figures, tables, {path.name}: {relpath(results)}"
+    seeds = {job.parameters["seed"] for job in jobs}
     rows = _rows(path, seeds)
     if rows:
         frame = pd.DataFrame(rows).assign(seeds=1)
@@ -225,13 +242,13 @@ def summary(jobs: Sequence[Job], results: Path) -> None:
         means = frame.groupby(["method", "domain"], as_index=False).agg(how)
         print(means.to_string(index=False, float_format="{:.4f}".format, na_rep="-"), end="\n\n")
     print(where)
-    print(compared(rows, _rows(config.ROOT / "results" / results.name / path.name, seeds)))
+    committed = config.ROOT / "results" / results.name / "metrics.json"
+    print(compared(rows, _rows(committed, seeds)))
 
 
 def _rows(path: Path, seeds: set[int]) -> list[dict]:
     """The rows of some seeds in a metrics file, none where there is no file."""
-    found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    return [row for row in found if row["seed"] in seeds]
+    return [row for row in (origin.kept(path) or {"rows": []})["rows"] if row["seed"] in seeds]
 
 
 def compared(mine: Sequence[dict], ours: Sequence[dict]) -> str:

@@ -47,6 +47,7 @@ def set_kernel_environment() -> None:
     LAVIC_* folders become absolute, since kernels work in the folder of the notebooks.
     """
     os.environ.update(KERNEL_ENV)
+    os.environ.pop("JUPYTER_PATH", None)  # somebody else's `python3`: the kernel is this Python
     for name in ("LAVIC_DATA", "LAVIC_REPLICATIONS", "LAVIC_RESULTS", "LAVIC_WORLD"):
         if os.environ.get(name):
             os.environ[name] = str(Path(os.environ[name]).resolve())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -129,33 +128,18 @@ def twins() -> str:
     return markdown(list(HEADS), rows)
 
 
-MEASURED = (results, claims, speed)  # from the files under results/
 BLOCKS: dict[str, tuple[Callable[[], str], ...]] = {
-    "README.md": (*MEASURED, twins, rooms),
+    "README.md": (results, claims, speed, twins, rooms),
     "CONTRIBUTING.md": (modules,),
 }
 
 
-def own_results() -> bool:
-    """Whether results/ holds a run of one's own: changed in git, where README.md is not."""
-    command = ["git", "status", "--porcelain", "README.md", "results/mini/metrics.json"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    return "metrics.json" in said and "README.md" not in said
-
-
 def update_readme(check: bool = False) -> list[str]:
-    """Rewrite (or, with `check`, only compare) the generated blocks. Returns what is stale.
-
-    After a run of one's own what is measured is not compared: README shows the committed results.
-    """
-    stale, own = [], check and own_results()
-    if own:
-        print("README.md shows the committed results, results/ those of a run of your own")
+    """Rewrite (or, with `check`, only compare) the generated blocks. Returns what is stale."""
+    stale = []
     for page, blocks in BLOCKS.items():
         text = fresh = (ROOT / page).read_text(encoding="utf-8")
         for make in blocks:
-            if own and make in MEASURED:
-                continue
             begin, end = f"<!-- {make.__name__}: begin -->\n", f"<!-- {make.__name__}: end -->"
             head, found, rest = fresh.partition(begin)
             if not found or end not in rest:
