@@ -172,7 +172,7 @@ def upsert_metrics(
     found: dict[tuple, dict] = {}
     path = path.with_name(path.name.replace(".own.", "."))
     with locked(path):
-        old = kept(newest(path)) or {"provenance": {}, "rows": []}
+        old = kept(path.with_suffix(".own.json")) or {"provenance": {}, "rows": []}
         same = old["rows"] if _same_state(old["provenance"], provenance) else []
         for row in [*same, *rows]:
             names = (*ROW_FIELDS, *sorted(set(row) - set(ROW_FIELDS)))
