@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -28,6 +29,16 @@ recommendation: {learning_rate: 0.1, epochs: 1, batch_size: 1, max_length: 32, m
 def own_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test writes into the committed figures: `notebooks execute` sets this for its process."""
     monkeypatch.setenv("LAVIC_COMMIT", "0")
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch: pytest.MonkeyPatch):
+    """What a command sets for its process (whom no proxy serves, how far a stage is said to be)
+    is undone after each test."""
+    monkeypatch.delenv("no_proxy", raising=False)
+    level = logging.getLogger("lavic_utils").level
+    yield
+    logging.getLogger("lavic_utils").setLevel(level)
 
 
 @pytest.fixture

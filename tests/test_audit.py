@@ -19,6 +19,7 @@ from lavic_utils.audit import claims
 from lavic_utils.audit import published as audit
 from lavic_utils.config import DOMAINS, ROOT, UserError, real_data_dir, replications_dir
 from lavic_utils.evaluation import mcnemar, wilson
+from lavic_utils.provenance import write_kept
 from lavic_utils.repro import readme as readme_blocks
 
 real = pytest.mark.skipif(
@@ -336,7 +337,7 @@ def test_a_full_run_counts_first_and_a_rehearsal_never(tmp_path, monkeypatch) ->
     results = tmp_path / "results"
     made = {"provenance": {"tier": "rehearsal"}, "rows": []}
     (results / "paper").mkdir(parents=True)
-    (results / "paper" / "metrics.json").write_text(json.dumps(made), encoding="utf-8")
+    write_kept(results / "paper" / "metrics.json", made)
     monkeypatch.setattr(claims, "ROOT", tmp_path)  # as if these were the committed ones
     with pytest.raises(UserError, match="a rehearsal's figures are no claims"):
         claims.claims(tmp_path, tmp_path, results)

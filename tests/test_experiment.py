@@ -201,7 +201,7 @@ def test_a_comparison_says_what_was_not_run():
     assert table.loc["LaViC", ("home", "mini run")].startswith("1.000 [")
     assert table.loc["LaViC", ("beauty", "mini run")] == "not run here"
     assert table.loc["LaViC", ("home", "published")] == "0.3197 / 0.989"
-    assert table.loc["Entire tokens (5x577)", ("home", "published")] == "–"
+    assert table.loc["Entire tokens (5x577)", ("home", "published")] == "a.o.m."
 
 
 def test_metrics_replace_keep_and_drop(tmp_path, tiny_profile, monkeypatch, capsys):

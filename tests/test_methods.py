@@ -444,8 +444,9 @@ def test_constrained_choice_is_transformers_prefix_constrained_generation(run, f
 def test_what_overflows_the_context_is_refused_and_counted(run):
     found = run.answered("LLaVA-v1.6 (title+image)", "home")["rows"]
     refused = [row for row in found if row["refused"]]
+    room = 512 - run.profile.recommendation.max_new_tokens
     assert refused and all(
-        row["refused"] > 512 and row["response"] == "" and row["recommended"] is None
+        row["refused"] > room and row["response"] == "" and row["recommended"] is None
         for row in refused
     )
     score = run.score("LLaVA-v1.6 (title+image)", "home")

@@ -331,6 +331,9 @@ class Mistral:
         self.spoken = SentencePieceTokenizer(str(folder / "tokenizer.model.v1"))
         self.eos_token_id, self.pad_token_id = self.spoken.eos_id, 0
 
+    def get_added_vocab(self) -> dict[str, int]:
+        return {prompts.IMAGE: 32000}
+
     def convert_tokens_to_ids(self, token: str) -> int:
         return 32000 if token == prompts.IMAGE else -1
 
