@@ -448,7 +448,7 @@ def test_a_model_that_cannot_be_had_is_one_line_with_size_and_command(monkeypatc
 
 def test_four_bits_without_a_card_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"lavic-companion\[gpu\]"):
+    with pytest.raises(UserError, match=r"requirements-gpu\.lock"):
         vision.load_model(load_profile("t4"))
 
 
