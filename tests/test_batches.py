@@ -214,7 +214,7 @@ def test_answers_are_those_of_generate_one_by_one(model, base, prompter, random,
     )
     answers = rec.generate_answers(model, prompter, asked, "candidates_st")
     ids = sum(answer.response in IDS for answer in answers)
-    assert sum(generated) == len(asked) - ids and (ids == 0 if random else ids > 0)
+    assert sum(generated) == len(asked) - ids and not (random and ids)
     for one, answer in zip(asked, answers, strict=True):
         prompt = prompter.prompt(one, one.candidates_st)
         embeds, mask = placed(model, prompter, [prompt])
