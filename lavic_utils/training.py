@@ -73,7 +73,7 @@ class Stage(nn.Module):
 
     def __init__(self, llava) -> None:
         super().__init__()
-        self.llava, self.name_or_path = llava, llava.name_or_path
+        self.llava = llava
 
     def __getattr__(self, name: str):
         try:
@@ -125,8 +125,10 @@ def save_adapter(tuned, folder: Path) -> None:
         )
     config = copy.copy(tuned.peft_config["default"])
     config.task_type, config.inference_mode = "CAUSAL_LM", True
-    if Path(base := config.base_model_name_or_path or "").is_dir():  # a hub's id, never a path
-        config.base_model_name_or_path = Path(base).name
+    base = tuned.get_base_model().name_or_path
+    config.base_model_name_or_path = (
+        Path(base).name if Path(base).is_dir() else base
+    )  # never a path
     config.save_pretrained(folder)
     plain = {}  # no name says that a stage was around the model
     for name, tensor in tensors.items():
@@ -148,7 +150,7 @@ def load_adapter(model, folder: Path):
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())[:120]
         raise UserError(f"{folder}: not an adapter of this model ({why}); {again}") from None
-    wanted = set(get_peft_model_state_dict(tuned))
+    wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     if found != wanted:
         raise UserError(
             f"{file}: {len(wanted - found)} adapter weights are missing and {len(found - wanted)} "

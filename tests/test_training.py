@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from peft.utils import save_and_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState
@@ -53,8 +54,8 @@ def test_a_saved_adapter_comes_back_whole(model, processor, tmp_path, target):
 def test_an_adapter_names_its_base_and_has_a_filled_card(model, processor, tmp_path):
     """Never a path of this machine; what it was made of and how well it does, as the hub shows."""
     adapter = tmp_path / "mini" / "seed1" / "stage2" / "adapter"
+    model.name_or_path = str(PACKAGE / "mini_model")
     tuned = trained(model)
-    tuned.peft_config["default"].base_model_name_or_path = str(PACKAGE / "mini_model")
     training.save_adapter(tuned, adapter)
     result = {"log": [{"step": 1, "loss": 3.5}, {"step": 2, "loss": 1.25}]}
     about = provenance.provenance(load_profile("mini"), 1, "d4ta")
@@ -68,9 +69,30 @@ def test_an_adapter_names_its_base_and_has_a_filled_card(model, processor, tmp_p
         assert f"| {row} |" in card
     written = "".join(p.read_text(encoding="utf-8") for p in adapter.glob("*.[jm][sd]*"))
     assert str(ROOT) not in written and str(tmp_path) not in written
-    tuned.peft_config["default"].base_model_name_or_path = "someone/their-model"
+    model.name_or_path = "someone/their-model"
     training.save_adapter(tuned, adapter)
     assert '"someone/their-model"' in (adapter / "adapter_config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("error:Could not find a config file")
+def test_nobody_asks_the_hub_for_the_model_that_an_adapter_changes(
+    processor, tmp_path, monkeypatch
+):
+    """Neither where checkpoints and adapters are saved nor where one is loaded."""
+    asked = []
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *a: asked.append(a))
+    tuned, options = student(processor, tmp_path, 2, 1)
+    tuned.get_base_model().llava.name_or_path = "someone/their-model"
+    options["args"].save_strategy = "steps"
+    training.StageTrainer(**options).fit(tmp_path / "adapter")
+    assert list(tmp_path.glob("2/checkpoint-*/adapter_model.safetensors"))
+    base = minimodel.build_model(processor, seed=1)
+    fresh = training.load_adapter(base, tmp_path / "adapter")
+    assert fresh.peft_config["default"].base_model_name_or_path == "someone/their-model"
+    assert asked == []
+    with pytest.warns(UserWarning, match="Could not find a config file"):
+        save_and_load.get_peft_model_state_dict(fresh)  # negative control: as peft does it
+    assert asked == [("someone/their-model", "config.json")]
 
 
 def test_tensorboard_is_told_where_its_folder_is_named(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ KERNEL_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
     "PYTHONHASHSEED": "0",
-    "PYTHONWARNINGS": "ignore::FutureWarning,ignore:Could not find a config file:UserWarning",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
     "JUPYTER_PREFER_ENV_PATH": "1",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
 }
