@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lavic_utils import report, vision
+from lavic_utils import methods, report, vision
 from lavic_utils.config import load_profile
+from lavic_utils.demo.panel import Case, Panel
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
@@ -54,3 +55,27 @@ def test_cells_that_encode_run_on_such_a_device(processor, elsewhere, name):
     before = {"run": run, "model": elsewhere, "values": values, "sizes": sizes}
     before |= {"vision": vision, "report": report, "inspect": inspect, "Image": Image}
     exec(source, before)
+
+
+def test_the_page_shows_an_items_tiles_where_the_model_is_on_such_a_device(processor, elsewhere):
+    image, run = Image.new("RGB", (96, 48), "orange"), SimpleNamespace(processor=processor)
+    panel = SimpleNamespace(run=run, model=elsewhere, image=lambda picture: image)
+    tiles = Panel.tiles(panel, Case(None, ("A",)), "A")
+    assert len(tiles) == 3 and all(tile.size == (48, 48) for tile in tiles)
+    shown = tiles[0].getpixel((24, 24))
+    assert all(abs(a - b) <= 1 for a, b in zip(shown, (255, 165, 0), strict=True))
+
+
+@pytest.mark.parametrize("why", [None, "it takes 25 GiB"])
+def test_what_a_card_has_no_room_for_is_left_out_of_the_ablations(monkeypatch, why):
+    notebook = json.loads((NOTEBOOKS / "05_ablations.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"]]
+    monkeypatch.setattr(methods.Trained, "reason", lambda *_: why)
+    run = SimpleNamespace(profile=load_profile("t4"))
+    run.prepare = lambda: run
+    known: dict = {"profile": "t4", "seed": 42}
+    exec(next(cell for cell in cells if "\nfrom lavic_utils" in cell), known)
+    known["Experiment"] = lambda *_: run
+    exec(next(cell for cell in cells if "\nOTHERS =" in cell), known)
+    assert ("Entire tokens (5x577)" in known["ABLATIONS"]) == (why is None)
+    assert known["OTHERS"][:-1] == known["ABLATIONS"][:-1] and len(known["OTHERS"]) in (3, 4)

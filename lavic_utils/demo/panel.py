@@ -184,11 +184,8 @@ class Panel:
         image = self.image(case.picture(asin))
         if image is None:
             return []
-        values, sizes = vision.pixels(self.run.processor, [image])
-        tiles, _ = vision.real_tiles(self.model, values, sizes)  # (tiles, 3, side, side)
-        darkest, brightest = tiles.min(), tiles.max()
-        scaled = 255 * (tiles - darkest) / (brightest - darkest).clamp(min=1e-6)
-        return [Image.fromarray(tile.numpy()) for tile in scaled.byte().permute(0, 2, 3, 1)]
+        tiles = figures.tile_pictures(self.run.processor, image)
+        return [Image.fromarray((255 * tile).astype("uint8")) for tile in tiles]
 
     # ------------------------------------------------------------ what is said
     def answer(self, case: Case) -> dict[str, Answer]:
