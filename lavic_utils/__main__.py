@@ -151,12 +151,12 @@ def run(
 
 
 def _refuse(profile: str, method: str) -> None:
-    """UserError before anything is loaded where a stage of the method does not fit the card."""
+    """UserError before anything is loaded where a stage of the method does not fit here."""
     from lavic_utils.bench.plan import refuse_here
     from lavic_utils.methods import find
 
-    for stage in find(method).stages:
-        refuse_here(load_profile(profile), stage)
+    if stages := find(method).stages:
+        refuse_here(load_profile(profile), stages)
 
 
 @app.command()

@@ -68,10 +68,10 @@ class Method:
         """UserError where it cannot run here and now: why, and the command that helps."""
         from lavic_utils.bench.plan import refuse_here
 
+        if self.stages:
+            refuse_here(run.profile, self.stages)  # before a download is asked for
         if self.hub:
             self.hub.source(run.profile.models.get(self.name))
-        for stage in self.stages:
-            refuse_here(run.profile, stage)
 
     def reason(self, run: Experiment) -> str | None:
         """What `check` says; None where the method can run."""
@@ -137,8 +137,8 @@ class Base(Method):
         return f"the profile's model ({run.profile.model})"
 
     def check(self, run):
-        vision.source(run.profile)
         super().check(run)
+        vision.source(run.profile)
 
     def reads(self, run, domain, split):
         return [run.base(), run.visual_reads(self.full, split)]
@@ -271,9 +271,9 @@ class Trained(Method):
         return f"the profile's model ({run.profile.model}), the train split and the images"
 
     def check(self, run):
+        super().check(run)
         vision.source(run.profile)
         run.need_training_data()
-        super().check(run)
 
     def reads(self, run, domain, split):
         self.trained(run, domain)

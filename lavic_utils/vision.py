@@ -79,7 +79,7 @@ def load_config(profile: Profile):
 def load_model(profile: Profile) -> llava_next.LlavaNextForConditionalGeneration:
     """The base model, in eval mode and without gradients. UserError where it cannot be had."""
     if profile.quantize_4bit:
-        _four_bits(profile)  # says what is missing before anything is looked for
+        four_bits(profile)  # says what is missing before anything is looked for
     return load(llava_next.LlavaNextForConditionalGeneration, profile, *source(profile))
 
 
@@ -90,7 +90,7 @@ def load(kind, profile: Profile, path: str, revision: str | None):
     options: dict = {"dtype": dtype(profile), "attn_implementation": "sdpa", "revision": revision}
     if profile.quantize_4bit:
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
-        options["quantization_config"] = _four_bits(profile)
+        options["quantization_config"] = four_bits(profile)
     try:
         model = kind.from_pretrained(path, **options)
     except OSError as error:
@@ -101,8 +101,9 @@ def load(kind, profile: Profile, path: str, revision: str | None):
     return model.eval().requires_grad_(False)
 
 
-def _four_bits(profile: Profile):
-    """NF4 for the language model's layers, not for the vision side, whose [CLS] are the method."""
+def four_bits(profile: Profile):
+    """NF4 for the language model's layers, not for the vision side, whose [CLS] are the method.
+    UserError where there is no card or no bitsandbytes."""
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
         raise UserError(
             f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and "

@@ -225,45 +225,64 @@ def test_what_cannot_fit_is_refused_with_the_numbers(capsys):
     assert main(["plan", "--profile", "paper", "--gpu", "t4"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
-    assert "does not fit a card of 14.6 GiB" in said.err and "weights 14.1" in said.err
+    assert "does not fit 14.6 GiB (T4, 16 GB)" in said.err and "weights 14.1" in said.err
     assert main(["plan", "--profile", "t4", "--gpu", "T4"]) == 0  # negative control
     assert main(["plan", "--profile", "t4", "--gpu", "v100"]) == 2
 
 
 def test_the_card_of_this_machine_is_asked(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda i: SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * 2**30),
-    )
+    has_card(monkeypatch, 79, "NVIDIA H100 80GB HBM3")
     assert plan.present()[1:] == (79.0, *plan.CARDS["h100"][2:])
     assert list(plan.plan(PAPER)["hours"]) == ["NVIDIA H100 80GB HBM3"]
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda i: SimpleNamespace(name="Tesla T4", total_memory=15 * 2**30),
-    )
+    has_card(monkeypatch, 15, "Tesla T4")
     with pytest.raises(UserError, match="Tesla T4"):
         plan.plan(PAPER)
 
 
+def has_card(monkeypatch, gib: float, name: str = "Small") -> None:
+    """This machine has a card of so much memory."""
+    card = SimpleNamespace(name=name, total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+
+
+def has_memory(monkeypatch, gib: float) -> None:
+    """This machine has so much main memory."""
+    monkeypatch.setattr(plan, "virtual_memory", lambda: SimpleNamespace(total=gib * 2**30))
+
+
 @pytest.mark.parametrize("stage", memory.STAGES)
-@pytest.mark.parametrize(("gib", "refused"), [(1, True), (80, False), (None, False)])
-def test_a_stage_is_refused_before_anything_is_loaded(monkeypatch, stage, gib, refused):
-    """On a faked card that is too small, in one line; not on a large one or none (controls)."""
-    if gib:
-        card = SimpleNamespace(name="Small", total_memory=gib * 2**30)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+@pytest.mark.parametrize("place", ["Small", "main memory; no card is here"])
+@pytest.mark.parametrize(("gib", "refused"), [(1, True), (80, False)])
+def test_a_stage_is_refused_before_anything_is_loaded(monkeypatch, stage, place, gib, refused):
+    """On a card, or without one in main memory, that is too small; not on a large one (control)."""
+    (has_card if place == "Small" else has_memory)(monkeypatch, gib)
     monkeypatch.setattr(vision, "load_model", lambda profile: pytest.fail("loaded"))
     if not refused:
-        assert plan.refuse_here(MINI, stage) is None
+        assert plan.refuse_here(MINI, (stage,)) is None
         return
-    one_line = rf"profile mini does not fit a card of 1 GiB \(Small\): {stage} needs [0-9.]+ GiB .*"
+    one_line = rf"profile mini does not fit 1 GiB \({place}\): {stage} needs [0-9.]+ GiB .*"
     with pytest.raises(UserError) as said:
-        plan.refuse_here(MINI, stage)
+        plan.refuse_here(MINI, (stage,))
     assert re.fullmatch(one_line, str(said.value))
+
+
+def test_card_and_memory_are_judged_before_a_download_is_asked_for(monkeypatch, capsys):
+    """Whatever the method; a control: where the model fits, the command that downloads it."""
+    monkeypatch.setattr("lavic_utils.hub.HubModel.cached", lambda self: None)
+    run = SimpleNamespace(profile=PAPER, need_training_data=lambda: None)
+    names = ["LaViC", ENTIRE, "LLaVA-v1.6 (title)", "LLaVA-v1.5 (title+image)", "Vicuna-v1.5"]
+    for small, large in ((has_card, has_card), (has_memory, has_memory)):
+        small(monkeypatch, 8)
+        assert all("does not fit 8 GiB" in methods.find(name).reason(run) for name in names)
+        assert main(["run", "LaViC", "--domain", "beauty", "--profile", "paper"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "does not fit 8 GiB" in said and "hf download" not in said
+        large(monkeypatch, 141)
+        assert all("hf download" in methods.find(name).reason(run) for name in names)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run.profile = T4
+    assert "needs a CUDA card" in methods.find("LaViC").reason(run)
 
 
 # ---------------------------------------------------------------- all tokens of every image
@@ -274,10 +293,8 @@ def test_entire_tokens_fit_a_large_card_and_are_refused_with_numbers_on_a_small_
     by_hand = 32768 * (32 * 2 * 4096 + 1.5 * layer) / memory.GIB
     assert parts["activations"] == pytest.approx(by_hand, rel=1e-3)
     assert plan.refuse(PAPER, plan.CARDS["a100"], LONG) is None  # a control
-    small = SimpleNamespace(name="Tesla T4", total_memory=14.6 * 2**30)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: small)
-    monkeypatch.setattr(plan, "source", lambda profile: None)
+    has_card(monkeypatch, 14.6, "Tesla T4")
+    monkeypatch.setattr(plan, "four_bits", lambda profile: None)
     monkeypatch.setattr(methods.vision, "source", lambda profile: None)
     run = SimpleNamespace(profile=T4, need_training_data=lambda: None)
     why = methods.find(ENTIRE).reason(run)
@@ -298,19 +315,15 @@ def test_answers_are_judged_by_the_prompts_at_hand():
 
 
 def test_what_is_in_use_on_the_card_counts_before_a_stage_begins(monkeypatch):
-    card = SimpleNamespace(name="A100", total_memory=39.4 * 2**30)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    has_card(monkeypatch, 39.4, "A100")
     monkeypatch.setattr(plan, "free", lambda: None)
     held = {"free": 39.0, "reserved": 0.2, "allocated": 0.1}  # GiB; a context takes some
-    monkeypatch.setattr(
-        torch.cuda, "mem_get_info", lambda: (held["free"] * 2**30, card.total_memory)
-    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (held["free"] * 2**30, None))
     for name in ("reserved", "allocated"):
         monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda name=name: held[name] * 2**30)
     assert plan.refuse_now(PAPER, "distillation") is None  # a control
     held |= {"free": 24.0, "reserved": 15.0, "allocated": 14.1}  # a model is still there
-    with pytest.raises(UserError, match=r"card of 24\.9 GiB \(what is free of the 39\.4 of A100\)"):
+    with pytest.raises(UserError, match=r"fit 24\.9 GiB \(what is free of the 39\.4 of A100\)"):
         plan.refuse_now(PAPER, "distillation")
     assert plan.refuse_now(PAPER, "inference", lambda: 900) is None
     with pytest.raises(UserError, match="prompt of 60,000 tokens"):
@@ -320,12 +333,7 @@ def test_what_is_in_use_on_the_card_counts_before_a_stage_begins(monkeypatch):
 def test_a_refused_run_ends_with_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     monkeypatch.setattr(experiment.Experiment, "data_hash", "steady")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda i: SimpleNamespace(name="Small", total_memory=2**30),
-    )
+    has_card(monkeypatch, 1)
     assert main(["run", "LaViC", "--domain", "beauty", "--profile", "mini"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and "teacher needs" in said.err
@@ -343,7 +351,6 @@ def test_the_plan_as_json_has_everything(capsys, name):
         "memory_gib",
         "hours",
         "fits",
-        "levers",
     } <= set(found)
     stages = {"distillation", "recommendation", "inference"} | (
         {"teacher"} if name == "mini" else set()
@@ -356,15 +363,7 @@ def test_the_plan_as_json_has_everything(capsys, name):
         assert singly["LaViC"] == pytest.approx(sum(found["hours"][on].values()), abs=0.05)
         assert ("Entire tokens" in singly) is (name != "t4" or "T4" not in on)
         assert all(hours > 0 for hours in singly.values()) and len(singly) >= 3
-    rows = {row["lever"]: row for row in found["levers"]["rows"]}
-    if name == "mini":
-        assert "1 image an item" not in rows and found["disk_gb"]["images"] == 0
-    else:
-        assert (
-            ".1662/.9651" in rows["1 image an item"]["HR@1/VR"]
-            and ".2469/.9973" in rows["2 images an item"]["HR@1/VR"]
-        )
-        assert rows["1 image an item"]["hours saved"] > rows["2 images an item"]["hours saved"] > 0
+    assert (found["disk_gb"]["images"] == 0) is (name == "mini")
 
 
 def test_fewer_images_an_item_are_less_work():
@@ -379,8 +378,9 @@ def test_fewer_images_an_item_are_less_work():
 
 
 def test_hours_agree_with_the_one_outside_figure():
-    """The shares assumed for the other cards give within a factor two; and `plan` says both."""
-    card = plan.OUTSIDE
+    """4 to 5 hours for stage 1 over 81,000 samples, one at a time, on an RTX 4090 (165 TFLOP/s,
+    1,008 GB/s; Linhao0301/LaViC_Pratice), taken as one epoch; a factor two is allowed."""
+    card = plan.Card("RTX 4090, 24 GB", 23.5, 165 * 0.35, 1008 * 0.6)
     profile = changed(PAPER, "distillation", batch_size=1, epochs=1)
     assert 4 / 2 < plan.hours(profile, plan.ASSUMED, card)["distillation"] < 5 * 2
     assert (
@@ -388,11 +388,10 @@ def test_hours_agree_with_the_one_outside_figure():
     )  # five epochs are not one
 
 
-def test_the_outside_figure_and_all_that_is_trained_stand_in_the_plan(capsys):
+def test_all_that_is_trained_stand_in_the_plan(capsys):
     assert main(["plan", "--profile", "paper", "--gpu", "a100"]) == 0
     said = capsys.readouterr().out
     assert "hours of LaViC alone" in said and "all that `reproduce` trains" in said
-    assert "4 to 5 hours an epoch" in said and "RTX 4090" in said
     assert all(name in said for name in ("w/o images", "w/o self-distillation", "Entire tokens"))
 
 

@@ -5,18 +5,17 @@ On a machine with a card and 16 GB of main memory (t4 also: pip install -r requi
     for p in paper t4; do CUDA_VISIBLE_DEVICES=0 python -m lavic_utils bench gpu --profile $p; done
 
 Nothing is downloaded and nothing is learnt. Training goes through the stages' own trainers, answers
-through `recommendation.read`. Each peak stands beside what `memory` foresees. Profile t4 is capped
-at 15 GB, as a T4 is.
+through `recommendation.read`. Each peak stands beside what `memory` foresees.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -35,8 +34,7 @@ from lavic_utils.provenance import provenance, write_json
 from lavic_utils.recommendation import LANGUAGE_LINEAR, Recommender, read
 from lavic_utils.training import IGNORE
 
-CAPS = {"t4": 15e9}  # bytes a process may take: 16 GB less what the driver and the context hold
-WARM, REPEATS, HALVINGS = 2, 5, 6
+WARM, REPEATS = 2, 5
 ITEMS, CANDIDATES, TILES, PAD = 16, 10, 5, 0  # items encoded at once; tiles of square images
 ONE, TWO, ANSWERS = "distillation", "recommendation", "inference"
 
@@ -66,14 +64,15 @@ def cases(profile: Profile, config) -> list[Case]:
         Case("stage 1, longest text", ONE, longest, TILES, longest - TITLE, kept),
     ]
     for name, tokens, visual in (
-        ("stage 2, [CLS], mean prompt", mean, cls),
-        ("stage 2, [CLS], longest prompt", two.max_length, cls),
-        ("stage 2, entire tokens, mean prompt", mean - cls + entire, entire),
+        ("[CLS], mean prompt", mean, cls),
+        ("[CLS], longest prompt", two.max_length, cls),
+        ("entire tokens, mean prompt", mean - cls + entire, entire),
     ):
+        row = Case(f"stage 2, {name}", TWO, tokens, visual, two.max_new_tokens)
         if two.gradient_checkpointing:
-            found.append(Case(name, TWO, tokens, visual, two.max_new_tokens, True))
-            name += ", no checkpointing"
-        found.append(Case(name, TWO, tokens, visual, two.max_new_tokens))
+            found.append(row._replace(checkpointing=True))
+            row = row._replace(name=f"{row.name}, no checkpointing")
+        found.append(row)
     found.append(Case("answers, mean prompt", ANSWERS, mean, cls, 0))
     found.append(Case("answers, longest prompt", ANSWERS, two.max_length, cls, 0))
     return found
@@ -102,13 +101,9 @@ def random_model(profile: Profile) -> LlavaNextForConditionalGeneration:
         if "norm" in name and name.endswith("weight"):
             values.add_(1)
         weights[name] = values.cpu()
-
-    def from_pretrained(_, **options):
-        return LlavaNextForConditionalGeneration.from_pretrained(
-            None, config=copy.deepcopy(bare.config), state_dict=weights, **options
-        )
-
-    kind = SimpleNamespace(from_pretrained=from_pretrained)
+    given = {"config": copy.deepcopy(bare.config), "state_dict": weights}
+    load = partial(LlavaNextForConditionalGeneration.from_pretrained, **given)
+    kind = SimpleNamespace(from_pretrained=lambda _, **options: load(None, **options))
     return vision.load(kind, profile, "random weights", None)
 
 
@@ -198,60 +193,38 @@ def answers(tuned, profile: Profile, case: Case, steps: int) -> list[float]:
     return [timed(work) for _ in range(steps)]
 
 
-def attempt(work: Callable[..., list[float]], *what) -> tuple[list[float] | None, float | None]:
-    """(seconds, peak GiB of tensors on the card): no seconds where memory ran out, no peak without
-    a card."""
-    cuda = torch.cuda.is_available()
+def attempt(work: Callable[[], list[float]]) -> dict[str, Any]:
+    """Of some seconds: all after the first WARM, as `spread` (none where memory ran out), and the
+    peak GiB of the card's tensors (none without a card)."""
+    cuda, found = torch.cuda.is_available(), {"seconds": None, "measured_gib": None}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
-        seconds = work(*what)
+        found["seconds"] = spread(work()[WARM:])
+        if cuda:
+            found["measured_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
     except torch.OutOfMemoryError:
-        seconds = None
-    if not cuda:
-        return seconds, None
-    peak = torch.cuda.max_memory_allocated() / GIB
-    gc.collect()  # a trainer holds itself in a circle
-    torch.cuda.empty_cache()
-    return seconds, peak
+        pass
+    vision.free()  # a trainer holds itself in a circle
+    return found
 
 
 def measure(tuned, profile: Profile, case: Case) -> dict[str, Any]:
-    """A row of the file. Where memory runs out: that, and the longest prompt that halving finds."""
+    """A row of the file."""
     if case.stage == ANSWERS:
         run, rows = answers, profile.recommendation.eval_batch_size
     else:
         run, rows = train, getattr(profile, case.stage).batch_size
-    seconds, peak = attempt(run, tuned, profile, case, WARM + REPEATS)
-    foreseen = predicted(profile, case)
-    found = {**case._asdict(), "rows": rows, "predicted_gib": foreseen, "measured_gib": None}
-    found |= {"ratio": None, "seconds": None, "out_of_memory": None}
-    if seconds:
-        found["seconds"] = spread(seconds[WARM:])
-        if peak:
-            found |= {"measured_gib": round(peak, 3), "ratio": round(peak / foreseen, 3)}
-        return found
-    fits, fails = case.target + 1, case.tokens
-    for _ in range(HALVINGS):
-        half = (fits + fails) // 2
-        if attempt(run, tuned, profile, case._replace(tokens=half), 1)[0]:
-            fits = half
-        else:
-            fails = half
-    found["out_of_memory"] = f"out of memory at {case.tokens} tokens"
-    found["longest_that_fits"] = fits if fits > case.target + 1 else None
-    return found
+    found = attempt(partial(run, tuned, profile, case, WARM + REPEATS))
+    return {**case._asdict(), "rows": rows, "predicted_gib": predicted(profile, case), **found}
 
 
 def encoding(student) -> dict[str, Any]:
-    """Items encoded a second, from pixels to stored [CLS] tokens, and the peak; no rate where
-    memory runs out."""
+    """Items encoded at once, from pixels to stored [CLS] tokens."""
     batch = student, range(ITEMS), *pixels(student.config, ITEMS)
     repeated = range(WARM + REPEATS)
-    seconds, peak = attempt(lambda: [timed(vision.encode, *batch) for _ in repeated])
-    rates = spread([ITEMS / s for s in seconds[WARM:]]) if seconds else None
-    found = {"items_at_once": ITEMS, "measured_gib": peak and round(peak, 3)}
-    return found | {"items_a_second": rates}
+    found = attempt(lambda: [timed(vision.encode, *batch) for _ in repeated])
+    return {"items_at_once": ITEMS, **found}
 
 
 # ---------------------------------------------------------------- the file
@@ -267,7 +240,7 @@ def small(profile: Profile) -> Profile:
 
 def bench_gpu(name: str = "paper", tiny: bool = False) -> Path:
     """Measure everything; the path of `results/bench/CARD-PROFILE-gpu.json` (tiny: bench-quick)."""
-    profile, cuda, cap = load_profile(name), torch.cuda.is_available(), None
+    profile, cuda = load_profile(name), torch.cuda.is_available()
     if not (cuda or tiny):
         raise UserError(
             f"bench gpu --profile {profile.name}: no CUDA card is here; run it on a machine with "
@@ -275,10 +248,6 @@ def bench_gpu(name: str = "paper", tiny: bool = False) -> Path:
             "with the mini model on this machine"
         )
     profile = small(profile) if tiny else profile
-    if cuda and profile.name in CAPS:
-        cap = CAPS[profile.name]
-        share = cap / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     torch.manual_seed(profile.seed)
     try:
         model = random_model(profile)
@@ -293,7 +262,6 @@ def bench_gpu(name: str = "paper", tiny: bool = False) -> Path:
         "kind": "random weights",
         "provenance": about,
         "card": torch.cuda.get_device_name() if cuda else None,
-        "cap_gb": cap and cap / 1e9,
         "four_bits": "bitsandbytes, NF4" if profile.quantize_4bit else "not asked for",
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": count(skeleton(profile.model_path)).all,
@@ -327,16 +295,14 @@ def gpu_block(path: Path) -> str:
     lines = ["| step or batch | rows x tokens | seconds (range) | peak, GiB | foreseen |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for row in found["steps"]:
+        took = "out of memory"
         if row["seconds"]:
             took = "{median:.3g} ({low:.3g} to {high:.3g})".format(**row["seconds"])
-        else:
-            took = f"{row['out_of_memory']}; {row['longest_that_fits'] or 'no length tried'} fits"
         peak = "–" if row["measured_gib"] is None else f"{row['measured_gib']:.1f}"
         size = f"{row['rows']} x {row['tokens']}"
         lines.append(f"| {row['name']} | {size} | {took} | {peak} | {row['predicted_gib']:.1f} |")
-    cap = f", capped at {found['cap_gb']:g} GB" if found["cap_gb"] else ""
     return "\n".join(lines) + (
         f"\n\n*Random weights: speed and memory only. Profile {about['profile']}, "
-        f"{found['card'] or 'no card'}{cap}; 4 bits: {found['four_bits']}; "
+        f"{found['card'] or 'no card'}; 4 bits: {found['four_bits']}; "
         f"torch {about['versions']['torch']}; content hash of the code {about['code_hash'][:7]}.*\n"
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from psutil import virtual_memory
 
 from lavic_utils import methods
 from lavic_utils.bench import memory
@@ -17,7 +18,7 @@ from lavic_utils.bench.memory import RESERVE, count, memories, number_bytes, ske
 from lavic_utils.config import DOMAINS, Profile, UserError
 from lavic_utils.experiment import Experiment
 from lavic_utils.methods import ENTIRE, LONG
-from lavic_utils.vision import free, source
+from lavic_utils.vision import four_bits, free, source
 
 
 class Card(NamedTuple):
@@ -36,9 +37,6 @@ CARDS = {
     "a100": Card("A100, 40 GB", 39.4, 125, 930),
     "h100": Card("H100, 80 GB", 79.1, 346, 2000),
 }
-# The one outside figure: 4 to 5 hours for stage 1 over 81,000 samples, one at a time, on an RTX
-# 4090 (Linhao0301/LaViC_Pratice; 165 TFLOP/s, 1,008 GB/s), taken as one epoch.
-OUTSIDE, TOOK = Card("RTX 4090, 24 GB", 23.5, 165 * 0.35, 1008 * 0.6), "4 to 5"
 CANDIDATES, TILES = 10, 5
 
 
@@ -73,11 +71,6 @@ ASSUMED = Work(
 # 3 passes took 0.31 and 0.55 s whatever their length up to 2,048 tokens, a batch of answers 1.1 s
 # for about 15 passes. Other hosts differ.
 LEAST = {"train": 0.16, "answer": 0.07}
-# One replication, domain Home, one A100 (yousef-moustafa/ds8008-group8-lavic), by images an item.
-LEVERS = {
-    "1 image an item": ".1662/.9651 against .2443/.9919 with all images (one replication, Home)",
-    "2 images an item": ".2469/.9973 against .2443/.9919 with all images (one replication, Home)",
-}
 
 
 def refuse(
@@ -94,7 +87,7 @@ def refuse(
             most = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items() if gib >= 0.1)
             asked = f" for a prompt of {longest:,} tokens" if longest else ""
             raise UserError(
-                f"profile {profile.name} does not fit a card of {card.gib:g} GiB ({card.name}): "
+                f"profile {profile.name} does not fit {card.gib:g} GiB ({card.name}): "
                 f"{stage} needs {total:.1f} GiB{asked} ({most}) and {RESERVE:g} in reserve; use "
                 "smaller batches, profile t4 or a larger card"
             )
@@ -112,12 +105,15 @@ def present() -> Card | None:
     return known._replace(name=found.name, gib=round(found.total_memory / memory.GIB, 1))
 
 
-def refuse_here(profile: Profile, stage: str) -> None:
-    """`refuse` for a stage and this machine's card, before anything is loaded."""
-    card = present()
-    if card:
-        source(profile)  # says so first where there is no such model
-        refuse(profile, card, (stage,))
+def refuse_here(profile: Profile, stages: Sequence[str]) -> None:
+    """`refuse` for some stages and this machine's card (none: its main memory), before anything is
+    downloaded or loaded. UserError too where 4 bits are asked for and cannot be had here."""
+    if profile.quantize_4bit:
+        four_bits(profile)
+    if profile.model_path not in memory.CONFIGS:
+        source(profile)  # its shapes stand in its files
+    main = Card("main memory; no card is here", round(virtual_memory().total / memory.GIB, 1), 0, 0)
+    refuse(profile, present() or main, stages)
 
 
 def refuse_now(profile: Profile, stage: str, tokens: Callable[[], int] | None = None) -> None:
@@ -233,24 +229,6 @@ def trained(profile: Profile, todo: Work, card: Card) -> dict[str, float]:
     return found
 
 
-def levers(profile: Profile, todo: Work, card: Card) -> list[dict[str, Any]]:
-    """Cheap ways to be done sooner: hours saved, and what a replication says was lost by it."""
-    base, one, saved = hours(profile, todo, card), profile.distillation, {}
-    for images, name in enumerate(LEVERS, start=1):
-        fewer = todo._replace(images=images * todo.items)
-        if one.images_per_item is None and fewer.images < todo.images:
-            less = hours(profile, fewer, card)
-            saved[name] = sum(base.values()) - sum(less.values())
-    if one.epochs > 1:
-        saved["1 epoch of stage 1"] = base["distillation"] * (1 - 1 / one.epochs)
-    saved["half the training dialogues"] = base["recommendation"] / 2
-    rows = []
-    for name, less in saved.items():
-        lost = LEVERS.get(name, "no replication says")
-        rows.append({"lever": name, "hours saved": round(less, 1), "HR@1/VR": lost})
-    return rows
-
-
 def disk_gb(profile: Profile, todo: Work) -> dict[str, float]:
     """What lies on the disk, in GB. An image: 60 kB, 500 pixels wide as the shop serves it
     (assumed). Items' vectors are float32; an adapter is kept with the optimizer's states in its
@@ -275,15 +253,12 @@ def plan(profile: Profile, gpu: str | None = None) -> dict[str, Any]:
         refuse(profile, card)
     todo, needs = work(profile), memories(profile)
     peak = max(needs[stage]["total"] for stage in memory.STAGES if stage in needs) + RESERVE
-    cards, one = [card] if card else list(CARDS.values()), profile.distillation
-    able = [c for c in cards if peak <= c.gib]
-    slowest = min(able or cards, key=lambda c: c.tflops)
-    spent, all_trained = {}, {}
-    for c in able:
-        spent[c.name] = {stage: round(h, 2) for stage, h in hours(profile, todo, c).items()}
-        all_trained[c.name] = {name: round(h, 2) for name, h in trained(profile, todo, c).items()}
-    singly = one.model_copy(update={"batch_size": 1, "epochs": 1})
-    singly = profile.model_copy(update={"distillation": singly})
+    cards, fits, spent, all_trained = [card] if card else list(CARDS.values()), {}, {}, {}
+    for c in cards:
+        fits[c.name] = peak <= c.gib
+        if fits[c.name]:
+            spent[c.name] = hours(profile, todo, c)
+            all_trained[c.name] = trained(profile, todo, c)
     return {
         "profile": profile.name,
         "model": profile.model,
@@ -294,11 +269,9 @@ def plan(profile: Profile, gpu: str | None = None) -> dict[str, Any]:
         "disk_gb": disk_gb(profile, todo),
         "work": todo._asdict(),
         "memory_gib": needs,
-        "fits": {c.name: c in able for c in cards},
+        "fits": fits,
         "hours": spent,
         "hours_of_all_that_is_trained": all_trained,
-        "outside": round(hours(singly, ASSUMED, OUTSIDE)["distillation"], 1),
-        "levers": {"card": slowest.name, "rows": levers(profile, todo, slowest)},
     }
 
 
@@ -324,10 +297,6 @@ def show(found: dict[str, Any]) -> None:
         + pd.DataFrame(found["hours"]).to_string(**text)
         + "\n\nand of all that `reproduce` trains, with its answers (-: does not fit the card)\n"
         + pd.DataFrame(found["hours_of_all_that_is_trained"]).to_string(**text)
-        + f"\n\nbeside the one outside figure: {TOOK} hours an epoch of stage 1 at batch 1 on an "
-        f"{OUTSIDE.name.split(',')[0]}, where this arithmetic says {found['outside']:g}"
-        + f"\n\nlevers, {found['levers']['card']}\n"
-        + pd.DataFrame(found["levers"]["rows"]).to_string(index=False)
     )
 
 

@@ -22,6 +22,7 @@ from lavic_utils import config
 from lavic_utils import provenance as origin
 from lavic_utils.data import profile_data_hash
 from lavic_utils.repro import notebooks as nbs
+from lavic_utils.vision import source
 
 INDEX = "index.json"  # file below the results -> its content when a notebook last left it
 # Kinds and names of files that may change after they are made.
@@ -191,8 +192,8 @@ def _run_all(jobs: list[Job], profile: config.Profile, force: bool) -> int:
     if any(job.trains for job in todo):
         from lavic_utils.bench.plan import refuse_here
 
-        for stage in STAGES:
-            refuse_here(profile, stage)
+        refuse_here(profile, STAGES)
+        source(profile)
     done: list[tuple[float, float]] = []
     for job in jobs:
         if job not in todo:
