@@ -28,10 +28,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "docs" / "site"
 BUILT = ROOT / "docs" / "_build"  # source/: what is staged; html/: the site
-MOVED = {
-    "README.md": "index.md",
-    "results/claims.md": "docs/claims.md",
-}  # what has another place in the site
+# What has another place in the site.
+MOVED = {"README.md": "index.md", "results/claims.md": "docs/claims.md"}
 # Code (left alone), or a Markdown link or image: `[text](target)`, `![text](target)`.
 CODE_OR_LINK = re.compile(
     r"```.*?```|(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)|`[^`\n]*`", re.S
@@ -50,9 +48,7 @@ def site_target(
     if re.match(r"[a-z]+:", target):
         return target
     path, _, anchor = target.partition("#")
-    if (path or page).endswith(
-        ".ipynb"
-    ):  # Jupyter's anchors (`#What-is-a-tile?`) as the site writes them (`#what-is-a-tile`)
+    if (path or page).endswith(".ipynb"):  # `#What-is-a-tile?` is `#what-is-a-tile` in the site
         anchor = re.sub(r"[^\w-]", "", unquote(anchor).lower())
     if not path:
         return f"#{anchor}"
@@ -65,9 +61,8 @@ def site_target(
         place = f"docs/api/lavic_utils/lavic_utils.{module[1].replace('/', '.')}.md"
     if place not in pages_of_site and not place.endswith(".png"):
         return None
-    return relpath(place, PurePosixPath(MOVED.get(page, page)).parent) + (
-        f"#{anchor}" if anchor else ""
-    )
+    way = relpath(place, PurePosixPath(MOVED.get(page, page)).parent)
+    return f"{way}#{anchor}" if anchor else way
 
 
 def rewrite(text: str, page: str, root: Path, pages_of_site: set[str], problems: Problems) -> str:
@@ -102,11 +97,8 @@ def stage_output(
         problems.append(f"{where}: a picture has no alternative text (figures.keep(..., alt=...))")
         alt = ""
     name = keep("".join(data["image/png"]))
-    return {
-        "output_type": "display_data",
-        "metadata": {},
-        "data": {"text/markdown": f"![{alt.translate(pages.ESCAPES)}]({name})"},
-    }
+    picture = {"text/markdown": f"![{alt.translate(pages.ESCAPES)}]({name})"}
+    return {"output_type": "display_data", "metadata": {}, "data": picture}
 
 
 def keeper(folder: Path, stem: str) -> Callable[[str], str]:
@@ -186,22 +178,14 @@ def stage_notebook(
             cell["source"] = rewrite(source, page, root, pages_of_site, problems)
         elif cell["cell_type"] == "code":
             if "solution" in cell["metadata"].get("tags", []):
-                cell["metadata"]["mystnb"] = {
-                    "code_prompt_show": "Show the solution",
-                    "code_prompt_hide": "Hide the solution",
-                }
-            staged = [
-                stage_output(o, f"{page}, cell {number}", keep, problems) for o in cell["outputs"]
-            ]
+                show, hide = "Show the solution", "Hide the solution"
+                cell["metadata"]["mystnb"] = {"code_prompt_show": show, "code_prompt_hide": hide}
+            where = f"{page}, cell {number}"
+            staged = [stage_output(o, where, keep, problems) for o in cell["outputs"]]
             cell["outputs"] = [o for o in staged if o is not None]
-            cells.append(
-                {
-                    "cell_type": "markdown",
-                    "id": f"to-{number}",
-                    "metadata": {},
-                    "source": f'<div id="{pages.cell_target(number)}"></div>',
-                }
-            )
+            target = f'<div id="{pages.cell_target(number)}"></div>'
+            above = {"cell_type": "markdown", "id": f"to-{number}", "metadata": {}}
+            cells.append({**above, "source": target})
         cells.append(cell)
     book["cells"] = cells
     out.write_text(json.dumps(book), encoding="utf-8")
@@ -219,9 +203,7 @@ def table_of_contents(root: Path, problems: Problems) -> tuple[dict[str, Any], s
             name = chapter["file"]
             file = next((f for f in (f"{name}.md", f"{name}.ipynb") if (root / f).is_file()), None)
             if name not in made and file is None:
-                problems.append(
-                    f"{name}: in docs/site/_toc.yml, but there is no such .md or .ipynb file"
-                )
+                problems.append(f"{name}: in docs/site/_toc.yml, but there is no such page")
                 continue
             found.add(f"{name}.md" if name in made else str(file))
             if name == "docs/api":
@@ -243,27 +225,23 @@ def stage(root: Path, out: Path, solutions: bool = True) -> Problems:
     shutil.copytree(SITE, out, ignore=shutil.ignore_patterns("__pycache__"))
     toc, site = table_of_contents(root, problems)
     (out / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
-    pictures = sorted((root / "figures").rglob("*.png"))
-    figures = {path.relative_to(root).as_posix(): path for path in pictures}
-    for name, path in figures.items():
-        for base in (
-            out,
-            out / "_extra",
-        ):  # beside the pages for Sphinx, and at its place in the site for the gallery
+    figures = {p.relative_to(root).as_posix(): p for p in sorted((root / "figures").rglob("*.png"))}
+    plates = {p.relative_to(root).as_posix(): p for p in (root / "results/bench").glob("*.png")}
+    for name, path in {**figures, **plates}.items():
+        for base in (out, out / "_extra"):  # beside the pages for Sphinx, and in the site itself
             (base / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, base / name)
+
+    def api() -> str:
+        text = pages.api(root).replace("](lavic_utils/", "](../lavic_utils/")
+        return rewrite(text, "docs/api.md", root, site, problems)
+
     made: Mapping[str, Callable[[], str]] = {
         "docs/gallery.md": lambda: pages.gallery(root, figures, problems),
         "docs/claims.md": lambda: pages.claims(
             json.loads((root / "results" / "claims.json").read_text(encoding="utf-8"))
         ),
-        "docs/api.md": lambda: rewrite(
-            pages.api(root).replace("](lavic_utils/", "](../lavic_utils/"),
-            "docs/api.md",
-            root,
-            site,
-            problems,
-        ),
+        "docs/api.md": api,
     }
     for page in sorted(site):
         target = out / page
@@ -297,13 +275,12 @@ def build_slides(root: Path) -> int:
 def main() -> int:
     """Exit code 0: built; 1: Sphinx failed; 2: something is missing, one line each."""
     parser = argparse.ArgumentParser(description="Build the static site of the companion.")
-    parser.add_argument("--slides", action="store_true", help="the slides instead of the site")
-    parser.add_argument(
-        "--no-solutions", action="store_true", help="leave the exercises' solutions out"
-    )
-    parser.add_argument(
-        "--draft", action="store_true", help="build although alternative texts or pages are missing"
-    )
+    for option, about in (
+        ("--slides", "the slides instead of the site"),
+        ("--no-solutions", "leave the exercises' solutions out"),
+        ("--draft", "build although alternative texts or pages are missing"),
+    ):
+        parser.add_argument(option, action="store_true", help=about)
     chosen = parser.parse_args()
     if chosen.slides:
         return build_slides(ROOT)
@@ -311,20 +288,16 @@ def main() -> int:
     for problem in problems:
         print(f"{'missing' if chosen.draft else 'error'}: {problem}", file=sys.stderr)
     if problems and not chosen.draft:
-        print(
-            f"the site is not built: {len(problems)} things to mend (--draft builds all the same)",
-            file=sys.stderr,
-        )
+        many = f"{len(problems)} things to mend (--draft builds all the same)"
+        print(f"the site is not built: {many}", file=sys.stderr)
         return 2
     shutil.rmtree(BUILT / "html", ignore_errors=True)
     strict = [] if chosen.draft else ["--warningiserror", "--keep-going"]
     program = Path(sys.executable).with_name("jupyter-book")
     command = [program, "build", BUILT / "source", "--path-output", BUILT.parent, "-q", *strict]
     code = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
-    for unused in [
-        *(BUILT / "html" / "_static").rglob("*.map"),
-        *(BUILT / "html" / "_static").glob("*macros.html"),
-    ]:
+    static = BUILT / "html" / "_static"
+    for unused in [*static.rglob("*.map"), *static.glob("*macros.html")]:
         unused.unlink()  # the theme's own tools, no part of the site
     return 1 if code else 0
 

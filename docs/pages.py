@@ -12,9 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-ESCAPES = str.maketrans(
-    {c: f"\\{c}" for c in "[]*_`$<>\\"}
-)  # so that an alternative text stays text within Markdown
+# So that an alternative text stays text within Markdown.
+ESCAPES = str.maketrans({c: f"\\{c}" for c in "[]*_`$<>\\"})
 
 
 def api(root: Path) -> str:
@@ -24,9 +23,8 @@ def api(root: Path) -> str:
     """
     text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = text.partition("<!-- modules: begin -->\n")[2].partition("<!-- modules: end -->")[0]
-    return (
-        f"# API by module\n\nFrom the docstrings. A notebook shows each stage at work.\n\n{block}"
-    )
+    head = "# API by module\n\nFrom the docstrings. A notebook shows each stage at work.\n\n"
+    return head + block
 
 
 def modules(root: Path) -> list[str]:
@@ -47,10 +45,11 @@ def kept(source: str) -> set[str]:
         calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     except SyntaxError:  # a cell with a magic command
         return set()
-    keeps = [
-        call for call in calls if getattr(call.func, "attr", getattr(call.func, "id", "")) == "keep"
-    ]
-    return {arg.value for call in keeps for arg in call.args if isinstance(arg, ast.Constant)}
+    found: set[str] = set()
+    for call in calls:
+        if getattr(call.func, "attr", getattr(call.func, "id", "")) == "keep":
+            found |= {arg.value for arg in call.args if isinstance(arg, ast.Constant)}
+    return found
 
 
 def maker(name: str, notebooks: Mapping[str, Mapping[str, Any]]) -> tuple[str, int, str] | None:
@@ -108,13 +107,11 @@ def _entry(name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
 def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str:
     """Every figure with its tier, the cell that makes it, the data and code it came from, and its
     alternative text."""
-    books = {
-        p.stem: json.loads(p.read_text(encoding="utf-8"))
-        for p in sorted((root / "notebooks").glob("*.ipynb"))
-    }
-    titles = {
-        n: "".join(b["cells"][0]["source"]).splitlines()[0].lstrip("# ") for n, b in books.items()
-    }
+    books, titles = {}, {}
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        books[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        first = "".join(books[path.stem]["cells"][0]["source"])
+        titles[path.stem] = first.splitlines()[0].lstrip("# ")
     groups: dict[str, list[str]] = {n: [] for n in titles}
     for name, path in figures.items():
         known = about(path)
@@ -130,13 +127,9 @@ def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str
         place = f"../notebooks/{notebook}.html#{cell_target(number)}"
         origin = f'<a href="{place}">notebook {notebook[:2]}{below}</a>'
         groups[notebook].append(_entry(name, known, alt, origin))
-    parts = [
-        "# Figure gallery",
-        "",
-        "Each figure with the evidence tier that its numbers have, the notebook cell that draws "
-        "it, and the data and code it came from, as stored in the file itself. A click opens it.",
-        "",
-    ]
+    words = "Each figure with the evidence tier that its numbers have, the notebook cell that "
+    words += "draws it, and the data and code it came from, as stored in the file itself. "
+    parts = ["# Figure gallery", "", f"{words}A click opens it.", ""]
     for key, made in groups.items():
         parts += [f"## {titles[key]}", "", *made] if made else []
     return "\n".join(parts)
@@ -152,16 +145,13 @@ def table(
     cell is HTML, or (HTML, the key it sorts by)."""
 
     def cell(value: str | tuple[str, str]) -> str:
-        shown, key = value if isinstance(value, tuple) else (value, None)
-        return (
-            f"<td>{shown}</td>"
-            if key is None
-            else f'<td data-key="{escape(key, quote=True)}">{shown}</td>'
-        )
+        if isinstance(value, str):
+            return f"<td>{value}</td>"
+        return f'<td data-key="{escape(value[1], quote=True)}">{value[0]}</td>'
 
-    head = "".join(
-        f'<th scope="col"{" data-filter" if h in filters else ""}>{escape(h)}</th>' for h in heads
-    )
+    head = ""
+    for name in heads:
+        head += f'<th scope="col"{" data-filter" if name in filters else ""}>{escape(name)}</th>'
     body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     return (
         f'<div class="ledger" role="region" aria-label="{escape(label, quote=True)}" tabindex="0">'

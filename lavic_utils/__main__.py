@@ -187,7 +187,7 @@ def notebooks_execute(
 
 @notebooks.command("check")
 def notebooks_check() -> None:
-    """Check that every committed notebook is executed, in order and up to date."""
+    """Check that every committed notebook is executed and up to date."""
     from lavic_utils.repro.notebooks import check
 
     _report(check())
@@ -368,14 +368,11 @@ def bench_all(
 
 
 @bench.command("gpu")
-def bench_gpu(
-    profile: Profile = "paper",
-    tiny: Annotated[bool, Option("--tiny", help="The mini model: does it work?")] = False,
-) -> None:
+def bench_gpu(profile: Profile = "paper") -> None:
     """Seconds and peak memory on this card of a profile's true model with random weights."""
     from lavic_utils.bench.card import bench_gpu as measure
 
-    print(measure(profile, tiny))
+    print(measure(profile))
 
 
 @app.command()

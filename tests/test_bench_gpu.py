@@ -19,7 +19,19 @@ from lavic_utils.config import load_profile
 from lavic_utils.repro import readme
 
 PAPER, T4 = load_profile("paper"), load_profile("t4")
-SMALL = bench_gpu.small(PAPER)
+
+
+def small(profile):
+    """The profile with the mini model and its lengths, one row at a time."""
+    mini, update = load_profile("mini"), {}
+    for name in (bench_gpu.ONE, bench_gpu.TWO):
+        changed = {"batch_size": 1, "eval_batch_size": 1}
+        changed["gradient_checkpointing"] = getattr(profile, name).gradient_checkpointing
+        update[name] = getattr(mini, name).model_copy(update=changed)
+    return profile.model_copy(update={"model": mini.model, "quantize_4bit": False, **update})
+
+
+SMALL = small(PAPER)
 
 
 @pytest.fixture(autouse=True)
@@ -60,17 +72,13 @@ def written(tmp_path_factory) -> Path:
             patch.setattr(bench_gpu, name, value)
         every = bench_gpu.cases
         patch.setattr(bench_gpu, "cases", lambda *a: every(*a)[::2])  # some of each stage
-        return bench_gpu.bench_gpu("t4", tiny=True)
+        return bench_gpu.measure_all(small(T4))
 
 
 def test_the_file_says_what_it_is_and_has_every_row(written):
     found = json.loads(written.read_text(encoding="utf-8"))
     about = found["provenance"]
-    assert (
-        found["kind"] == about["tier"] == "random weights"
-        and about["tiny"]
-        and written.parent.name == "bench-quick"
-    )
+    assert found["kind"] == about["tier"] == "random weights" and written.parent.name == "bench"
     assert written.name.endswith("-cores-t4-gpu.json")
     assert found["card"] is None and found["four_bits"] == "not asked for"
     assert [row["stage"] for row in found["steps"]] == ["distillation", *["recommendation"] * 3] + [
@@ -107,19 +115,12 @@ def test_without_a_card_it_is_one_clear_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     assert main(["bench", "gpu", "--profile", "t4"]) == 2
     said = capsys.readouterr()
-    assert (
-        said.err.count("\n") == 1
-        and "no CUDA card is here" in said.err
-        and "--tiny" in said.err
-        and not said.out
-    )
+    assert said.err.count("\n") == 1 and "no CUDA card is here" in said.err and not said.out
     assert not list(tmp_path.iterdir())
     calls = []
-    monkeypatch.setattr(
-        bench_gpu, "bench_gpu", lambda name, tiny: calls.append((name, tiny)) or Path("x.json")
-    )
-    assert main(["bench", "gpu", "--profile", "t4", "--tiny"]) == 0 and main(["bench", "gpu"]) == 0
-    assert calls == [("t4", True), ("paper", False)]
+    monkeypatch.setattr(bench_gpu, "bench_gpu", lambda name: calls.append(name) or Path("x.json"))
+    assert main(["bench", "gpu", "--profile", "t4"]) == 0 and main(["bench", "gpu"]) == 0
+    assert calls == ["t4", "paper"]
 
 
 # ---------------------------------------------------------------- what is measured

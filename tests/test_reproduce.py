@@ -278,20 +278,12 @@ def test_execute_in_place_then_check_and_each_fault_is_found(
         path.write_text(nbformat.writes(nb), encoding="utf-8")
         return " ".join(nbs.check_notebook(path, now))
 
-    stream = lambda name, text: nbformat.v4.new_output("stream", name=name, text=text)  # noqa: E731
-    said = lambda text: lambda c, nb: c.update(outputs=[stream("stdout", text)])  # noqa: E731
+    said = nbformat.v4.new_output("stream", text="z")
     assert broken(lambda c, nb: None) == ""
     assert "its cells changed" in broken(lambda c, nb: c.update(source="print('y')"))
-    assert "26 lines" in broken(lambda c, nb: c.update(source="\n".join("1" * 26)))
     assert "its outputs changed" in broken(lambda c, nb: c.update(execution_count=9))
-    assert "its outputs changed" in broken(said("z"))
-    assert "stderr" in broken(lambda c, nb: c.update(outputs=[stream("stderr", "warning")]))
-    assert "progress bar" in broken(said(" 50%|###  | 1/2 [3it/s]"))
-    assert "absolute path" in broken(said("see /home/me/x"))
-    assert "absolute path" in broken(lambda c, nb: c.update(source="open('/tmp/x')"))
+    assert "its outputs changed" in broken(lambda c, nb: c.update(outputs=[said]))
     assert "no cell tagged" in broken(lambda c, nb: nb.cells[1].metadata.pop("tags"))
-    links = broken(said("https://a.org/home/x 3/4 a/tmp/x"))
-    assert "path" not in links and "its outputs changed" in links
 
 
 def test_the_stamp_names_what_changed_and_leaves_out_what_no_notebook_reads(tmp_path, monkeypatch):
@@ -463,21 +455,6 @@ def test_solutions_run_on_the_mini_world_and_are_only_read_elsewhere(
     if name == "tiny":
         cells = nbformat.read(tmp_path / "tiny" / "seed5" / path.name, 4).cells
         assert cells[-1].source == "# cost = 'hours'\n# assert False"
-
-
-@pytest.mark.parametrize(
-    ("text", "missing"),
-    [("<Figure size 640x480 with 1 Axes>", True), ("", True), ("Ten hats.", False)],
-)
-def test_a_picture_without_alternative_text_is_a_problem(text, missing):
-    found = {"image/png": "iVBORw0KGgo=", "text/plain": text}
-    shown = nbformat.v4.new_output("display_data", found)
-    assert any("alternative text" in line for line in nbs._output_problems(shown)) == missing
-
-
-def test_an_empty_text_alone_is_no_picture_without_alternative_text():
-    shown = nbformat.v4.new_output("display_data", {"text/plain": "", "text/html": "<b>x</b>"})
-    assert nbs._output_problems(shown) == []
 
 
 def test_training_that_does_not_fit_the_card_is_refused_before_anything_runs(

@@ -228,26 +228,18 @@ def encoding(student) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- the file
-def small(profile: Profile) -> Profile:
-    """The profile with the mini model and its lengths, one row at a time, on this machine."""
-    mini, update = load_profile("mini"), {}
-    for name in (ONE, TWO):
-        changed = {"batch_size": 1, "eval_batch_size": 1}
-        changed["gradient_checkpointing"] = getattr(profile, name).gradient_checkpointing
-        update[name] = getattr(mini, name).model_copy(update=changed)
-    return profile.model_copy(update={"model": mini.model, "quantize_4bit": False, **update})
-
-
-def bench_gpu(name: str = "paper", tiny: bool = False) -> Path:
-    """Measure everything; the path of `results/bench/CARD-PROFILE-gpu.json` (tiny: bench-quick)."""
-    profile, cuda = load_profile(name), torch.cuda.is_available()
-    if not (cuda or tiny):
+def bench_gpu(name: str) -> Path:
+    """`measure_all` of a profile by its name. UserError where no card is here."""
+    if not torch.cuda.is_available():
         raise UserError(
-            f"bench gpu --profile {profile.name}: no CUDA card is here; run it on a machine with "
-            "one (16 GB or more for t4, 80 GB for paper), or add --tiny, which tries the same code "
-            "with the mini model on this machine"
+            f"bench gpu --profile {name}: no CUDA card is here; run it on a machine with one (of "
+            "16 GB or more for t4, of 80 GB for paper)"
         )
-    profile = small(profile) if tiny else profile
+    return measure_all(load_profile(name))
+
+
+def measure_all(profile: Profile) -> Path:
+    """Measure everything; the path of `results/bench/CARD-PROFILE-gpu.json`."""
     torch.manual_seed(profile.seed)
     try:
         model = random_model(profile)
@@ -256,12 +248,12 @@ def bench_gpu(name: str = "paper", tiny: bool = False) -> Path:
             f"profile {profile.name}: its weights alone do not fit this card; use a larger card, "
             "or profile t4"
         ) from None
-    about = provenance(profile, profile.seed, "none") | {"tier": "random weights", "tiny": tiny}
-    path = result_file(about["machine"], tiny, f"-{profile.name}-gpu")
+    about = provenance(profile, profile.seed, "none") | {"tier": "random weights"}
+    path = result_file(about["machine"], quick=False, ending=f"-{profile.name}-gpu")
     found = {
         "kind": "random weights",
         "provenance": about,
-        "card": torch.cuda.get_device_name() if cuda else None,
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "four_bits": "bitsandbytes, NF4" if profile.quantize_4bit else "not asked for",
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": count(skeleton(profile.model_path)).all,
@@ -270,21 +262,21 @@ def bench_gpu(name: str = "paper", tiny: bool = False) -> Path:
         "encoding": None,
     }
 
-    def measure_all(tuned, stage: str) -> None:
+    def measure_stage(tuned, stage: str) -> None:
         for case in cases(profile, model.config):
             if case.stage == stage:
                 found["steps"].append(measure(tuned, profile, case))
                 write_json(path, found)  # what is measured is kept
 
     student = training.add_adapter(Student(model), profile.distillation.lora, VISION_LINEAR)
-    measure_all(student, ONE)
+    measure_stage(student, ONE)
     model.set_attn_implementation("sdpa")  # as a model has it that is loaded to encode or to answer
     found["encoding"] = encoding(model.eval())
     student.unload()
     tuned = training.add_adapter(Recommender(model), profile.recommendation.lora, LANGUAGE_LINEAR)
-    measure_all(tuned, TWO)
+    measure_stage(tuned, TWO)
     model.set_attn_implementation("sdpa")
-    measure_all(model.eval(), ANSWERS)
+    measure_stage(model.eval(), ANSWERS)
     return path
 
 

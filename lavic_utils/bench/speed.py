@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from lavic_utils import data, distillation, recommendation, vision
 from lavic_utils.bench import reference
 from lavic_utils.config import DOMAINS, ROOT
 from lavic_utils.experiment import Experiment
-from lavic_utils.provenance import provenance, write_json
+from lavic_utils.provenance import provenance, save_figure, write_json
 
 DOMAIN, TOLERANCE, EQUAL = "beauty", 1e-5, 8  # EQUAL: dialogues whose answers are compared
 FULL = {"count": 240, "rounds": 5, "encoded": 1000}
@@ -200,7 +201,7 @@ def result_file(machine: dict[str, Any], quick: bool, ending: str = "") -> Path:
 
 
 def bench(quick: bool = False, name: str = "mini") -> Path:
-    """Measure everything; the path of the file written."""
+    """Measure everything; the path of the file written. Its figure lies beside it."""
     size, run = QUICK if quick else FULL, Experiment(name).prepare()
     sample, figures = Sample(run, size["count"]), {}
     figures["equality"] = equal(sample)
@@ -219,7 +220,29 @@ def bench(quick: bool = False, name: str = "mini") -> Path:
     ratios = {part: figures[part]["ratio"]["median"] for part in (*PARTS, "busy_machine")}
     path = result_file(about["machine"], quick)
     write_json(path, {"provenance": about, "ratios": ratios, "figures": figures})
+    save_figure(drawn(figures), path.with_suffix(".png"), about["tier"], about)
     return path
+
+
+ALT = (
+    "Times as fast as the released loop: each round a dot, the median a line, the goal a triangle."
+)
+
+
+def drawn(figures: dict[str, Any]) -> Figure:
+    """The ratios of every round, their medians, and the goals."""
+    figure = Figure((6.5, 2.2), layout="constrained")
+    axis = figure.add_subplot(title=ALT.partition(":")[0], xscale="log")
+    for row, part in enumerate(PARTS):
+        ratio = figures[part]["ratio"]
+        axis.plot(ratio["runs"], [row] * len(ratio["runs"]), "o", color="#0072B2", alpha=0.6)
+        axis.plot(ratio["median"], row, "|", color="black", markersize=18)
+        axis.plot(figures[part]["goal"], row, "^", color="#D55E00")
+    axis.set_yticks(range(len(PARTS)), [label for label, _, _ in PARTS.values()])
+    axis.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"], minor=False)
+    axis.minorticks_off()
+    axis.margins(y=0.3)
+    return figure
 
 
 def speed_block(path: Path) -> str:
@@ -237,10 +260,13 @@ def speed_block(path: Path) -> str:
     if found := figures.get("busy_machine"):
         took = "{median:.3g} times the seconds ({low:.3g} to {high:.3g})".format(**found["ratio"])
         busy = f"Beside a busy process stage 2 training takes {took}; goal: {found['goal']}.\n"
+    plate = path.with_suffix(".png")
+    shown = f"\n![{ALT}](results/bench/{plate.name})\n" if plate.is_file() else ""
     where = about["card"] or f"{machine['processor']}, {machine['cores']} cores"
     return "\n".join(lines) + (
-        f"\n\nEncoding an item's image once: {store['items_a_second']['median']:.3g} items a "
-        f"second; with that counted in, stage 2 training is "
+        f"\n{shown}\nEncoding an item's image once: "
+        f"{store['items_a_second']['median']:.3g} items a second; with that counted in, "
+        f"stage 2 training is "
         f"{store['train']['ratio_with_encoding']:.3g} times and evaluation "
         f"{store['test']['ratio_with_encoding']:.3g} times as fast.\n{busy}"
         f"Medians of {about['rounds']} interleaved runs with equal losses and answers on both "

@@ -22,12 +22,10 @@ from lavic_utils import config
 from lavic_utils import provenance as origin
 from lavic_utils.data import profile_data_hash
 from lavic_utils.repro import notebooks as nbs
-from lavic_utils.vision import source
 
 INDEX = "index.json"  # file below the results -> its content when a notebook last left it
 # Kinds and names of files that may change after they are made.
 UNTOLD = {".log", ".lock", ".sqlite", "run.json", INDEX, "README.md"}
-STAGES = ("teacher", "distillation", "recommendation", "inference")
 
 
 @dataclass
@@ -190,7 +188,9 @@ def _run_all(jobs: list[Job], profile: config.Profile, force: bool) -> int:
     results = config.results_dir(profile)
     todo = [job for job in jobs if force or not job.unchanged(results)]
     if any(job.trains for job in todo):
+        from lavic_utils.bench.memory import STAGES
         from lavic_utils.bench.plan import refuse_here
+        from lavic_utils.vision import source
 
         refuse_here(profile, STAGES)
         source(profile)

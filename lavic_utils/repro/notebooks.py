@@ -15,13 +15,8 @@ from lavic_utils.config import PACKAGE, ROOT, UserError
 from lavic_utils.provenance import key, write_text
 
 NOTEBOOKS = ROOT / "notebooks"
-MAX_LINES = 25
 SOLUTION = "solution"  # tag of the folded, tested solution of an exercise
 WIDGET = "application/vnd.jupyter.widget-view+json"
-ABSOLUTE = re.compile(
-    r"(?<![\w.:/+=~-])(/(home|root|tmp|usr|work|Users|opt|mnt|var|private|srv)/\w|[A-Z]:\\\w)"
-)
-BAR = re.compile(r"\r[^\n]|\d+it/s|s/it\]|\d+%\|")
 READ = {".py", ".yaml", ".json", ".csv", ".safetensors"}
 UNREAD = {"repro", "bench", "__main__.py"}  # parts of the package that no notebook reads
 KERNEL_ENV = {
@@ -140,22 +135,6 @@ def _strip(nb: Any, clear_outputs: bool = False) -> Any:
     return nb
 
 
-def _output_problems(output: Any) -> list[str]:
-    problems, data = [], output.get("data", {})
-    if output.get("name") == "stderr":
-        problems.append("holds output on stderr")
-    words = str(data.get("text/plain", ""))
-    if "image/png" in data and (not words or words.startswith(("<", "Text("))):
-        problems.append("shows a picture without alternative text (figures.keep(..., alt=...))")
-    texts = [output.get("text", "")]
-    texts += [str(value) for kind, value in data.items() if kind.startswith("text/")]
-    if WIDGET in data or any(BAR.search(text) for text in texts):
-        problems.append("holds a progress bar")
-    if found := ABSOLUTE.search("\n".join(texts)):
-        problems.append(f"shows an absolute path ({found.group(0)}...)")
-    return problems
-
-
 def stale(nb: Any, now: dict[str, str]) -> str | None:
     """What changed after the notebook was executed and stamped; None where nothing did.
 
@@ -178,18 +157,10 @@ def check_notebook(path: Path, now: dict[str, str]) -> list[str]:
     nb, problems = read_notebook(path), []
     if changed := stale(nb, now):
         again = f"python -m lavic_utils notebooks execute {path.stem[:2]}"
-        problems.append(f"stale ({changed}); run `{again}`")
+        problems.append(f"{path.name}: stale ({changed}); run `{again}`")
     if not has_parameter(nb, "profile"):
-        problems.append("no cell tagged `parameters` that sets profile")
-    for number, cell in enumerate(nb.cells, 1):
-        found = ["names an absolute path"] if ABSOLUTE.search(cell.source) else []
-        lines = len(cell.source.splitlines())
-        if cell.cell_type == "code" and lines > MAX_LINES:
-            found.append(f"has {lines} lines, more than {MAX_LINES}")
-        for output in cell.get("outputs", []):
-            found += _output_problems(output)
-        problems += [f"cell {number} {what}" for what in dict.fromkeys(found)]
-    return [f"{path.name}: {problem}" for problem in problems]
+        problems.append(f"{path.name}: no cell tagged `parameters` that sets profile")
+    return problems
 
 
 def check() -> list[str]:
