@@ -241,6 +241,7 @@ def drawn(figures: dict[str, Any]) -> Figure:
     axis.set_yticks(range(len(PARTS)), [label for label, _, _ in PARTS.values()])
     axis.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"], minor=False)
     axis.minorticks_off()
+    axis.set_xlabel("a dot: one round; the line: their median; the triangle: the goal")
     axis.margins(y=0.3)
     return figure
 
