@@ -102,8 +102,7 @@ def load(kind, profile: Profile, path: str, revision: str | None):
 
 
 def four_bits(profile: Profile):
-    """NF4 for the language model's layers, not for the vision side, whose [CLS] are the method.
-    UserError where there is no card or no bitsandbytes."""
+    """NF4 for the language model, not the vision side; UserError without card or bitsandbytes."""
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
         raise UserError(
             f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and "
