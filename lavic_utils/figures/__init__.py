@@ -122,7 +122,7 @@ def _short(title: str, width: int) -> str:
 def _picture(axis, image: Image.Image | None, label: str, framed: bool = False) -> None:
     """An item's picture over its label; a right answer is framed."""
     axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(label, fontsize=8)
+    axis.set_xlabel(label, fontsize=8, parse_math=False)  # a title may hold dollar signs
     if image is None:
         look = {"ha": "center", "va": "center", "fontsize": 8, "transform": axis.transAxes}
         axis.text(0.5, 0.5, "no image", **look)
@@ -168,7 +168,8 @@ def _dialogue_inches(dialogue: data.Dialogue) -> float:
 
 def _dialogue(fig, dialogue: data.Dialogue, height: float) -> None:
     """The turns above the axes of a figure that is `height` inches high."""
-    fig.text(0.005, 1 - 0.05 / height, "\n".join(_turns(dialogue)), va="top", fontsize=9)
+    look = {"va": "top", "fontsize": 9, "parse_math": False}
+    fig.text(0.005, 1 - 0.05 / height, "\n".join(_turns(dialogue)), **look)
 
 
 def task_figure(run: Experiment, dialogue: data.Dialogue):

@@ -25,7 +25,7 @@ class Sheet:
         self.axis.axis("off")
 
     def text(self, x: float, y: float, words: str, **look) -> None:
-        self.axis.text(x, y, words, **{"va": "center", **look})
+        self.axis.text(x, y, words, **{"va": "center", "parse_math": False, **look})
 
     def box(self, x: float, y: float, wide: float, high: float, words: str, ground: str) -> None:
         look = {"boxstyle": "round,pad=0,rounding_size=0.06", "ec": style.GRAY, "fc": ground}
