@@ -139,6 +139,18 @@ def test_tables_and_sentences_round_alike():
     assert not [name for name, _, source in cells() if re.search(r"\.round\(3\)", source)]
 
 
+def test_a_small_p_value_is_no_zero_in_the_json_beside_a_table():
+    compared = 0
+    for path in (ROOT / "results" / "audit").glob("*.csv"):
+        rows = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
+        for said, row in zip(pd.read_csv(path).to_dict("records"), rows, strict=True):
+            for name, value in row.items():
+                if isinstance(value, float) and not isinstance(said[name], str):
+                    assert value == pytest.approx(said[name], rel=1e-4, abs=0), (path.name, name)
+                    compared += 0 < value < 1e-10
+    assert compared > 3
+
+
 def test_a_hue_means_a_method():
     greys = {style.GRAY, style.PALE, style.INK}
     hues = {colour for colour in style.METHODS.values()} - greys

@@ -116,13 +116,13 @@ def fitting(facts: Mapping, wish: Mapping, names: Sequence[str]) -> tuple[list[s
 
 def _short(title: str, width: int) -> str:
     """A title in at most three lines of `width` characters."""
-    return "\n".join(textwrap.wrap(title, width)[:3])
+    return "\n".join(textwrap.wrap(title, width, break_long_words=False)[:3])
 
 
-def _picture(axis, image: Image.Image | None, label: str, framed: bool = False) -> None:
+def _picture(axis, image: Image.Image | None, label: str, framed=False, size: float = 8) -> None:
     """An item's picture over its label; a right answer is framed."""
     axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(label, fontsize=8, parse_math=False)  # a title may hold dollar signs
+    axis.set_xlabel(label, fontsize=size, parse_math=False)  # a title may hold dollar signs
     if image is None:
         look = {"ha": "center", "va": "center", "fontsize": 8, "transform": axis.transAxes}
         axis.text(0.5, 0.5, "no image", **look)
@@ -213,7 +213,7 @@ def case_figure(
     for axis, asin in zip(axes[0], names, strict=True):
         axis.set_anchor("S")  # tall and wide pictures stand on one line, their titles below it
         image = images[asin] if images else _image(run, asin)
-        _picture(axis, image, _short(run.titles[asin], 11), asin in dialogue.gt_items)
+        _picture(axis, image, _short(run.titles[asin], 10), asin in dialogue.gt_items, 7)
         if asin in changed:
             axis.set_title("changed", fontsize=8)
     for row, (method, answer) in zip(axes[2:], answers.items(), strict=True):
@@ -245,7 +245,7 @@ def published_figure(methods: Sequence[str]):
             else:
                 low, high = wilson(round(value * n), n)
                 style.interval(axis, y, low, value, high, style.method_colour(method))
-        axis.set(title=domain, xlabel=f"HR@1, n = {n}", xlim=(0, 0.46))
+        axis.set(title=f"{domain}, n = {n}", xlabel="HR@1", xlim=(0, 0.46))
     axes[0].set_yticks(range(len(methods)), methods)
     fig.tight_layout(w_pad=0.5)
     return fig
@@ -268,8 +268,9 @@ def measured_figure(metrics: Mapping, methods: Sequence[str]):
             dots = seeds["hit_ratio_conversations"]
             axis.plot(dots, [y + 0.28] * len(dots), ".", color=style.INK, ms=4)
         n = int(rows.xs(domain, level="domain")["conversations"].max())
-        axis.set(title=domain, xlabel=f"HR@1, n = {n} per seed", xlim=(0, 1.1))
+        axis.set(title=f"{domain}, n = {n}", xlim=(0, 1.1))
         axis.set_xticks([0, 0.5, 1])
+    axes[1].set_xlabel("HR@1 over conversations (n: test dialogues per seed)")
     axes[0].set_yticks(range(len(methods)), methods)
     fig.tight_layout(w_pad=0.5)
     return fig

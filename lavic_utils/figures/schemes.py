@@ -118,9 +118,9 @@ def stage2_figure(
     for image, title, count, asin in items:
         y -= 0.21
         sheet.picture(0, y - 0.1, 0.2, image)
-        sheet.text(0.27, y, title)
-        sheet.tokens(2.02, y - 0.035, count, 0.08, 5, TOKEN)
-        sheet.text(2.65, y, asin)
+        sheet.text(0.27, y, title, fontsize=8)
+        sheet.tokens(2.2, y - 0.035, count, 0.08, 5, TOKEN)
+        sheet.text(2.8, y, asin)
     y -= 0.3
     sheet.text(0, y, "Left of the line every token has the label −100: read, never graded.")
     sheet.axis.plot([3.72, 3.72], [y + 0.2, height], color=style.GRAY, lw=1)
