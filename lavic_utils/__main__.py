@@ -125,7 +125,7 @@ def run(
     force: Annotated[bool, Option("--force", help="Make its kept stages again, too.")] = False,
     base_url: Annotated[str | None, Option(help="An OpenAI-compatible service.")] = None,
     served: Annotated[str | None, Option(help="The model's name at that service.")] = None,
-    max_usd: Annotated[float, Option(min=0, help="Spend no more, by the list price.")] = 1.0,
+    max_usd: Annotated[float | None, Option(min=0, help="Spend no more. Default: 1.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it takes and costs.")] = False,
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
@@ -324,35 +324,22 @@ def data_verify(folder: Data = None) -> None:
 
 
 @data.command("stats")
-def data_stats(
-    folder: Data = None,
-    lenient: Annotated[bool, Option("--lenient", help="Set bad rows aside, counted.")] = False,
-    as_json: Json = False,
-) -> None:
+def data_stats(folder: Data = None, as_json: Json = False) -> None:
     """Table 1 of the paper beside the files here, and counts, lengths and recall of each."""
     import pandas as pd
 
-    from lavic_utils.audit.inspection import real_data_summary, set_aside_report, table_1
+    from lavic_utils.audit.inspection import real_data_summary, table_1
     from lavic_utils.remote.download import data_dir
 
-    root, bad = data_dir(folder), [] if lenient else None
-    splits = real_data_summary(root, bad)
-    counts = table_1(root, [] if lenient else None)  # the same rows again: reported once
-    found = {"table_1": json.loads(counts.to_json(orient="records")), "splits": splits}
-    if lenient:
-        found["set_aside"] = set_aside_report(bad)
+    root = data_dir(folder)
+    splits, counts = real_data_summary(root), table_1(root)
     if as_json:
-        print(json.dumps(found, indent=1))
+        table = json.loads(counts.to_json(orient="records"))
+        print(json.dumps({"table_1": table, "splits": splits}, indent=1))
         return
     shown = counts.set_index("domain").T.astype(object).fillna("no catalogue")
     print(shown.to_string(), end="\n\n")
     print(pd.DataFrame(splits).to_string(index=False, float_format="{:.4g}".format))
-    if lenient:
-        print(f"\nset aside: {len(bad)} rows")
-        for one in found["set_aside"]["counts"]:
-            print("{rows:6} {file}: {kind}, field {field}".format(**one))
-        for one in bad:
-            print("{file}, line {line}: field {field}: {problem}".format(**one))
 
 
 @bench.callback(invoke_without_command=True)
@@ -412,6 +399,8 @@ def main(arguments: list[str] | None = None) -> int:
         said = f"{error.format_message()} (see --help)" if hasattr(error, "format_message") else ""
         if getattr(error, "errno", None) or "(os error " in str(error):  # libraries in Rust
             said = f"{error}; free or name another place, and run the same command again"
+        if "inline_container" in str(error):  # torch's writer of checkpoints gives no number
+            said = "a checkpoint cannot be written whole; make room, and run the same command again"
         if not said:
             raise
         print(f"error: {' '.join(said.split())}", file=sys.stderr)

@@ -39,24 +39,22 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 class RowError(UserError):
-    """A bad row: `where` (file and line), `field`, `kind` of fault, `problem`; no text of it."""
+    """A bad row: `where` (file and line), `field`, `problem`; no text of it."""
 
-    def __init__(self, where: str, field: str, kind: str, problem: str) -> None:
+    def __init__(self, where: str, field: str, problem: str) -> None:
         super().__init__(f"{where}: field {field}: {problem}; correct or download the file again")
-        self.field, self.kind, self.problem = field, kind, problem
 
 
 def check_row(kind: type[AnyRow], row: Any, where: str, **extra: Any) -> AnyRow:
     """The JSON object `row` as a `kind`; RowError names the place and the first wrong field."""
     if not isinstance(row, dict):
-        raise RowError(where, "(all)", "not an object", "a JSON object is expected")
+        raise RowError(where, "(all)", "a JSON object is expected")
     try:
         return kind.model_validate({**row, **extra})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        fault = "missing" if first["type"] == "missing" else "bad value"
-        raise RowError(where, field, fault, first["msg"].removeprefix("Value error, ")) from None
+        raise RowError(where, field, first["msg"].removeprefix("Value error, ")) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -72,19 +70,19 @@ def _load_json(raw: bytes, where: str, kind: type[Row]) -> Any:
         # No field is a number: as a float, one of thousands of digits is refused by its field.
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=float)
     except UnicodeDecodeError as error:
-        fault, problem = "bad UTF-8", f"not valid UTF-8 at byte {error.start + 1}"
+        problem = f"not valid UTF-8 at byte {error.start + 1}"
         begun = raw[: error.start].decode("utf-8")
     except json.JSONDecodeError as error:
-        fault, problem = "bad JSON", f"not valid JSON at character {error.pos + 1} ({error.msg})"
+        problem = f"not valid JSON at character {error.pos + 1} ({error.msg})"
         begun = error.doc[: error.pos]
     except KeyError as twice:
         name = ascii(twice.args[0][:40])[1:-1]
-        raise RowError(where, name, "field twice", "it stands twice") from None
+        raise RowError(where, name, "it stands twice") from None
     except RecursionError:
-        raise RowError(where, "(all)", "bad JSON", "not valid JSON: nested too deep") from None
+        raise RowError(where, "(all)", "not valid JSON: nested too deep") from None
     known = {field.alias or name for name, field in kind.model_fields.items()}
     named = [name for name in re.findall(r'"(\w+)"\s*:', begun) if name in known]
-    raise RowError(where, named[-1] if named else "(before the first)", fault, problem)
+    raise RowError(where, named[-1] if named else "(before the first)", problem)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -96,12 +94,9 @@ def _read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {todo}") from None
 
 
-def read_rows(
-    path: Path, kind: type[AnyRow], set_aside: list[dict[str, Any]] | None = None, **extra: Any
-) -> list[AnyRow]:
+def read_rows(path: Path, kind: type[AnyRow], **extra: Any) -> list[AnyRow]:
     """Each line of a JSONL file as a `kind` (field `line`: its number from 1). The first bad line
-    raises RowError; or, where a list `set_aside` is given, bad lines are left out and described
-    there (`file`, `line`, `field`, `kind`, `problem`).
+    raises RowError.
 
     Only "\\n" ends a line: texts may hold U+2028 and others that `str.splitlines` takes for line
     ends. A row equal to an earlier one in all that `kind` reads is a bad one: it would count twice.
@@ -111,18 +106,11 @@ def read_rows(
     first_line: dict[tuple, int] = {}  # values of a row -> the line where they stood first
     for line, raw in enumerate(_read_bytes(path).removesuffix(b"\n").split(b"\n"), 1):
         where = f"{path}, line {line}"
-        try:
-            row = check_row(kind, _load_json(raw, where, kind), where, **extra, line=line)
-            before = first_line.setdefault(tuple(getattr(row, name) for name in names), line)
-            if names and before != line:
-                problem = f"all as in line {before}, a duplicate row"
-                raise RowError(where, ", ".join(names), "duplicate row", problem)
-            found.append(row)
-        except RowError as error:
-            if set_aside is None:
-                raise
-            bad = {"field": error.field, "kind": error.kind, "problem": error.problem}
-            set_aside.append({"file": f"{path.parent.name}/{path.name}", "line": line, **bad})
+        row = check_row(kind, _load_json(raw, where, kind), where, **extra, line=line)
+        before = first_line.setdefault(tuple(getattr(row, name) for name in names), line)
+        if names and before != line:
+            raise RowError(where, ", ".join(names), f"all as in line {before}, a duplicate row")
+        found.append(row)
     return found
 
 
@@ -214,12 +202,9 @@ def dialogue_file(root: Path | str, domain: str, split: str) -> Path:
     return Path(root) / DOMAINS[domain] / f"{split}.jsonl"
 
 
-def read_dialogues(
-    root: Path | str, domain: str, split: str, set_aside: list[dict[str, Any]] | None = None
-) -> list[Dialogue]:
-    """All dialogues of a split in file order; RowError, or `set_aside`, as in `read_rows`."""
-    path = dialogue_file(root, domain, split)
-    return read_rows(path, Dialogue, set_aside, domain=domain, split=split)
+def read_dialogues(root: Path | str, domain: str, split: str) -> list[Dialogue]:
+    """All dialogues of a split in file order; RowError as in `read_rows`."""
+    return read_rows(dialogue_file(root, domain, split), Dialogue, domain=domain, split=split)
 
 
 def read_catalogue(root: Path | str) -> dict[str, Item]:

@@ -230,6 +230,10 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         yield temp
         os.replace(temp, path)
+    except OSError as error:
+        why = f"cannot be written ({error.strerror or error})"
+        todo = "make room or name another place, and run the same command again"
+        raise UserError(f"{path}: {why}; {todo}") from None
     finally:
         temp.unlink(missing_ok=True)
 

@@ -113,32 +113,6 @@ def test_bad_rows_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
     )
 
 
-def test_bad_rows_are_set_aside_in_a_report_with_counts(tmp_path: Path) -> None:
-    second = changed(gt="another")
-    broken = lines(changed(candidates_st=TEN[:9])) + b"{\n" + lines(changed(gt_items=[]))
-    write(tmp_path, lines(ROW, changed(gt_items=[]), second, ROW) + broken)
-    bad: list[dict] = []
-    assert [d.line for d in data.read_dialogues(tmp_path, "beauty", "test", bad)] == [1, 3]
-    report = inspection.set_aside_report(bad)
-    assert report["rows"] == 5 and [(one["line"], one["kind"]) for one in report["found"]] == [
-        (2, "bad value"),
-        (4, "duplicate row"),
-        (5, "bad value"),
-        (6, "bad JSON"),
-        (7, "bad value"),
-    ]
-    name = f"{DOMAINS['beauty']}/test.jsonl"
-    assert {"file": name, "kind": "bad value", "field": "gt_items", "rows": 2} in report[
-        "counts"
-    ] and len(report["counts"]) == 4
-    assert all(one["file"] == name for one in report["found"]) and "red mug" not in json.dumps(
-        report
-    )
-    assert inspection.set_aside_report([]) == {"rows": 0, "counts": [], "found": []}
-    write(tmp_path, b"{\n")
-    assert data.read_dialogues(tmp_path, "beauty", "test", bad) == [] and len(bad) == 6
-
-
 def test_a_duplicate_is_a_row_that_says_nothing_new(tmp_path: Path) -> None:
     other = [changed(gt="b"), changed(gt_items=TEN[:1]), changed(candidates_st=TEN[::-1])]
     write(

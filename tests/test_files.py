@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
+import torch
 from PIL import Image
 
+from lavic_utils import report
 from lavic_utils.__main__ import main
+from lavic_utils.config import UserError
 from lavic_utils.experiment import Experiment
+from lavic_utils.provenance import save_figure
 
 TEN = [f"B0TEST000{i}" for i in range(10)]
 TITLES = {asin: f"a mug of kind {asin[-1]}" for asin in TEN}
@@ -132,3 +140,62 @@ def test_results_that_cannot_be_written_are_one_line(folder, tmp_path, monkeypat
     assert lavic("run", "BM25", "--domain", "home", "--data", folder) == 2
     said = capsys.readouterr().err
     assert "Not a directory" in said and said.count("\n") == 1
+
+
+@contextmanager
+def full_disk(left: int = 0) -> Iterator[None]:
+    """No file can grow beyond so many bytes, as where a disk has no more room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (left, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("left", [0, 2000])
+def test_a_full_disk_is_one_line_and_loses_nothing(left, folder, tmp_path, capsys):
+    words, out = ["run", "BM25", "--domain", "home", "--data", folder, "--out"], tmp_path / "a"
+    out.write_text("an older file")
+    before = sorted(tmp_path.rglob("*"))
+    with full_disk(left):
+        assert lavic(*words, out) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and "cannot be written (File too large)" in said
+    assert out.read_text() == "an older file"
+    new = [p for p in tmp_path.rglob("*") if p.is_file() and p not in before]
+    assert not [p for p in new if p.suffix == ".tmp" or p.name == "result.json"]
+    assert lavic(*words, out) == 0  # negative control: with room the same command goes on
+    made = out.read_text()
+    with full_disk(100):  # the answers are kept, only their file cannot be written
+        assert lavic(*words, tmp_path / "b") == 2
+    assert made == out.read_text() and not (tmp_path / "b").exists()
+    assert str(tmp_path / "b") in capsys.readouterr().err
+
+
+def test_a_figure_or_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    figure, path = plt.figure(), tmp_path / "figure.png"
+    about = {"tier": "published", "code_hash": "0" * 12}
+    save_figure(figure, path, "published", about)
+    made = path.read_bytes()
+    with full_disk(100), pytest.raises(UserError, match="figure.png: cannot be written"):
+        save_figure(figure, path, "published", about)
+    assert path.read_bytes() == made and os.listdir(tmp_path) == ["figure.png"]
+
+    def train(*_) -> None:
+        with full_disk(100):
+            torch.save(torch.zeros(10_000), tmp_path / "optimizer.pt")
+
+    monkeypatch.setattr(report, "run_method", train)
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
+    assert lavic("run", "BM25", "--domain", "home") == 2
+    said = capsys.readouterr().err
+    assert "a checkpoint cannot be written whole" in said and said.count("\n") == 1
+
+
+def test_reproduce_on_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path / "results"))
+    with full_disk(100):
+        assert lavic("reproduce", "--only", "00") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "File too large" in said[0]

@@ -579,7 +579,7 @@ def test_another_model_stands_beside_the_papers_row_and_no_failure_is_kept(run, 
     with pytest.raises(UserError, match="costs money"):  # as in a notebook
         run.answers(name, "home")
     url, service.say = f"http://127.0.0.1:{service.server_port}/v1", say
-    run.api = endpoint.Settings(max_usd=0.0, base_url=url, served="tiny")
+    run.api = endpoint.Settings(base_url=url, served="tiny")
     said = report.run_method(run, name, "home").split("\n")[0]
     label, by = f"tiny at 127.0.0.1:{service.server_port} (title)", said.split(" (")[0]
     assert said.startswith(f"{label}, home/test: 11 answers in ") and "$" not in said
@@ -606,9 +606,10 @@ def test_another_model_stands_beside_the_papers_row_and_no_failure_is_kept(run, 
 
 def test_a_dry_run_says_what_a_run_takes(run, service):
     url = f"http://127.0.0.1:{service.server_port}/v1"
-    run.api = endpoint.Settings(max_usd=0.0, base_url=url, served="tiny")
+    run.api = endpoint.Settings(base_url=url, served="tiny")
     said = plan.foreseen(run, "GPT-4o (title+image)", "home", "test", 3)
-    assert f"\nto ask: 3 requests to tiny at {url}, at no cost; 0 more" in said
+    assert f"\nto ask: 3 requests to tiny at {url}, at no cost, as the service is your own" in said
+    assert said.endswith("; 0 more are answered already")
     assert service.asked == []
     said = plan.foreseen(run, "LaViC", "home", "test", None)
     assert "12 dialogues; all that it reads is here\nto train: " in said

@@ -43,7 +43,7 @@ from lavic_utils.remote.chat_api import (
 )
 
 SECRET = "sk-proj-Abc123_x-SECRET/of+tests=="
-MINI, PRICED = MODELS["GPT-4o-mini (title)"], Settings.priced
+MINI = MODELS["GPT-4o-mini (title)"]
 CUT = {"prompt_tokens": 34, "completion_tokens": 5}
 
 
@@ -178,7 +178,6 @@ class Chat(Handler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv(KEY, SECRET)
-    monkeypatch.setattr(Settings, "priced", lambda self, model: model)  # as if it were far away
     for name, value in {"times": 1, "usd": 0.0, "bodies": []}.items():
         monkeypatch.setattr(Chat, name, value)
     with serving(Chat) as made:
@@ -186,6 +185,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def settings(server: Server, **other) -> Settings:
+    """With a cap, so that what this machine answers is paid for, as through a gateway."""
     fast = {"concurrency": 4, "timeout": 10.0, "attempts": 4, "backoff": 0.01}
     return Settings(**{"max_usd": 1.0, "base_url": f"{server.address}/v1", **fast, **other})
 
@@ -544,17 +544,24 @@ def test_where_nothing_may_be_spent_no_key_changes_anything(server: Server, monk
     assert server.log == []
 
 
-def test_a_service_in_the_house_costs_nothing_and_needs_no_cap(
-    server: Server, tmp_path: Path, monkeypatch, capsys
+def test_a_service_in_the_house_costs_nothing_unless_a_cap_is_given(
+    server: Server, tmp_path: Path, capsys
 ):
-    free = settings(server, max_usd=0.0, served="x")
-    with pytest.raises(UserError, match="more than max_usd 0"):  # negative control: as if far away
-        ask_all(numbered(2), MINI, free, tmp_path / "a.sqlite")
-    monkeypatch.setattr(Settings, "priced", PRICED)
+    """Such a service may be a gateway to one that bills."""
+    free = settings(server, max_usd=None, served="x")
     check(MINI, free)
     replies = ask_all(numbered(2), MINI, free, tmp_path / "a.sqlite")
     assert [reply.usd for reply in replies] == [0.0, 0.0] and len(server.log) == 2
     assert "at no cost" in capsys.readouterr().err
+    with pytest.raises(Unavailable, match="costs money"):
+        check(MINI, replace(free, max_usd=0.0))
+    capped = replace(free, max_usd=worst(numbered(5)))
+    with pytest.raises(UserError, match="more than max_usd"):
+        ask_all(numbered(6, "good x"), MINI, capped, tmp_path / "a.sqlite")
+    assert len(server.log) == 2
+    ask_all(numbered(5), MINI, capped, tmp_path / "a.sqlite")  # two of them are kept
+    assert len(server.log) == 5 and 0 < Chat.usd <= capped.max_usd
+    assert Settings(base_url=OPENAI).priced(MINI) == MINI  # negative control: a public one
 
 
 def test_only_the_papers_model_at_its_service_stands_in_the_papers_row():

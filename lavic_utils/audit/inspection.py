@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,16 +53,6 @@ def present(root: Path | str) -> list[tuple[str, str]]:
     return found
 
 
-def set_aside_report(bad: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rows that `data.read_rows` set aside, JSON-able: how many `rows`, `counts` by file, kind
-    of fault and field, and what was `found`."""
-    counts = Counter((one["file"], one["kind"], one["field"].split(".")[0]) for one in bad)
-    named = []
-    for (file, kind, field), rows in counts.items():
-        named.append({"file": file, "kind": kind, "field": field, "rows": rows})
-    return {"rows": len(bad), "counts": named, "found": list(bad)}
-
-
 def image_report(paths: Iterable[Path]) -> dict[str, Any]:
     """Decode every image, once: how many are `present`; names of `missing` and `corrupt` ones."""
     found: dict[str, Any] = {"present": 0, "missing": [], "corrupt": []}
@@ -75,16 +64,15 @@ def image_report(paths: Iterable[Path]) -> dict[str, Any]:
     return found
 
 
-def facts(root: Path | str, set_aside: list | None = None) -> pd.DataFrame:
+def facts(root: Path | str) -> pd.DataFrame:
     """One row a dialogue of every split present (FACTS): `truths` (distinct), `repeats_truth`,
     `names_truth` (an id of the ground truth stands in the dialogue), `repeats_context` (an earlier
     row of any split of the domain has the same turns), `st` and `gpt` (the list holds a
     ground-truth item), `shared` (candidates in both lists, of 10), `words` (split at white space),
-    `ids` (of lists, truth and dialogue), `spoken` (the turns). A list `set_aside` takes bad rows;
-    without it they are an error."""
+    `ids` (of lists, truth and dialogue), `spoken` (the turns)."""
     rows, seen = [], set()
     for domain, split in present(root):
-        for d in data.read_dialogues(root, domain, split, set_aside):
+        for d in data.read_dialogues(root, domain, split):
             truth, named = set(d.gt_items), set(d.context_items)
             st, gpt = set(d.candidates_st), set(d.candidates_gpt_large)
             row = (domain, split, len(d.turns), len(truth), len(truth) < len(d.gt_items))
@@ -103,12 +91,11 @@ def dialogue_table(root: Path | str, prompts: Prompts) -> pd.DataFrame:
     return table.assign(tokens=mistral_tokens(texts))
 
 
-def real_data_summary(root: Path | str, set_aside: list | None = None) -> list[dict[str, Any]]:
+def real_data_summary(root: Path | str) -> list[dict[str, Any]]:
     """Figures of every dialogue file present; UserError where there is none. `ids`: distinct ones
-    of lists, truths and dialogues, `odd_id_share` of them are not B and nine. `set_aside` as in
-    `facts`: a file of which no row is left has no figures."""
+    of lists, truths and dialogues, `odd_id_share` of them are not B and nine."""
     rows = []
-    for (domain, split), part in facts(root, set_aside).groupby(["domain", "split"], sort=False):
+    for (domain, split), part in facts(root).groupby(["domain", "split"], sort=False):
         ids = set().union(*part["ids"])
         odd = sum(not FORMS["B and nine"].fullmatch(one) for one in ids)
         row = {"domain": domain, "split": split, "conversations": len(part)}
@@ -122,12 +109,12 @@ def real_data_summary(root: Path | str, set_aside: list | None = None) -> list[d
     return rows
 
 
-def table_1(root: Path | str, set_aside: list | None = None) -> pd.DataFrame:
+def table_1(root: Path | str) -> pd.DataFrame:
     """Table 1 of the paper beside what the files here hold, one row a domain: conversations, turns,
     items (distinct ids of lists, truths and dialogues) and images (links the catalogue gives for
     these items; None without the catalogue), and which splits are here and which are not."""
     catalogue = data.read_catalogue(root) if (Path(root) / CATALOGUE).is_file() else None
-    here, every, rows = present(root), facts(root, set_aside), []
+    here, every, rows = present(root), facts(root), []
     for domain, published in report.published()["dataset"].items():
         part = every[every["domain"] == domain]
         ids, images = set().union(*part["ids"]), None

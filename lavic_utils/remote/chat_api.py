@@ -98,12 +98,13 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """`max_usd`: what one run may cost at the list price of the row's model, whoever answers; a
-    service on this machine or in its private network costs nothing. `served`: another model to ask
-    for. Seconds: `timeout` without a byte, `backoff`. UserError for a cap that is none, or an
-    address that holds a secret or would carry the key in the clear."""
+    """`max_usd`: what one run may cost at the list price of the row's model, whoever answers. None:
+    a dollar; and a service on this machine or in its private network then costs nothing, while a
+    cap that was given counts there too, since a gateway may pass requests on to one that bills.
+    `served`: another model to ask for. Seconds: `timeout` without a byte, `backoff`. UserError for
+    a cap that is none, or an address that holds a secret or would carry the key in the clear."""
 
-    max_usd: float
+    max_usd: float | None = None
     base_url: str = OPENAI
     concurrency: int = 8
     timeout: float = 60.0
@@ -114,13 +115,18 @@ class Settings:
     backoff: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_usd < math.inf:  # nan would unset the cap
+        if not 0 <= self.cap < math.inf:  # nan would unset the cap
             raise UserError(f"max_usd {self.max_usd}: give a number of dollars from 0 on")
         if not SERVICE.fullmatch(self.base_url):
             raise UserError(
                 "base_url has to be https://HOST/PATH, or http://127.0.0.1:PORT/PATH on this "
                 f"machine, with no user, password or query in it; the key belongs in {KEY}"
             )
+
+    @property
+    def cap(self) -> float:
+        """Dollars that a run may cost."""
+        return 1.0 if self.max_usd is None else self.max_usd
 
     def row(self, method: str) -> dict[str, str]:
         """What a row of a table says beside its figures. A model or a service that is not the
@@ -133,7 +139,7 @@ class Settings:
 
     def priced(self, model: ApiModel) -> ApiModel:
         """The model with what it costs at this service."""
-        if self.base_url != OPENAI and crawl.is_private(urlsplit(self.base_url).hostname or ""):
+        if self.max_usd is None and crawl.is_private(urlsplit(self.base_url).hostname or ""):
             return replace(model, usd_input=0.0, usd_output=0.0)
         return model
 
@@ -196,11 +202,11 @@ class Endpoint:
 
     def check(self, most: float) -> None:
         """Permanent where so many dollars more could pass the cap."""
-        if self.spent + most > self.settings.max_usd + 1e-9:
+        if self.spent + most > self.settings.cap + 1e-9:
             raise Permanent(
                 f"asking {self.served} may cost {self.spent + most:.6f} USD, of which "
                 f"{self.spent:.6f} are spent; that is more than max_usd "
-                f"{self.settings.max_usd:g}: raise it, or ask fewer with --limit"
+                f"{self.settings.cap:g}: raise it, or ask fewer with --limit"
             )
 
     def scrub(self, text: str) -> str:
@@ -293,7 +299,7 @@ class Endpoint:
 def check(model: ApiModel, settings: Settings) -> None:
     """Unavailable where a model cannot be asked here and now. Where nothing may be spent, as in
     notebooks, nothing that costs is asked, whatever keys the environment holds."""
-    if settings.max_usd == 0 and settings.priced(model).usd(1, 1):
+    if settings.cap == 0:
         raise Unavailable(
             "costs money: run `python -m lavic_utils run METHOD --domain DOMAIN` with a key in "
             f"{KEY} or with --base-url, and --max-usd above 0"
@@ -385,7 +391,9 @@ def ask_all(
             elif key not in todo:
                 todo[key] = index, most_tokens(messages, model)
                 most += price.usd(todo[key][1], settings.max_tokens)
-        cost = f"at most {most:.4f} USD by the list price" if most else "at no cost"
+        cost = f"at most {most:.4f} USD by the list price"
+        if not price.usd_input:
+            cost = "at no cost, as the service is your own (--max-usd would count it)"
         said = f"{len(todo)} requests to {asked['model']} at {asked['endpoint']}, {cost}"
         if dry_run:
             return f"{said}; {len(found)} more are answered already"

@@ -94,14 +94,24 @@ def is_private(host: str) -> bool:
     return False
 
 
+def data_server() -> str:
+    """The address that the user named in LAVIC_DATA_URL ("" where there is none): a mirror of the
+    files, or his own server of images."""
+    return os.environ.get("LAVIC_DATA_URL", "").strip().rstrip("/")
+
+
 def guard(request: httpx.Request) -> None:
     """Before every request, redirected ones too: Permanent where there is no host to ask, and where
-    a public host (`extensions`: `own_host`, that of the link given) leads to a private one."""
-    url, own = request.url, request.extensions["own_host"]
+    it is a private one that the user did not name himself (`data_server`)."""
+    url = request.url
     if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 2**16:
         raise Permanent(f"{url.scheme}: with this host and port is no address on the web")
-    if url.host != own and is_private(url.host) and not is_private(own):
-        raise Permanent("it leads to a private address, which is refused")
+    with suppress(ValueError):  # LAVIC_DATA_URL is no address
+        if url.host == urlsplit(data_server()).hostname:
+            return
+    if is_private(url.host):
+        why = "a private address, which is refused unless LAVIC_DATA_URL names its host"
+        raise Permanent(f"{url.host}: {why}")
 
 
 def direct(addresses: Iterable[str]) -> dict[str, None]:
@@ -173,8 +183,7 @@ def image_fault(path: Path) -> str | None:
 
 async def _download(client: httpx.AsyncClient, link: str, part: Path, settings: Settings) -> None:
     """Stream a link to `part`."""
-    get = client.stream("GET", link, extensions={"own_host": httpx.URL(link).host})
-    async with asyncio.timeout(settings.total), get as response:
+    async with asyncio.timeout(settings.total), client.stream("GET", link) as response:
         response.raise_for_status()
         with part.open("wb") as file:
             async for chunk in response.aiter_raw():
@@ -212,7 +221,7 @@ async def _crawl(
     async def check(request: httpx.Request) -> None:
         await asyncio.to_thread(guard, request)  # a host's name is looked up
 
-    options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": direct(todo.values())}
+    options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": direct([data_server()])}
     options |= {"follow_redirects": True, "max_redirects": MAX_REDIRECTS}
     options |= {"event_hooks": {"request": [check]}, "verify": httpx.create_ssl_context()}
 

@@ -83,8 +83,7 @@ def _download(
     target.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.is_file() else 0
     asked = {"Range": f"bytes={have}-"} if have else {}
-    own = {"own_host": httpx.URL(address).host}
-    with client.stream("GET", address, headers=asked, extensions=own) as response:
+    with client.stream("GET", address, headers=asked) as response:
         if not (have and response.status_code == 416):  # else nothing comes after what is there
             response.raise_for_status()
             task = progress.add_task(target.name)
@@ -105,7 +104,7 @@ def fetch(root: Path, files: Mapping[str, str] = FILES, backoff: float = 1.0) ->
     overwritten: it may be the user's own. LAVIC_DATA_URL names a mirror of the repository's root;
     the blob ids hold for it too.
     """
-    base, wrong = (os.environ.get("LAVIC_DATA_URL") or ADDRESS).rstrip("/"), []
+    base, wrong = crawl.data_server() or ADDRESS, []
     options = {"headers": crawl.HEADERS, "timeout": 20, "follow_redirects": True}
     options |= {"mounts": crawl.direct([base]), "event_hooks": {"request": [crawl.guard]}}
     download = crawl.retrying(5, backoff)(_download)
