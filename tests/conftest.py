@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,22 @@ def own_process(monkeypatch: pytest.MonkeyPatch):
     level = logging.getLogger("lavic_utils").level
     yield
     logging.getLogger("lavic_utils").setLevel(level)
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(BYTES)`: no file can grow beyond them, as where a disk has no more room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextmanager
+    def full(left: int) -> Iterator[None]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (left, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full
 
 
 @pytest.fixture

@@ -130,6 +130,9 @@ class Shop(Handler):
     def wide(self, first: bool) -> None:
         self.send(WIDE)
 
+    def pixel(self, first: bool) -> None:
+        self.send(picture(1))
+
     def endless(self, first: bool) -> None:
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
@@ -190,6 +193,7 @@ SAID = {  # of what cannot be had
     "empty": "not an image",
     "wide": "pixels",
     "bomb": "Bomb",
+    "pixel": "1 x 1 pixels: a shop's placeholder",
     "cutimage": "cut",
     "endless": "bytes",
     "tofile": "file:",
@@ -441,6 +445,18 @@ def test_fetch_goes_on_after_a_cut(ranges: bool, server: Server, files, tmp_path
     assert len(starts) == len(server.log) - 1 == 6
     # negative control: without Range nothing is gained by a cut
     assert (starts == sorted(set(starts))) is ranges
+
+
+def test_a_full_disk_is_one_line_and_what_came_is_kept(full_disk, server, files, tmp_path: Path):
+    files, root = {NAME: files[NAME]}, items(tmp_path / "d", {"A": [f"{server.address}/good/x"]})
+    with full_disk(150_000), pytest.raises(UserError, match="File too large.*; make room"):
+        download.fetch(tmp_path, files, 0.01)
+    assert (tmp_path / "all_beauty" / ".test.jsonl.part").stat().st_size == 150_000
+    with full_disk(100), pytest.raises(UserError, match="cannot be (used|written).*; make room"):
+        crawl.crawl(root, settings=FAST)
+    assert "1 new" in download.fetch(tmp_path, files, 0.01)  # negative control: with room
+    assert server.log[-1][2]["Range"] == "bytes=150000-"
+    assert crawl.crawl(root, settings=FAST) == {"ok": 1}
 
 
 def test_fetch_takes_a_part_that_is_complete(server: Server, files, tmp_path: Path):

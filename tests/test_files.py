@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -142,19 +139,8 @@ def test_results_that_cannot_be_written_are_one_line(folder, tmp_path, monkeypat
     assert "Not a directory" in said and said.count("\n") == 1
 
 
-@contextmanager
-def full_disk(left: int = 0) -> Iterator[None]:
-    """No file can grow beyond so many bytes, as where a disk has no more room."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (left, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("left", [0, 2000])
-def test_a_full_disk_is_one_line_and_loses_nothing(left, folder, tmp_path, capsys):
+def test_a_full_disk_is_one_line_and_loses_nothing(left, full_disk, folder, tmp_path, capsys):
     words, out = ["run", "BM25", "--domain", "home", "--data", folder, "--out"], tmp_path / "a"
     out.write_text("an older file")
     before = sorted(tmp_path.rglob("*"))
@@ -173,7 +159,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(left, folder, tmp_path, capsy
     assert str(tmp_path / "b") in capsys.readouterr().err
 
 
-def test_a_figure_or_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_figure_or_checkpoint_on_a_full_disk_is_one_line(
+    full_disk, tmp_path, monkeypatch, capsys
+):
     figure, path = plt.figure(), tmp_path / "figure.png"
     about = {"tier": "published", "code_hash": "0" * 12}
     save_figure(figure, path, "published", about)
@@ -193,7 +181,7 @@ def test_a_figure_or_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch
     assert "a checkpoint cannot be written whole" in said and said.count("\n") == 1
 
 
-def test_reproduce_on_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+def test_reproduce_on_a_full_disk_is_one_line(full_disk, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path / "results"))
     with full_disk(100):
         assert lavic("reproduce", "--only", "00") == 2

@@ -583,7 +583,7 @@ def test_a_dry_run_says_what_asking_would_cost(server: Server, tmp_path: Path, c
     said = ask_all(requests, MINI, settings(server), tmp_path / "a.sqlite", dry_run=True)
     most = worst(requests[2:])
     assert said.startswith("498 requests to gpt-4o-mini") and "; 2 more are answered" in said
-    assert f"/v1, at most {most:.4f} USD by the list price; " in said
+    assert f"/v1, at most {most:.6f} USD by the list price; " in said
     assert len(server.log) == 2
 
 
@@ -695,6 +695,20 @@ def test_a_cache_in_use_or_unusable_is_said_in_one_line(server: Server, tmp_path
         with pytest.raises(UserError, match="make room, or name another file"):
             ask_all(numbered(1), MINI, settings(server), path)
     assert server.log == []
+
+
+def test_a_full_disk_says_what_was_paid_and_loses_no_answer_kept(full_disk, server, tmp_path):
+    cache = tmp_path / "a.sqlite"
+    with full_disk(70_000), pytest.raises(UserError, match="disk") as caught:
+        ask_all(numbered(40), MINI, settings(server), cache)
+    kept, asked = len(rows(cache)), len(server.log)
+    assert 0 < kept < asked <= kept + 4 + 1  # those under way are lost
+    assert f"; {kept} of 40 answers are kept in " in str(caught.value)
+    assert "this run has cost at most 0.0" in str(caught.value) and "same command" in str(
+        caught.value
+    )
+    replies = ask_all(numbered(40), MINI, settings(server), cache)  # with room it goes on
+    assert all(reply.text for reply in replies) and len(server.log) == asked + 40 - kept
 
 
 def test_the_five_published_rows_are_there_with_dated_models():

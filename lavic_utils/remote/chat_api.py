@@ -191,13 +191,14 @@ class Endpoint:
             )
         if not re.fullmatch(r"[\w.~+/=-]*", self.key, re.ASCII):  # RFC 6750
             raise UserError(f"{KEY} holds characters that no key has; set it again")
-        mounts = crawl.direct([settings.base_url])
         self.client = openai.OpenAI(
             api_key=self.key or "none",
             base_url=settings.base_url,
             timeout=settings.timeout,
             max_retries=0,  # those of `ask` reserve what they can cost
-            http_client=openai.DefaultHttpxClient(mounts=mounts, follow_redirects=False),
+            http_client=openai.DefaultHttpxClient(
+                mounts=crawl.direct(settings.base_url), follow_redirects=False
+            ),
         )
 
     def check(self, most: float) -> None:
@@ -391,7 +392,7 @@ def ask_all(
             elif key not in todo:
                 todo[key] = index, most_tokens(messages, model)
                 most += price.usd(todo[key][1], settings.max_tokens)
-        cost = f"at most {most:.4f} USD by the list price"
+        cost = f"at most {most:.6f} USD by the list price"
         if not price.usd_input:
             cost = "at no cost, as the service is your own (--max-usd would count it)"
         said = f"{len(todo)} requests to {asked['model']} at {asked['endpoint']}, {cost}"
@@ -403,7 +404,7 @@ def ask_all(
             try:
                 endpoint.check(most)
                 _ask_new(requests, todo, found, endpoint, base)
-            except (Permanent, TimeoutError, openai.APIStatusError) as error:
+            except (Permanent, TimeoutError, openai.APIStatusError, sqlite3.Error) as error:
                 problem = crawl.one_line(error)
             paid = f"this run has cost at most {endpoint.spent:.6f} USD, " if endpoint.spent else ""
     kept = sum(key in found and found[key].text is not None for key in keys)

@@ -12,7 +12,7 @@ import os
 import socket
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +28,7 @@ from tenacity import RetryCallState, retry, retry_if_exception, stop_after_attem
 from tenacity import wait_random_exponential as jitter
 
 from lavic_utils.config import UserError
-from lavic_utils.data import FORMATS, open_image, read_catalogue, read_stage1_valid
+from lavic_utils.data import FORMATS, MIN_SIDE, open_image, read_catalogue, read_stage1_valid
 from lavic_utils.hub import check_proxies
 
 MANIFEST = "images.sqlite"
@@ -114,16 +114,15 @@ def guard(request: httpx.Request) -> None:
         raise Permanent(f"{url.host}: {why}")
 
 
-def direct(addresses: Iterable[str]) -> dict[str, None]:
-    """`mounts` of an HTTP client: private hosts of these addresses are asked without a proxy."""
+def direct(address: str) -> dict[str, None]:
+    """`mounts` of an HTTP client: the host of this address, if private, is asked without a proxy.
+    UserError for a proxy that cannot be used."""
     check_proxies()
-    mounts = {}
-    for address in addresses:
-        with suppress(ValueError):  # not an address
-            host = urlsplit(address).hostname or ""
-            if is_private(host):
-                mounts[f"all://[{host}]" if ":" in host else f"all://{host}"] = None
-    return mounts
+    with suppress(ValueError):  # not an address
+        host = urlsplit(address).hostname or ""
+        if is_private(host):
+            return {f"all://[{host}]" if ":" in host else f"all://{host}": None}
+    return {}
 
 
 @contextmanager
@@ -178,6 +177,8 @@ def image_fault(path: Path) -> str | None:
         return f"not an image ({type(error).__name__})"
     if width * height > MAX_PIXELS:
         return f"{width} x {height} pixels are too many"
+    if min(width, height) < MIN_SIDE:
+        return f"{width} x {height} pixels: a shop's placeholder"
     return "an image that is cut or corrupt" if open_image(path) is None else None
 
 
@@ -221,7 +222,7 @@ async def _crawl(
     async def check(request: httpx.Request) -> None:
         await asyncio.to_thread(guard, request)  # a host's name is looked up
 
-    options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": direct([data_server()])}
+    options = {"headers": HEADERS, "timeout": settings.timeout, "mounts": direct(data_server())}
     options |= {"follow_redirects": True, "max_redirects": MAX_REDIRECTS}
     options |= {"event_hooks": {"request": [check]}, "verify": httpx.create_ssl_context()}
 

@@ -106,7 +106,7 @@ def fetch(root: Path, files: Mapping[str, str] = FILES, backoff: float = 1.0) ->
     """
     base, wrong = crawl.data_server() or ADDRESS, []
     options = {"headers": crawl.HEADERS, "timeout": 20, "follow_redirects": True}
-    options |= {"mounts": crawl.direct([base]), "event_hooks": {"request": [crawl.guard]}}
+    options |= {"mounts": crawl.direct(base), "event_hooks": {"request": [crawl.guard]}}
     download = crawl.retrying(5, backoff)(_download)
     bar = crawl.bar(TextColumn("{task.description}"), DownloadColumn())
     try:
