@@ -232,14 +232,13 @@ def readme(check: Check = False) -> None:
 def evaluate(
     answers: Annotated[Path, Argument(help="JSONL of answered rows, as the authors' script's.")],
     against: Annotated[Path | None, Option(help="Answers to compare with, on shared rows.")] = None,
-    answer: Annotated[str | None, Option(help="Field: recommended_<key>.")] = None,
     reparse: Annotated[bool, Option("--reparse", help="Read the raw answers again.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score answers: HR@1 over items and conversations, VR, ceilings, intervals, a paired test."""
     from lavic_utils.audit.answer_files import report, show
 
-    found = report(answers, against, answer, reparse)
+    found = report(answers, against, reparse)
     print(json.dumps(found, indent=1)) if as_json else show(found)
 
 
@@ -302,13 +301,12 @@ def data_crawl(
     folder: Data = None,
     first_only: Annotated[bool, Option("--first-only", help="The first image of each.")] = False,
     concurrency: Annotated[int, Option(min=1, max=256, help="Images at once.")] = 32,
-    retry_failed: Annotated[bool, Option("--retry-failed", help="Failed for good, too.")] = False,
 ) -> None:
     """Download the product images; goes on where it was broken off. Exit 1: some not reached."""
     from lavic_utils.remote.crawl import Settings, crawl, summary
     from lavic_utils.remote.download import data_dir
 
-    counts = crawl(data_dir(folder), first_only, retry_failed, Settings(concurrency=concurrency))
+    counts = crawl(data_dir(folder), first_only, Settings(concurrency=concurrency))
     print(summary(counts))
     raise Exit(1 if counts["unreached"] else 0)
 

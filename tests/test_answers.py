@@ -233,16 +233,15 @@ def test_equal_rows_are_matched_one_to_one() -> None:
     assert an.compare([same, same], [same])["unmatched_a"] == 1
 
 
-def test_the_answer_s_field_is_found_or_chosen(tmp_path: Path) -> None:
-    two = {**row(TEN[0], [TEN[0]]), "recommended_new": TEN[1], "candidates_new": [*TEN[1:], OTHER]}
-    path = write(tmp_path / "two.jsonl", two)
-    with pytest.raises(UserError, match="line 1: .*: recommended_st, recommended_new; .* --answer"):
-        an.read_answers(path)
-    first = an.read_answers(path, "recommended_st")[0]
-    assert (first.recommended, first.candidates, first.response) == (TEN[0], tuple(TEN), TEN[0])
-    second = an.read_answers(path, "recommended_new")[0]
-    assert (second.recommended, second.candidates) == (TEN[1], (*TEN[1:], OTHER))
-    assert second.response is None
+def test_the_answer_s_field_is_found(tmp_path: Path) -> None:
+    new = {"recommended_new": TEN[1], "candidates_new": [*TEN[1:], OTHER]}
+    two = write(tmp_path / "two.jsonl", {**row(TEN[0], [TEN[0]]), **new})
+    with pytest.raises(UserError, match="line 1: .*: recommended_st, recommended_new; exactly one"):
+        an.read_answers(two)
+    one = write(tmp_path / "one.jsonl", {"context": "c", "gt_items": [TEN[0]], **new})
+    (found,) = an.read_answers(one)
+    assert (found.recommended, found.candidates) == (TEN[1], (*TEN[1:], OTHER))
+    assert found.response is None
     silent = write(tmp_path / "silent.jsonl", {**row(TEN[0], [TEN[0]]), "recommended_st": ""})
     assert an.read_answers(silent)[0].recommended is None
 
@@ -264,7 +263,6 @@ BAD = {
         [],
         "line 1: field candidates_st: Field required",
     ),
-    "unknown field": (GOOD, ["--answer", "nope"], "line 1: field nope: Field required"),
     "a space after the id": (
         {**GOOD, "recommended_st": TEN[0] + " "},
         [],

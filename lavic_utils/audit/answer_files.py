@@ -52,22 +52,21 @@ class Answer(Row):
         return self
 
 
-def read_answers(path: Path | str, answer: str | None = None) -> list[Answer]:
-    """All rows of an answer file; `answer` names the field recommended_<key> where there are
-    several.
+def read_answers(path: Path | str) -> list[Answer]:
+    """All rows of an answer file; line 1 decides what <key> is.
 
-    Line 1 decides which fields there are. UserError names file, line and field: not JSON, a field
-    missing or of the wrong type (a `recommended` that is no id: "B00HO5EE9W "), no row.
+    UserError names file, line and field: not JSON, a field missing or of the wrong type (a
+    `recommended` that is no id: "B00HO5EE9W "), two of recommended_<key>, no row.
     """
     path = Path(path)
     if not path.is_file() or not path.stat().st_size:
         reason = "the file is empty" if path.is_file() else "no such file"
         raise UserError(f"{path}: {reason}; give a JSONL file of answered test rows")
     rows = [row.model_extra or {} for row in read_rows(path, AnyLine)]
-    found = [answer] if answer else [name for name in rows[0] if name.startswith("recommended_")]
+    found = [name for name in rows[0] if name.startswith("recommended_")]
     if len(found) != 1:
         there = f"{path}, line 1: fields recommended_<key>: {', '.join(found) or 'none'}"
-        raise UserError(f"{there}; one is expected, or name one with --answer")
+        raise UserError(f"{there}; exactly one is expected")
     key = found[0].removeprefix("recommended_")
     fields = {name: f"{name}_{key}" for name in ("candidates", "response")}
     fields["recommended"] = found[0]
@@ -235,10 +234,10 @@ def changes(rows: Sequence[Answer], again: Sequence[Answer]) -> dict[str, int]:
     return why
 
 
-def report(path: Path, against: Path | None, answer: str | None, again: bool) -> dict[str, Any]:
+def report(path: Path, against: Path | None, again: bool) -> dict[str, Any]:
     """What `python -m lavic_utils evaluate` prints: `evaluate`; with `again` of the answers read
     again, and as `parsing` what that changes; with `against` a comparison."""
-    before = read_answers(path, answer)
+    before = read_answers(path)
     rows = reparse(before, where=path) if again else before
     out = evaluate(rows)
     if again:
@@ -246,7 +245,7 @@ def report(path: Path, against: Path | None, answer: str | None, again: bool) ->
         out["parsing"] = changes(before, rows)
         out["parsing"] |= {f"{name}_before": old[name] for name in ("hits", "valid", "unparsed")}
     if against:
-        other = read_answers(against, answer)
+        other = read_answers(against)
         out["against"] = compare(rows, reparse(other, where=against) if again else other)
     return out
 

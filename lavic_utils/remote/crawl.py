@@ -249,15 +249,11 @@ async def _crawl(
     return counts
 
 
-def crawl(
-    root: Path,
-    first_only: bool = False,
-    retry_failed: bool = False,
-    settings: Settings | None = None,
-) -> Counter[str]:
+def crawl(root: Path, first_only: bool = False, settings: Settings | None = None) -> Counter[str]:
     """Get every image that is not there yet (a file is never replaced: `verify` names bad ones).
     Counts: `ok`, `failed` and `unreached` of this run, `had` before it, `failed_before` (not asked
-    again), `no_link`. UserError: no item file, folder not writable, no network."""
+    for again while the manifest says so), `no_link`. UserError: no item file, folder not writable,
+    no network."""
     every, todo, before = image_links(root, first_only), {}, Counter[str]()
     if not every:
         raise UserError(f"{root}: no item files; run `python -m lavic_utils data fetch`")
@@ -272,7 +268,7 @@ def crawl(
                     before["had"] += 1
                 elif not link:
                     before["no_link"] += 1
-                elif known.get(name) == f"failed {link}" and not retry_failed:
+                elif known.get(name) == f"failed {link}":
                     before["failed_before"] += 1
                 else:
                     todo[name] = link
@@ -290,7 +286,8 @@ def summary(counts: Counter[str]) -> str:
     """The one line at the end of a crawl."""
     return (
         f"images: {counts['had'] + counts['ok']} there ({counts['ok']} new), "
-        f"{counts['failed'] + counts['failed_before']} cannot be had ({counts['failed']} new), "
+        f"{counts['failed'] + counts['failed_before']} cannot be had ({counts['failed']} new; "
+        f"{MANIFEST} says why; without it they are asked for again), "
         f"{counts['unreached']} not reached (asked again next time), "
         f"{counts['no_link']} without a link"
     )
