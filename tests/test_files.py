@@ -160,23 +160,22 @@ def test_a_full_disk_is_one_line_and_loses_nothing(left, full_disk, folder, tmp_
 
 
 def test_a_figure_or_checkpoint_on_a_full_disk_is_one_line(
-    full_disk, tmp_path, monkeypatch, capsys
+    full_disk, folder, tmp_path, monkeypatch, capsys
 ):
-    figure, path = plt.figure(), tmp_path / "figure.png"
+    figure, path = plt.figure(), tmp_path / "out" / "figure.png"
     about = {"tier": "published", "code_hash": "0" * 12}
     save_figure(figure, path, "published", about)
     made = path.read_bytes()
     with full_disk(100), pytest.raises(UserError, match="figure.png: cannot be written"):
         save_figure(figure, path, "published", about)
-    assert path.read_bytes() == made and os.listdir(tmp_path) == ["figure.png"]
+    assert path.read_bytes() == made and os.listdir(path.parent) == ["figure.png"]
 
     def train(*_) -> None:
         with full_disk(100):
             torch.save(torch.zeros(10_000), tmp_path / "optimizer.pt")
 
     monkeypatch.setattr(report, "run_method", train)
-    monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
-    assert lavic("run", "BM25", "--domain", "home") == 2
+    assert lavic("run", "BM25", "--domain", "home", "--data", folder) == 2
     said = capsys.readouterr().err
     assert "a checkpoint cannot be written whole" in said and said.count("\n") == 1
 
