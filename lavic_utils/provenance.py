@@ -136,11 +136,9 @@ def code_of(module: str) -> dict[str, str]:
 
 
 def code_hash(package: Path = PACKAGE) -> str:
-    """12 hex over the whole package: its code, its profiles and the mini model's files."""
+    """12 hex over the whole package: its code, its YAML files and the mini model's files."""
     digest = hashlib.sha256()
-    files = [
-        path for kind in ("*.py", "profiles/*.yaml", "mini_model/*") for path in package.rglob(kind)
-    ]
+    files = [path for kind in ("*.py", "*.yaml", "mini_model/*") for path in package.rglob(kind)]
     for path in sorted(files, key=lambda p: p.relative_to(package).as_posix()):
         if path.name in ("README.md", "abilities.json") or path.name.startswith("."):
             continue

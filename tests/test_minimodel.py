@@ -17,6 +17,7 @@ from lavic_utils.mini import abilities, recipe
 from lavic_utils.mini import model as minimodel
 from lavic_utils.mini import words as w
 from lavic_utils.provenance import file_hash
+from lavic_utils.training import IGNORE
 
 FOLDER = PACKAGE / "mini_model"
 
@@ -158,7 +159,7 @@ def test_a_choice_is_consistent(learner):
     for task in 8 * ("text", "title", "picture", "tile"):
         row = recipe.choice_row(learner, rng, task, 5)
         said = learner.tokenizer.decode(
-            [label for label in row.labels if label != recipe.IGNORE], skip_special_tokens=True
+            [label for label in row.labels if label != IGNORE], skip_special_tokens=True
         )
         assert row.fits[row.names.index(said.strip())]
         for name, place in zip(row.names, row.chunks, strict=True):
@@ -199,16 +200,20 @@ def test_shipped_weights_do_the_recipes_tasks_and_not_others(learner):
     swapped = []
     for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
         request, rest = other.ids[: cut(other)], row.ids[cut(row) :]
-        labels = [recipe.IGNORE] * len(request) + row.labels[cut(row) :]
+        labels = [IGNORE] * len(request) + row.labels[cut(row) :]
         swapped.append(replace(row, ids=request + rest, labels=labels))
     assert fits(rows) >= 14 and fits(swapped) <= 10
 
 
 def test_the_card_says_what_was_measured(learner):
     found = {"describe from full tokens": {"colour": 0.5, "all": 0.25}}
-    text = abilities.card(learner, found, "0123456789abcdef", 7)
+    text = abilities.card(learner, found, "0123456789abcdef")
     assert "| from full tokens | 0.500 | 0.250 |" in text and "`0123456789ab`" in text
-    assert "*joint* (2,000 steps)" in text and "on 7 unseen" in text and "{" not in text
+    assert (
+        "*joint* (2,000 steps)" in text
+        and f"on {abilities.COUNT} unseen" in text
+        and "{" not in text
+    )
 
 
 def test_the_shipped_card_is_of_the_shipped_weights():

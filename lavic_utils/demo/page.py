@@ -89,12 +89,13 @@ def page(panel: Panel):
             said([] if new else [refused], f"Now {now}" if case.altered() else "", "changed"),
         ]
 
-    def examples(domain: str) -> dict:
+    def examples(domain: str) -> gr.Dropdown:
         found = panel.examples(domain)
-        return {"choices": list(found.items()), "value": next(iter(found.values()), 0)}
+        first, choices = next(iter(found.values()), 0), list(found.items())
+        return gr.Dropdown(choices=choices, value=first, label="Example request")
 
     start = "fashion" if "fashion" in panel.domains else panel.domains[0]
-    first = begin(panel, panel.example(start, examples(start)["value"]))
+    first = begin(panel, panel.example(start, next(iter(panel.examples(start).values()), 0)))
     tier, how = panel.run.profile.tier, {"analytics_enabled": False, "delete_cache": (600, 600)}
     with gr.Blocks(title="LaViC: try it", **how) as blocks:
         state = gr.State(first, time_to_live=3600)  # every session begins with a copy
@@ -102,7 +103,7 @@ def page(panel: Panel):
         with gr.Row():
             with gr.Column(scale=1, min_width=290):
                 domain = gr.Radio(panel.domains, value=start, label="Domain")
-                example = gr.Dropdown(**examples(start), label="Example request")
+                example = examples(start)
                 hint = "i want a red, striped handbag with a black strap."
                 text = gr.Textbox(label="Or your own request", max_length=2000, placeholder=hint)
                 send = gr.Button("Ask", variant="primary")
@@ -147,12 +148,9 @@ def page(panel: Panel):
             clicked = event._data.get("item")
             return show(replace(visit, item=clicked) if clicked in visit.case.candidates else visit)
 
-        def listed(name: str) -> gr.Dropdown:
-            return gr.Dropdown(**examples(name))
-
         blocks.load(show, state, **alone)
         answer.click(look, state, **alone)
-        other_domain = domain.input(listed, domain, example, **private)
+        other_domain = domain.input(examples, domain, example, **private)
         for event in (other_domain.then, example.input):
             on(event, lambda _, name, k: panel.example(name, k), domain, example, new=True)
         for event in (send.click, text.submit):

@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -104,12 +105,12 @@ class Panel:
             raise UserError(f"{domain} has test dialogues 0 to {len(rows) - 1}, not {number}")
         return Case(rows[number], getattr(rows[number], self.run.profile.candidates))
 
-    def examples(self, domain: str, count: int = 12) -> dict[str, int]:
-        """The first test dialogues whose list holds a right answer: what is sought -> number."""
+    def examples(self, domain: str) -> dict[str, int]:
+        """Twelve test dialogues whose list holds a right answer: what is sought -> number."""
         found: dict[str, int] = {}
         for number, dialogue in enumerate(self.run.dialogues(domain, "test")):
             candidates = getattr(dialogue, self.run.profile.candidates)
-            if set(dialogue.gt_items) & set(candidates) and len(found) < count:
+            if set(dialogue.gt_items) & set(candidates) and len(found) < 12:
                 sought = " ".join(text for who, text in dialogue.turns if who == "seeker")
                 found[f"{number} · {sought[:90]}"] = number
         return found
@@ -130,20 +131,20 @@ class Panel:
         order = retrieval.bm25_rank([text], titles)
         ten = tuple(retrieval.candidate_lists(order, asins, seed=self.run.seed)[0])
         notes = [f"The ten candidates: what BM25 finds among the {len(asins)} {domain} titles."]
-        if _words(" ".join(titles)).isdisjoint(_words(text)):
+        words = re.compile(r"\w\w+")
+        if not set(words.findall(text.lower())) & set(words.findall(" ".join(titles).lower())):
             if unknown:
                 kinds = sorted({title.split()[-1] for title in titles})[:6]
                 why = f"no {domain} title has a word of it, and the model cannot read"
                 raise UserError(f"not asked: {why} {', '.join(unknown)}; try {', '.join(kinds)}")
             notes = [f"The ten candidates are arbitrary: no {domain} title has a word of this."]
         if unknown:
-            why = "so each model only guesses from the rest, and no likelihoods are shown"
-            notes.append(
-                f"The {self.run.profile.name} model cannot read {', '.join(unknown)}, {why}."
-            )
-        asked = {"context": f"<submission>{text}</submission>", "gt": "", "gt_items": ()}
+            what = f"The {self.run.profile.name} model cannot read {', '.join(unknown)}"
+            then = "so each model only guesses from the rest, and no likelihoods are shown"
+            notes.append(f"{what}, {then}.")
+        said = {"context": f"<submission>{text}</submission>", "gt": "", "gt_items": ()}
         any_dialogue = self.run.dialogues(domain, "test")[0]
-        dialogue = any_dialogue.model_copy(update={**asked, self.run.profile.candidates: ten})
+        dialogue = any_dialogue.model_copy(update={**said, self.run.profile.candidates: ten})
         return Case(dialogue, ten, tuple(notes), tuple(unknown))
 
     # ------------------------------------------------------------ what is seen
@@ -160,9 +161,7 @@ class Panel:
         values, sizes = vision.pixels(self.run.processor, [image])
         with self._lock:
             self.model.set_adapter(STUDENT)
-            if kind == "distilled":
-                return vision.encode(self.model, [0], values, sizes)[0]
-            with self.model.disable_adapter():
+            with self.model.disable_adapter() if kind == "base" else nullcontext():
                 return vision.encode(self.model, [0], values, sizes)[0]
 
     def visual(self, case: Case, kind: str) -> dict[str, Tensor]:
@@ -229,14 +228,9 @@ class Panel:
         """The case as a picture: `figures.case_figure`, beside the answers before its change."""
         changed = case.altered()
         now, before = self.answer(case), self.answer(case.reset()) if changed else {}
-        fig = figures.case_figure(
-            self.run,
-            case.dialogue,
-            {method: vars(answer) for method, answer in now.items()},
-            {method: vars(answer) for method, answer in before.items()},
-            {asin: self.image(case.picture(asin)) for asin in case.candidates},
-            changed,
-        )
+        images = {asin: self.image(case.picture(asin)) for asin in case.candidates}
+        rows = ({name: vars(answer) for name, answer in some.items()} for some in (now, before))
+        fig = figures.case_figure(self.run, case.dialogue, *rows, images, changed)
         words = f"framed: a right answer; {'dotted: before the change; ' if changed else ''}"
         fig.text(0.9, 0.01, words + self.run.profile.tier, ha="right", fontsize=7)
         return figures.shown(fig, self.sentence(case, now))
@@ -244,10 +238,6 @@ class Panel:
 
 def tile_name(tile: int) -> str:
     return f"crop {tile}" if tile else "whole"
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w\w+", text.lower()))
 
 
 def _name(method: str, domain: str) -> str:

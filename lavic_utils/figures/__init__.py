@@ -26,8 +26,6 @@ from lavic_utils.report import losses, published, published_rows
 if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment
 
-style.use()
-
 
 def figures_dir(profile: Profile) -> Path:
     """`results/<profile>/figures/`; the committed `figures/` only while `notebooks execute` says so
@@ -109,9 +107,8 @@ def guide(run: Experiment) -> data.Dialogue:
 
 def fitting(facts: Mapping, wish: Mapping, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Candidates of a mini dialogue whose titles fit its words, and those whose looks fit too."""
-    return tuple(
-        [a for a in names if world.satisfies(facts[a], wish, way)] for way in (False, True)
-    )
+    words = [a for a in names if all(world.wishes_met(facts[a], wish, looks=False))]
+    return words, [a for a in words if all(world.wishes_met(facts[a], wish))]
 
 
 def _short(title: str, width: int) -> str:
@@ -157,32 +154,25 @@ def gallery(pictures: Sequence, labels: Sequence[str], columns: int):
     return fig
 
 
-def _turns(dialogue: data.Dialogue) -> list[str]:
-    """The dialogue in lines that fill the width of a figure."""
-    return [row for who, said in dialogue.turns for row in textwrap.wrap(f"{who}: {said}", 100)]
-
-
-def _dialogue_inches(dialogue: data.Dialogue) -> float:
-    return 0.15 * len(_turns(dialogue)) + 0.2
-
-
-def _dialogue(fig, dialogue: data.Dialogue, height: float) -> None:
-    """The turns above the axes of a figure that is `height` inches high."""
+def _under_dialogue(dialogue: data.Dialogue, inches: float, *grid: int, **how) -> tuple:
+    """A figure with the dialogue's turns above a grid of axes of so many `inches`."""
+    lines = [row for who, said in dialogue.turns for row in textwrap.wrap(f"{who}: {said}", 100)]
+    top = 0.15 * len(lines) + 0.2
+    height = inches + top
+    how |= {"left": 0.01, "right": 0.99, "top": 1 - top / height}
+    fig, axes = plt.subplots(*grid, figsize=(6.5, height), gridspec_kw=how)
     look = {"va": "top", "fontsize": 9, "parse_math": False}
-    fig.text(0.005, 1 - 0.05 / height, "\n".join(_turns(dialogue)), **look)
+    fig.text(0.005, 1 - 0.05 / height, "\n".join(lines), **look)
+    return fig, axes
 
 
 def task_figure(run: Experiment, dialogue: data.Dialogue):
     """The task: a dialogue, ten candidates with id, title and picture; the ground truth framed."""
-    top = _dialogue_inches(dialogue)
-    height = 3.6 + top
-    fig, axes = plt.subplots(2, 5, figsize=(6.5, height), gridspec_kw={"hspace": 0.55})
-    fig.subplots_adjust(left=0.01, right=0.99, bottom=0.14, top=1 - top / height)
+    fig, axes = _under_dialogue(dialogue, 3.6, 2, 5, hspace=0.55, bottom=0.14)
     for axis, asin in zip(axes.flat, getattr(dialogue, run.profile.candidates), strict=True):
         axis.set_anchor("S")  # pictures of all shapes stand on one line
         label = f"{_short(run.titles[asin], 16)}\n{asin}"
         _picture(axis, _image(run, asin), label, asin in dialogue.gt_items)
-    _dialogue(fig, dialogue, height)
     return fig
 
 
@@ -201,13 +191,10 @@ def case_figure(
     changed also has the answers `before` (dotted), the `images` it shows and the `changed` items.
     """
     names = getattr(dialogue, run.profile.candidates)
-    top = _dialogue_inches(dialogue)
-    height = top + 1.2 + 0.75 * len(answers)
     ratios = [0.6, 0.35, *[0.4] * len(answers)]  # pictures, their titles, a row for each method
-    grid = {"hspace": 0.7, "wspace": 0.08, "height_ratios": ratios}
-    fig, axes = plt.subplots(len(answers) + 2, len(names), figsize=(6.5, height), gridspec_kw=grid)
-    fig.subplots_adjust(left=0.01, right=0.99, bottom=0.03, top=1 - top / height)
-    _dialogue(fig, dialogue, height)
+    grid = {"hspace": 0.7, "wspace": 0.08, "bottom": 0.03, "height_ratios": ratios}
+    inches = 1.2 + 0.75 * len(answers)
+    fig, axes = _under_dialogue(dialogue, inches, len(ratios), len(names), **grid)
     for axis in axes[1]:
         axis.axis("off")
     for axis, asin in zip(axes[0], names, strict=True):
@@ -236,7 +223,7 @@ def published_figure(methods: Sequence[str]):
     """Published HR@1 by domain, with 95 % Wilson intervals over the test conversations; a cell that
     is empty in the paper says why."""
     cells = published_rows().set_index(["method", "domain"])["hr@1"]
-    fig, axes = _panels(len(methods))
+    fig, axes = panels(methods)
     for axis, domain in zip(axes, DOMAINS, strict=True):
         n = published()["test_conversations"][domain]
         for y, method in enumerate(methods):
@@ -246,7 +233,6 @@ def published_figure(methods: Sequence[str]):
                 low, high = wilson(round(value * n), n)
                 style.interval(axis, y, low, value, high, style.method_colour(method))
         axis.set(title=f"{domain}, n = {n}", xlabel="HR@1", xlim=(0, 0.46))
-    axes[0].set_yticks(range(len(methods)), methods)
     fig.tight_layout(w_pad=0.5)
     return fig
 
@@ -255,7 +241,7 @@ def measured_figure(metrics: Mapping, methods: Sequence[str]):
     """HR@1 of a run by domain: the mean over seeds with its 95 % interval, each seed as a dot."""
     rows = pd.DataFrame(metrics["rows"]).set_index(["method", "domain"]).sort_index()
     means = summary_by_seed(metrics["rows"]).set_index(["method", "domain"])
-    fig, axes = _panels(len(methods))
+    fig, axes = panels(methods)
     for axis, domain in zip(axes, DOMAINS, strict=True):
         for y, method in enumerate(methods):
             row, seeds = means.loc[(method, domain)], rows.loc[[(method, domain)]]
@@ -271,7 +257,6 @@ def measured_figure(metrics: Mapping, methods: Sequence[str]):
         axis.set(title=f"{domain}, n = {n}", xlim=(0, 1.1))
         axis.set_xticks([0, 0.5, 1])
     axes[1].set_xlabel("HR@1 over conversations (n: test dialogues per seed)")
-    axes[0].set_yticks(range(len(methods)), methods)
     fig.tight_layout(w_pad=0.5)
     return fig
 
@@ -292,10 +277,12 @@ def course_figure(course: pd.DataFrame):
     return fig
 
 
-def _panels(rows: int):
-    """Three panels, a domain each, with so many rows and the same axes."""
-    fig, axes = plt.subplots(1, 3, figsize=(6.5, 0.3 * rows + 0.9), sharex=True, sharey=True)
-    axes[0].set_ylim(rows - 0.4, -0.6)
+def panels(rows: Sequence[str]):
+    """Three panels, a domain each, with these rows and the same axes."""
+    size = (6.5, 0.3 * len(rows) + 0.9)
+    fig, axes = plt.subplots(1, 3, figsize=size, sharex=True, sharey=True)
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    axes[0].set_yticks(range(len(rows)), rows)
     for axis in axes:
         axis.tick_params(axis="y", length=0)
     return fig, axes

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from lavic_utils.config import DOMAINS
-from lavic_utils.figures import style
+from lavic_utils.figures import panels, style
 
 
 def forest_figure(differences: pd.DataFrame):
@@ -42,7 +42,7 @@ def controls_figure(scores: pd.DataFrame, references: Mapping[str, Mapping[str, 
     domain -> HR@1 of a dashed line.
     """
     names = list(scores["control"].unique())
-    fig, axes = plt.subplots(1, len(DOMAINS), figsize=(6.5, 2.2), sharey=True, sharex=True)
+    fig, axes = panels(names)
     for axis, domain in zip(axes, DOMAINS, strict=True):
         rows = scores[scores["domain"] == domain].set_index("control").loc[names]
         for y, row in enumerate(rows.to_dict("records")):
@@ -51,10 +51,8 @@ def controls_figure(scores: pd.DataFrame, references: Mapping[str, Mapping[str, 
         for name, values in references.items():
             look = {"color": style.method_colour(name), "fontsize": 8}
             axis.axvline(values[domain], color=look["color"], ls="--", lw=1)
-            axis.text(values[domain], len(names) - 0.4, name.removeprefix("LaViC "), **look)
-        axis.set(title=domain, xlabel="HR@1", xlim=(0, 1), ylim=(len(names) - 0.3, -0.6))
-        axis.set_yticks(range(len(names)), names)
-        axis.tick_params(axis="y", length=0)
+            axis.text(values[domain], len(names) - 0.5, name.removeprefix("LaViC "), **look)
+        axis.set(title=domain, xlabel="HR@1", xlim=(0, 1))
     fig.tight_layout()
     return fig
 

@@ -37,12 +37,8 @@ def token_figure(losses: Mapping[str, Sequence[float]], tokens: Sequence[str]):
     fig, axis = plt.subplots(figsize=(6.5, 2.2))
     colours = (style.GRAY, style.method_colour("LaViC"))
     for shift, colour, (name, values) in zip((-0.2, 0.2), colours, losses.items(), strict=True):
-        places = np.arange(len(values)) + shift
-        axis.bar(places, values, 0.38, color=colour)
-        for x, value in zip(places, values, strict=True):
-            look = {"ha": "center", "va": "bottom", "fontsize": 7, "color": colour}
-            axis.text(x, value, f"{value:.2f}", **look)
-        axis.plot([], [], "s", color=colour, label=name)
+        bars = axis.bar(np.arange(len(values)) + shift, values, 0.38, color=colour, label=name)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7, color=colour)
     axis.legend(fontsize=8, loc="upper right")
     axis.set_xticks(range(len(tokens)), tokens)
     axis.set(xlabel="token of the target (that of one example)", ylabel="mean of $-\\log p$")

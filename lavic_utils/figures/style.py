@@ -31,23 +31,20 @@ CAUSES = ("#8A7F6A", "#C9BE9F")  # of misses, where neither methods nor domains 
 DOMAINS = {"beauty": INK, "fashion": "#6E6E6E", "home": "#A3A3A3"}
 TIERS = {"published": GRAY, "replication answers": INK}  # where two stand in one figure
 GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where a line passes behind words
-DEFAULTS = {
-    "figure.dpi": 90,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.prop_cycle": cycler(color=SHADES),
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#555555",
-    "legend.frameon": False,
-}
-
-
-def use() -> None:
-    """Set matplotlib's defaults: no frame on top and right, readable type, white ground."""
-    matplotlib.rcParams.update(DEFAULTS)
+matplotlib.rcParams.update(
+    {
+        "figure.dpi": 90,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.prop_cycle": cycler(color=SHADES),
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": "#555555",
+        "legend.frameon": False,
+    }
+)
 
 
 def method_colour(name: str) -> str:

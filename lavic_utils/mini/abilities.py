@@ -15,7 +15,9 @@ from lavic_utils.mini import recipe
 from lavic_utils.mini.accuracy import attribute_accuracy
 from lavic_utils.mini.model import CONTEXT_WINDOW
 from lavic_utils.provenance import file_hash, write_json, write_text
+from lavic_utils.training import IGNORE
 
+CARD = Path(__file__).with_name("card.md")
 COUNT = 510  # pictures, and requests a task
 TASKS = (("text", 10), ("title", 10), ("picture", 3), ("picture", 5))  # and numbers of candidates
 
@@ -23,10 +25,7 @@ TASKS = (("text", 10), ("title", 10), ("picture", 3), ("picture", 5))  # and num
 def write(learner: recipe.Learner, rows: list[recipe.Row], visual: list[Tensor]) -> list[str]:
     """Greedy answers to the rows' prompts, whose placeholders stand for `visual` tokens."""
     pad = learner.tokenizer.pad_token_id
-    prompts = []
-    for row in rows:
-        learnt = torch.tensor(row.labels) != recipe.IGNORE
-        prompts.append(torch.tensor(row.ids)[~learnt])
+    prompts = [torch.tensor(row.ids)[torch.tensor(row.labels) == IGNORE] for row in rows]
     ids = pad_sequence(prompts, True, pad, padding_side="left")
     out = learner.model.generate(
         inputs_embeds=vision.place(learner.model, ids, visual, pad),
@@ -68,9 +67,9 @@ def chosen(learner: recipe.Learner, rng: Random, task: str, size: int) -> dict[s
 
 
 @torch.inference_mode()
-def abilities(learner: recipe.Learner, count: int = COUNT) -> dict[str, dict[str, float]]:
-    """What it can do on `count` unseen pictures, of looks it never saw, and requests a task."""
-    learner.pool = recipe.Pool(learner.processor, count, 999, held_out=True)
+def abilities(learner: recipe.Learner) -> dict[str, dict[str, float]]:
+    """What it can do on COUNT unseen pictures, of looks it never saw, and requests a task."""
+    learner.pool = recipe.Pool(learner.processor, COUNT, 999, held_out=True)
     rng = Random("abilities")
     found = {
         "describe from full tokens": described(learner, rng, vision.full_tokens),
@@ -81,61 +80,24 @@ def abilities(learner: recipe.Learner, count: int = COUNT) -> dict[str, dict[str
     return found
 
 
-CARD = """---
-license: apache-2.0
-pipeline_tag: image-text-to-text
-library_name: transformers
----
-# mini LLaVA-NeXT of the LaViC companion
-
-A genuine `LlavaNextForConditionalGeneration` with {parameters:,} parameters that plays the part of
-LLaVA-v1.6-Mistral-7B in the `mini` profile: CLIP tower (128 wide, 4 layers, 48-pixel tiles,
-12-pixel patches), two-layer projector, Mistral (128 wide, 6 layers), a tokenizer of {words} words.
-
-**Made by** `make mini-model`, one command from nothing, in {minutes:.0f} minutes on {machine}:
-{phases}. `lavic_utils/mini/recipe.py` says what each phase learns. SHA-256 of
-`model.safetensors`: `{digest}`; the same kind of machine gives the same, another one need not.
-
-**Data.** 15,000 pictures and all texts are made up by the recipe from seeds of its own: no item
-and no dialogue of a mini world. Requests are keywords among random filler words, never a world's
-wording. It never saw a [CLS] through the projector, ten candidates with visual tokens, or the looks
-held out for a world's validation and test items (a quarter of all combinations: `words.held_out`).
-
-**Measured** on {count} unseen pictures of held-out looks, and as many requests a task
-(`abilities.json`; 95 % Wilson intervals are at most 4.4 points to either side).
-
-| describe | colour | pattern | shape | accent | all |
-| --- | --- | --- | --- | --- | --- |
-{described}
-
-| choose | right | valid ids | right by chance |
-| --- | --- | --- | --- |
-{chosen}
-
-**Limits.** A teaching device. It knows twelve kinds of drawn products and {words} words; its window
-is {window} tokens; nothing it scores is a figure of the paper.
-"""
-
-
-def card(learner: recipe.Learner, found: dict, digest: str, count: int) -> str:
-    """The model card, from what was trained and measured."""
-    described, chosen = [], []
+def card(learner: recipe.Learner, found: dict, digest: str) -> str:
+    """The model card (card.md), from what was trained and measured."""
+    rows = {"describe": "", "choose": ""}
     for name, shares in found.items():
-        cells = " | ".join(f"{share:.3f}" for share in shares.values())
-        (described if name.startswith("describe") else chosen).append(
-            f"| {name.split(' ', 1)[1]} | {cells} |"
-        )
+        verb, what = name.split(" ", 1)
+        cells = [what, *(f"{share:.3f}" for share in shares.values())]
+        rows[verb] += f"| {' | '.join(cells)} |\n"
     cuda = learner.model.device.type == "cuda"
-    return CARD.format(
+    return CARD.read_text(encoding="utf-8").format(
         parameters=learner.model.num_parameters(),
         words=len(learner.tokenizer),
         minutes=learner.seconds / 60,
         machine=torch.cuda.get_device_name() if cuda else "two CPU cores",
         phases=",\n".join(f"*{phase.name}* ({phase.steps:,} steps)" for phase in recipe.PHASES),
         digest=digest[:12],
-        count=count,
-        described="\n".join(described),
-        chosen="\n".join(chosen),
+        count=COUNT,
+        described=rows["describe"].rstrip(),
+        chosen=rows["choose"].rstrip(),
         window=CONTEXT_WINDOW,
     )
 
@@ -148,5 +110,5 @@ def main(folder: Path = ROOT / ".cache" / "mini_model", target: Path = PACKAGE /
     found = abilities(learner)
     write_json(target / "abilities.json", found)
     digest = file_hash(target / "model.safetensors")
-    write_text(target / "README.md", card(learner, found, digest, COUNT))
+    write_text(target / "README.md", card(learner, found, digest))
     print(f"{target}: {digest[:12]}, {learner.seconds / 60:.0f} minutes")

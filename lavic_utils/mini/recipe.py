@@ -5,15 +5,13 @@ language model follows a request among candidates described in words, and copies
 joins the two, to describe pictures and to choose among a few by all their patch tokens; at last the
 tower's [CLS] moves into a space of its own, as CLIP's is. Never met: a [CLS] through the projector,
 ten candidates with visual tokens, an item, dialogue or wording of a mini world, or the looks of its
-validation and test items (`words.held_out`). Lists and answers come in many forms, so that stage 2
-cannot live on the memory of one. Everything is drawn from the seeds below.
+validation and test items (`words.held_out`). Lists come in many forms: stage 2 cannot rely on one.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -30,11 +28,10 @@ from lavic_utils import vision
 from lavic_utils.mini import words
 from lavic_utils.mini.drawing import draw_product
 from lavic_utils.mini.model import PATCH, TILE, WIDTH, build_model, build_processor, known_words
+from lavic_utils.training import IGNORE
 
-IGNORE = -100
 TOKENS, PICTURES = 3000, 192  # of a batch of texts, and of one for the tower
 LOOKS = tuple(words.ATTRIBUTES)
-DOMAIN_OF = {kind: domain for domain, kinds in words.KINDS.items() for kind in kinds}
 NAMED = {"kind": tuple(words.PARTS), **words.ATTRIBUTES}  # what the tower learns to name
 PATCHES = (TILE // PATCH) ** 2  # of one tile
 SHOWN = {"tile": PATCHES, "picture": 0}  # visual tokens of a candidate; 0: all there are
@@ -54,7 +51,7 @@ FILLER = [w for w in known_words() if w.isalpha() and w.islower() and w not in M
 
 
 class Learner(nn.Module):
-    """The model, small heads that help it to learn and are thrown away, and its pictures."""
+    """The model, small heads that help it to learn (later thrown away), and its pictures."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +85,12 @@ class Pool:
         for number, facts in enumerate(self.facts):
             self.of_kind[facts["kind"]].append(number)
         for some in vision.batched(self.facts, 200):
-            tiles, size = vision.pixels(processor, [_picture(rng, facts) for facts in some])
+            pictures = []
+            for facts in some:
+                stream = io.BytesIO()
+                draw_product(facts, rng.choice(SIZES), rng).save(stream, "JPEG", quality=88)
+                pictures.append(Image.open(stream).convert("RGB"))
+            tiles, size = vision.pixels(processor, pictures)
             pixels.append(F.pad(tiles, (0,) * 7 + (5 - tiles.shape[1],)).half())
             sizes.append(size)
         self.pixels = torch.cat(pixels)  # (count, 5, 3, TILE, TILE); tiles of zeros are padding
@@ -100,12 +102,6 @@ class Pool:
 
     def draw(self, rng: Random, kinds: Iterable[str]) -> int:
         return rng.choice(self.of_kind[rng.choice(list(kinds))])
-
-
-def _picture(rng: Random, facts: dict[str, str]) -> Image.Image:
-    stream = io.BytesIO()
-    draw_product(facts, rng.choice(SIZES), rng).save(stream, "JPEG", quality=88)
-    return Image.open(stream).convert("RGB")
 
 
 def picture_tokens(learner: Learner, rows: list[int], shown: int) -> list[Tensor]:
@@ -143,11 +139,11 @@ def answered(learner: Learner, prompt: list[int], answer: str) -> Row:
 def random_item(rng: Random, pool: Pool, picture: int, feature: str = "") -> dict:
     """A made-up item of a picture: brand, feature, kind, looks, id (asin), picture."""
     facts = pool.facts[picture]
-    domain = DOMAIN_OF[facts["kind"]]
+    domain = next(name for name, kinds in words.KINDS.items() if facts["kind"] in kinds)
     asin = "B0" + rng.choice(words.ID_CHUNKS) + rng.choice(words.ID_CHUNKS)
-    title = {"feature": feature or rng.choice(words.FEATURES[domain])}
-    title["brand"] = rng.choice(words.BRANDS[domain])
-    return {**title, "asin": asin, "picture": picture, **facts}
+    feature = feature or rng.choice(words.FEATURES[domain])
+    brand = rng.choice(words.BRANDS[domain])
+    return {"feature": feature, "brand": brand, "asin": asin, "picture": picture, **facts}
 
 
 def caption_row(learner: Learner, item: dict, length: int) -> Row:
@@ -199,9 +195,9 @@ def wishes(rng: Random, task: str) -> tuple[list[str], list[str]]:
 
 
 def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
-    """Request and candidates in, an id out. Beside a candidate's title stand its looks in words
-    ("text"), nothing ("title": no looks are asked for, so several candidates fit), or the patch
-    tokens of its whole "picture" or of the picture's first "tile"."""
+    """Request and candidates in, an id out. Beside a title stand the looks in words ("text"),
+    nothing ("title": only titles are asked for, so several candidates fit), or the patch tokens of
+    the whole "picture" or of its first "tile"."""
     encode, items = learner.encode, alike_items(rng, learner.pool, count)
     opening, speakers, heading, gap = (rng.choice(some) for some in FORM)
     id_first, cue, target = rng.random() < 0.2, rng.choice(CUES), items[0]
@@ -245,12 +241,11 @@ def choice_row(learner: Learner, rng: Random, task: str, count: int) -> Row:
 
 
 # ---------------------------------------------------------------- what it learns: losses
-def naming_loss(learner: Learner, rng: Random, count: int) -> dict[str, Tensor]:
-    """Losses of naming kind and looks, from the last layer's [CLS] and, apart, from the mean patch
-    of the layer before, which LLaVA reads; of whole pictures, or (three times in ten) by the mean
-    over their crops."""
+def naming_loss(learner: Learner, rng: Random) -> dict[str, Tensor]:
+    """Losses of naming kind and looks, from the last layer's [CLS] and from the mean patch of the
+    layer before, which LLaVA reads; of whole pictures or (three times in ten) the mean of crops."""
     crops, pool, device = rng.random() < 0.3, learner.pool, learner.model.device
-    rows = rng.sample(range(len(pool.facts)), count // 4 if crops else count)
+    rows = rng.sample(range(len(pool.facts)), PICTURES // 4 if crops else PICTURES)
     tiles = (pool.pixels[rows, 1:] if crops else pool.pixels[rows, :1]).to(device).float()
     real = (tiles.flatten(2).abs().amax(-1) > 0).float()  # (rows, tiles)
     tower = learner.model.model.vision_tower(tiles.flatten(0, 1), output_hidden_states=True)
@@ -264,14 +259,13 @@ def naming_loss(learner: Learner, rng: Random, count: int) -> dict[str, Tensor]:
     return losses
 
 
-def anchor_loss(learner: Learner, rng: Random, count: int) -> dict[str, Tensor]:
+def anchor_loss(learner: Learner, rng: Random) -> dict[str, Tensor]:
     """CLIP's task: the last layer's [CLS] (half of them of crops) meets the sum of its picture's
-    word embeddings, which are frozen and drawn at random, so they say nothing to a language model
-    that has not been taught to read them."""
+    word embeddings, drawn at random once, which an untaught language model cannot read."""
     pool, device = learner.pool, learner.model.device
-    rows = rng.sample(range(len(pool.facts)), count)
+    rows = rng.sample(range(len(pool.facts)), PICTURES)
     tiles = [rng.randrange(3) if rng.random() < 0.5 else 0 for _ in rows]
-    target, generator = torch.zeros(count, WIDTH), torch.Generator().manual_seed(5)
+    target, generator = torch.zeros(PICTURES, WIDTH), torch.Generator().manual_seed(5)
     for column, values in enumerate(NAMED.values()):
         anchors = F.normalize(torch.randn(len(values), WIDTH, generator=generator), dim=-1)
         target += 4 * anchors[pool.labels[rows, column]]
@@ -358,14 +352,14 @@ def batch_rows(learner: Learner, rng: Random, phase: Phase, done: float) -> tupl
 def phase_losses(learner: Learner, rng: Random, phase: Phase, done: float) -> dict[str, Tensor]:
     """The weighted losses of one batch, after a share `done` of the phase's steps."""
     if "name" in phase.tasks:
-        return naming_loss(learner, rng, PICTURES)
+        return naming_loss(learner, rng)
     if "anchor" in phase.tasks:
-        return anchor_loss(learner, rng, PICTURES)
+        return anchor_loss(learner, rng)
     rows, shown = batch_rows(learner, rng, phase, done)
     return text_losses(learner, rng, rows, shown)
 
 
-def train(folder: Path, phases: Sequence[Phase] = PHASES, pictures=15000, keep=200) -> Learner:
+def train(folder: Path, phases: Sequence[Phase] = PHASES, keep: int = 200) -> Learner:
     """All phases in turn. Batches depend on phase and step alone, and `folder` keeps the state
     every `keep` steps, so a killed run goes on to the same weights."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -375,8 +369,7 @@ def train(folder: Path, phases: Sequence[Phase] = PHASES, pictures=15000, keep=2
     if file.is_file():
         state = torch.load(file, weights_only=True)
         learner.load_state_dict(state["learner"])
-        learner.seconds = state["seconds"]
-    learner.pool, began = Pool(learner.processor, pictures, 0), time.monotonic() - state["seconds"]
+    learner.pool, began = Pool(learner.processor, 15000, 0), time.monotonic() - state["seconds"]
     for number in range(state["phase"], len(phases)):
         phase, start = phases[number], state["step"] if number == state["phase"] else 0
         for name, parameter in learner.named_parameters():
@@ -395,13 +388,13 @@ def train(folder: Path, phases: Sequence[Phase] = PHASES, pictures=15000, keep=2
             sum(losses.values()).backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
-            learner.seconds = time.monotonic() - began
             if (step + 1) % 50 == 0:
                 shown = ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
                 print(f"{phase.name}, step {step + 1} of {phase.steps}: {shown}", flush=True)
             if (step + 1) % keep == 0 or step + 1 == phase.steps:
-                state = {"phase": number, "step": step + 1, "seconds": learner.seconds}
+                state = {"phase": number, "step": step + 1, "seconds": time.monotonic() - began}
                 state |= {"learner": learner.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(state, folder / "state.part")
-                os.replace(folder / "state.part", file)
+                (folder / "state.part").replace(file)
+    learner.seconds = state["seconds"]
     return learner.requires_grad_(False)

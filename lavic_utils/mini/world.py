@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -32,7 +31,7 @@ from lavic_utils.retrieval import bm25_rank, cosine_rank, sbert_embed
 
 FACTS = "mini_facts.json"  # what is true of every item and dialogue
 KEY = "mini_key.txt"  # no .json: an edit that changes the key but no file leaves `data_hash` alone
-SOURCES = ("words.py", "drawing.py", "world.py")
+SOURCES = ("words.yaml", "words.py", "drawing.py", "world.py")
 ASPECTS = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (1.0, 0.75))  # an image's width and height, in sides
 ASPECT_WEIGHTS = (0.6, 0.14, 0.13, 0.13)
 TURN_WEIGHTS = (0.30, 0.15, 0.25, 0.10, 0.12, 0.08)  # of dialogues with 1 to 6 turns
@@ -67,10 +66,9 @@ def _pool(rng: random.Random, domain: str, count: int, held_out: bool) -> list[F
     """Items with every (kind, feature) equally often, in random order; all else is uniform, among
     the looks held out from all training or among the others."""
     pairs = [(kind, feature) for kind in words.KINDS[domain] for feature in words.FEATURES[domain]]
-    chosen: list[tuple[str, str]] = []
+    chosen, items = [], []
     while len(chosen) < count:
         chosen += rng.sample(pairs, len(pairs))
-    items = []
     for kind, feature in chosen[:count]:
         looks = dict.fromkeys(words.ATTRIBUTES, "")
         while not all(looks.values()) or words.held_out(looks) != held_out:
@@ -145,8 +143,7 @@ def _look_wishes(rng: random.Random, truth: dict[str, Any]) -> list[str]:
         rng.shuffle(names)
         cut = rng.randint(1, len(names) - 1)
         groups = [names[:cut], names[cut:]]
-    style = "new" if truth["new_wording"] else "seen"
-    sentences = []
+    style, sentences = "new" if truth["new_wording"] else "seen", []
     for group, template in zip(groups, rng.sample(words.LOOKS[style], len(groups)), strict=True):
         wanted = {name: truth["wanted"][name] for name in group}
         phrase = words.looks_phrase(wanted, words.PARTS[truth["kind"]])
@@ -196,11 +193,6 @@ def wishes_met(facts: Facts, truth: dict[str, Any], looks: bool = True) -> list[
     return [facts[name] == value for name, value in asked.items()]
 
 
-def satisfies(facts: Facts, truth: dict[str, Any], looks: bool = True) -> bool:
-    """Whether an item meets all that was asked."""
-    return all(wishes_met(facts, truth, looks))
-
-
 def _dialogue(rng: random.Random, world: World, pool: dict[str, Facts], p_new: float) -> Talk:
     target = rng.choice(list(pool))
     facts = pool[target]
@@ -215,7 +207,7 @@ def _dialogue(rng: random.Random, world: World, pool: dict[str, Facts], p_new: f
     }
     truths = [target]
     if rng.random() < world.p_several_truths:
-        truths += [asin for asin in pool if asin != target and satisfies(pool[asin], truth)]
+        truths += [asin for asin in pool if asin != target and all(wishes_met(pool[asin], truth))]
     context, query = write_context(rng, truth)
     answer = rng.choice(words.ANSWERS).format(title=words.title(facts))
     row = {"context": context, "context_items": [], "gt": answer, "gt_items": truths}
@@ -257,17 +249,6 @@ def add_candidates(rng: random.Random, talks: list[Talk]) -> None:
 LINK = "https://example.com/"
 
 
-def _catalogue_entry(facts: Facts, images: list[str]) -> dict[str, Any]:
-    return {
-        "title": words.title(facts),
-        "categories": [DOMAINS[facts["domain"]], facts["kind"]],
-        "features": [facts["feature"]],
-        "description": [],
-        "images": [{"large": LINK + name} for name in images],
-        "image_descriptions_llava_cleaned": {},
-    }
-
-
 def _write_lines(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -283,14 +264,22 @@ def _fill(root: Path, world: World) -> None:
         folder = root / ("valid_images" if held_back else "train_images")
         folder.mkdir(exist_ok=True)
         for asin, facts in pool.items():
+            title = words.title(facts)
             for name in images[asin]:
                 if name not in missing:
                     _write_image(folder / name, facts, world, name in corrupt)
                 if held_back:
-                    row = {"title": words.title(facts), "image_name": name, "image": LINK + name}
+                    row = {"title": title, "image_name": name, "image": LINK + name}
                     stage1.append({**row, "image_description_llava_cleaned": ""})
             if not held_back:
-                catalogue[asin] = _catalogue_entry(facts, images[asin])
+                catalogue[asin] = {
+                    "title": title,
+                    "categories": [DOMAINS[facts["domain"]], facts["kind"]],
+                    "features": [facts["feature"]],
+                    "description": [],
+                    "images": [{"large": LINK + name} for name in images[asin]],
+                    "image_descriptions_llava_cleaned": {},
+                }
     write_json(root / "item2meta_train.json", catalogue)
     _write_lines(root / "item2meta_valid.jsonl", stage1)
     talks = {(d, s): make_dialogues(world, pools, d, s) for d in DOMAINS for s in SPLITS}
@@ -312,14 +301,6 @@ def world_key(world: World) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_facts(root: Path | str) -> dict[str, Any]:
-    """The truth behind a mini world (FACTS); UserError where `root` holds none."""
-    path = Path(root) / FACTS
-    if not path.is_file():
-        raise UserError(f"{path}: not found, so no finished mini world; make_world makes one")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def make_world(root: Path | str, world: World) -> Path:
     """Write the world to `root` unless it stands there; returns `root`. Replaces no other data."""
     root, key = Path(root), world_key(world)
@@ -335,8 +316,8 @@ def make_world(root: Path | str, world: World) -> Path:
         _fill(fresh, world)
         (fresh / KEY).write_text(key)
         if root.exists():
-            os.replace(root, old)
-        os.replace(fresh, root)
+            root.replace(old)
+        fresh.replace(root)
         shutil.rmtree(old, ignore_errors=True)
     return root
 
@@ -353,7 +334,7 @@ def oracles(root: Path | str) -> list[dict[str, Any]]:
     """Per domain, over test conversations: recall of both candidate lists, and the expected HR@1
     of chance, of a reader that knows all that was asked in words (`text`), and of one that also
     sees the looks (`vision`)."""
-    facts, rows = read_facts(root), []
+    facts, rows = json.loads((Path(root) / FACTS).read_text(encoding="utf-8")), []
     for domain in DOMAINS:
         dialogues = read_dialogues(root, domain, "test")
         shares = []  # of each dialogue
