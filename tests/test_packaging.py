@@ -17,7 +17,7 @@ SITTING = (
     "config data vision store prompts training distillation recommendation evaluation".split()
 )  # the method, read in one sitting
 # Lines that may not be passed. Aimed at: 1,900, 3,500, 8,500; what is above may only fall.
-SITTING_LINES, CORE_LINES, PACKAGE_LINES = 2258, 4730, 12351
+SITTING_LINES, CORE_LINES, PACKAGE_LINES = 2258, 4730, 12135
 CONTRACT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
     "importlinter"
 ]["contracts"][0]
@@ -104,6 +104,14 @@ def test_each_fault_of_the_lock_is_found(tmp_path):
     assert environment.check(tmp_path) == []
     text = lock.read_text(encoding="utf-8")
     assert "lavic" not in text and "+" not in text and "\ngradio==" not in text
+
+
+def test_every_file_that_the_code_reads_is_packed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["lavic_utils"]
+    packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    read = {path for path in PACKAGE.rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert len(read) > 15 and not read - packed
 
 
 @pytest.mark.parametrize(

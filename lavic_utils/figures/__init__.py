@@ -53,20 +53,15 @@ def save(fig, name: str, profile: Profile, provenance: Mapping, alt: str, title:
     Its `provenance` (with the evidence tier as "tier") and its alternative text, one sentence for
     who does not see it, are stored in the file.
     """
-    _put_title(fig, title)
+    lines = textwrap.fill(title, round(13.5 * fig.get_figwidth()))
+    fig.text(0.005, 1.01, lines, va="bottom", fontsize=10, weight="bold")
     path = figures_dir(profile) / f"{name}.png"
     save_figure(fig, path, provenance["tier"], {**provenance, "alt": alt, "title": title})
     return shown(fig, alt)
 
 
-def _put_title(fig, title: str) -> None:
-    lines = textwrap.fill(title, round(13.5 * fig.get_figwidth()))
-    fig.text(0.005, 1.01, lines, va="bottom", fontsize=10, weight="bold")
-
-
-def shown(fig, alt: str, title: str = "") -> Kept:
+def shown(fig, alt: str) -> Kept:
     """A figure for display alone."""
-    _put_title(fig, title)
     png = BytesIO()
     fig.savefig(png, format="png", dpi=110, bbox_inches="tight")
     plt.close(fig)
