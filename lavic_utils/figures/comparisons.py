@@ -51,8 +51,8 @@ def controls_figure(scores: pd.DataFrame, references: Mapping[str, Mapping[str, 
         for name, values in references.items():
             look = {"color": style.method_colour(name), "fontsize": 8}
             axis.axvline(values[domain], color=look["color"], ls="--", lw=1)
-            axis.text(values[domain], len(names) - 0.5, name.removeprefix("LaViC "), **look)
-        axis.set(title=domain, xlabel="HR@1", xlim=(0, 1))
+            axis.text(values[domain], len(names) - 0.35, name.removeprefix("LaViC "), **look)
+        axis.set(title=domain, xlabel="HR@1", xlim=(0, 1), ylim=(len(names) - 0.1, -0.6))
     fig.tight_layout()
     return fig
 
