@@ -42,7 +42,6 @@ from lavic_utils.config import (
     results_dir,
 )
 from lavic_utils.evaluation import Score, hits, score
-from lavic_utils.hub import HubModel
 from lavic_utils.provenance import (
     code_of,
     file_hash,
@@ -111,8 +110,7 @@ class Experiment:
         force: bool = False,
     ) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
-        hub = HubModel(self.profile.model, self.profile.revision, self.profile.download_gb)
-        if hub.stand_in(self.profile.model_path):
+        if vision.stand_in(self.profile):
             self.profile = self.profile.model_copy(update={"tier": "rehearsal"})
         self.seed = self.profile.seed if seed is None else seed
         for method in self.profile.arms:

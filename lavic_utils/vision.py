@@ -54,10 +54,20 @@ def dtype(profile: Profile) -> torch.dtype:
     return half() if profile.dtype == "half" else torch.float32
 
 
+def hub(profile: Profile) -> HubModel:
+    """The profile's model on the hub."""
+    return HubModel(profile.model, profile.revision, profile.download_gb)
+
+
 def source(profile: Profile) -> tuple[str, str | None]:
     """(folder or hub id, revision) of the profile's model; UserError where it cannot be had."""
     folder = profile.model_path if Path(profile.model_path).is_dir() else None
-    return HubModel(profile.model, profile.revision, profile.download_gb).source(folder)
+    return hub(profile).source(folder)
+
+
+def stand_in(profile: Profile) -> bool:
+    """Is what is here a narrow stand-in of the profile's model (`HubModel.stand_in`)?"""
+    return hub(profile).stand_in(profile.model_path)
 
 
 def load_processor(profile: Profile) -> llava_next.LlavaNextProcessor:

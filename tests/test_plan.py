@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -265,6 +266,22 @@ def test_a_stage_is_refused_before_anything_is_loaded(monkeypatch, stage, place,
     with pytest.raises(UserError) as said:
         plan.refuse_here(MINI, (stage,))
     assert re.fullmatch(one_line, str(said.value))
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_narrow_stand_in_is_not_judged_by_the_models_own_shapes(monkeypatch, here):
+    """Where a rehearsal has put it in the cache, it runs on any machine and card."""
+    monkeypatch.setattr("lavic_utils.hub.HubModel.stand_in", lambda *_: here)
+    has_memory(monkeypatch, 4)
+    with nullcontext() if here else pytest.raises(UserError, match="does not fit 4 GiB"):
+        plan.refuse_here(PAPER, memory.STAGES)
+    has_card(monkeypatch, 4)
+    monkeypatch.setattr(plan, "free", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**32, 2**32))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    with nullcontext() if here else pytest.raises(UserError, match="does not fit 4 GiB"):
+        plan.refuse_now(PAPER, "inference")
 
 
 def test_card_and_memory_are_judged_before_a_download_is_asked_for(monkeypatch, capsys):

@@ -18,7 +18,7 @@ from lavic_utils.bench.memory import RESERVE, count, memories, number_bytes, ske
 from lavic_utils.config import DOMAINS, Profile, UserError
 from lavic_utils.experiment import Experiment
 from lavic_utils.methods import ENTIRE, LONG
-from lavic_utils.vision import four_bits, free, source
+from lavic_utils.vision import four_bits, free, source, stand_in
 
 
 class Card(NamedTuple):
@@ -112,6 +112,8 @@ def refuse_here(profile: Profile, stages: Sequence[str]) -> None:
         four_bits(profile)
     if profile.model_path not in memory.CONFIGS:
         source(profile)  # its shapes stand in its files
+    if stand_in(profile):
+        return  # a tenth of the size or less: the model's own shapes say nothing of it
     main = Card("main memory; no card is here", round(virtual_memory().total / memory.GIB, 1), 0, 0)
     refuse(profile, present() or main, stages)
 
@@ -120,7 +122,7 @@ def refuse_now(profile: Profile, stage: str, tokens: Callable[[], int] | None = 
     """`refuse` for a stage that begins, by what of the card is free now: models that are still in
     use there, and other programs, count. `tokens`: counts the longest prompt to be answered."""
     card = present()
-    if card:
+    if card and not stand_in(profile):
         free()
         other, _ = torch.cuda.mem_get_info()
         left = other + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
