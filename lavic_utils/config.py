@@ -10,14 +10,7 @@ from string import Formatter
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PACKAGE = Path(__file__).resolve().parent
 # The checkout; for a package installed from a wheel the folder where it is run.
@@ -102,9 +95,7 @@ class Stage(Section):
     """What both stages set."""
 
     # settings of time and memory alone: changing one of them throws no result away
-    ONLY_SPEED: ClassVar = (
-        *("gradient_checkpointing", "eval_batch_size", "save_steps", "save_minutes"),
-    )
+    ONLY_SPEED: ClassVar = ("gradient_checkpointing", "eval_batch_size", "save_minutes")
 
     lora: Lora = Lora()
     learning_rate: float = Field(gt=0, le=10)
@@ -117,9 +108,8 @@ class Stage(Section):
     max_new_tokens: int = Field(ge=4)
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
-    # a checkpoint every so many steps or minutes, so that a kill loses no more; None: stage 1 has
-    # one an epoch, stage 2 begins an adapter again
-    save_steps: Count | None = None
+    # a checkpoint every so many minutes, so that a kill loses no more; None: stage 1 has one an
+    # epoch, stage 2 begins an adapter again
     save_minutes: float | None = Field(None, gt=0)
 
     def steps(self, rows: int) -> int:

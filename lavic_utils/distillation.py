@@ -69,9 +69,7 @@ class Pictures:
         self.processor, self.keep, self.memory = processor, keep, {}
 
     def __call__(self, path: Path) -> tuple[Tensor, Tensor]:
-        if path in self.memory:
-            return self.memory[path]
-        found = vision.pixels(self.processor, [open_image(path)])
+        found = self.memory.get(path) or vision.pixels(self.processor, [open_image(path)])
         if self.keep:
             self.memory[path] = found
         return found
@@ -213,7 +211,7 @@ def distil(
         dataloader_persistent_workers=settings.workers > 0,
     )
     trainer = training.StageTrainer(
-        settings,
+        settings.save_minutes,
         model=training.add_adapter(Student(model, how), settings.lora, target),
         processing_class=processor.tokenizer,
         train_dataset=list(train),
@@ -239,12 +237,13 @@ class _EachEpoch(TrainerCallback):
 def epoch_history(log: Sequence[dict]) -> list[dict]:
     """One record an epoch: mean training loss, validation loss and perplexity, and what `on_epoch`
     added."""
-    history, losses = [], []
+    history, losses, step = [], [], 0
     for entry in log:
-        if "loss" in entry:
-            losses.append(entry["loss"])
+        if "loss" in entry:  # the mean over the steps since the last
+            losses += [entry["loss"]] * (entry["step"] - step)
+            step = entry["step"]
         if "eval_loss" in entry:
-            train, valid = sum(losses) / max(1, len(losses)), entry["eval_loss"]
+            train, valid = sum(losses) / len(losses), entry["eval_loss"]
             record = {"epoch": round(entry["epoch"]), "train_loss": train, "valid_loss": valid}
             record["valid_perplexity"] = math.exp(valid)
             record |= {k: v for k, v in entry.items() if k.startswith("accuracy")}

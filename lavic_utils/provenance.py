@@ -236,10 +236,15 @@ def _temporary(path: Path) -> Iterator[Path]:
         temp.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Atomic write: the file appears whole, or not at all."""
+    with _temporary(Path(path)) as temp:
+        temp.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Atomic write of UTF-8 text with plain line feeds."""
-    with _temporary(Path(path)) as temp:
-        temp.write_bytes(text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, obj: Any) -> None:

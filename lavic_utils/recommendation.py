@@ -204,7 +204,7 @@ def fine_tune(
         train_sampling_strategy="group_by_length" if settings.batch_size > 1 else "random",
     )
     trainer = RecommendationTrainer(
-        settings,
+        settings.save_minutes,
         model=training.add_adapter(Recommender(model), settings.lora, LANGUAGE_LINEAR),
         processing_class=prompter.tokenizer,
         train_dataset=[prompter.row(example) for example in examples],

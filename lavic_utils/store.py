@@ -14,7 +14,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from lavic_utils import vision
 from lavic_utils.data import as_rgb, open_image
-from lavic_utils.provenance import file_hash, folder_hash, key, versions
+from lavic_utils.provenance import file_hash, folder_hash, key, versions, write_bytes
 
 log = logging.getLogger(__name__)
 GROUP, CHUNK = 64, 256  # images encoded at once, and in a file
@@ -115,10 +114,6 @@ def read_shards(folder: Path) -> Shards:
 
 
 def write_shard(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One chunk of named vectors: written beside, then renamed."""
+    """One chunk of named vectors."""
     content = save(dict(tensors))
-    path = folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    temp = folder / f".{path.name}.{os.getpid()}.tmp"
-    temp.write_bytes(content)
-    os.replace(temp, path)
+    write_bytes(folder / f"{hashlib.sha256(content).hexdigest()}.safetensors", content)

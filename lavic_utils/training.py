@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import time
-import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -204,16 +203,14 @@ def training_arguments(folder: Path, stage, seed: int, dtype, **more) -> Trainin
 
 class StageTrainer(Trainer):
     """transformers' Trainer, but a broken run stops, and a killed one goes on as if nothing had
-    been: it ends with the same adapter to the bit. `settings`: the stage's, of its checkpoints."""
+    been: it ends with the same adapter and log, to the bit. `save_minutes`: between checkpoints."""
 
-    def __init__(self, settings=None, **options) -> None:
+    def __init__(self, save_minutes: float | None = None, **options) -> None:
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
-        place = Path(self.args.output_dir).parent
-        for callback in (Finite(self.accelerator), Resumed(self), Progress(place)):
-            self.add_callback(callback)
-        if settings is not None:
-            self.add_callback(Saves(settings, self.accelerator))
+        self.add_callback(Finite(self.accelerator))
+        self.add_callback(Progress(Path(self.args.output_dir).parent))
+        self.add_callback(Saves(save_minutes, self.accelerator))
 
     def fit(self, folder: Path) -> None:
         """Train, from the newest whole checkpoint if there is one, and leave the adapter in
@@ -248,12 +245,6 @@ class StageTrainer(Trainer):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # so trainer_state.json, which comes next, is last
 
-    def _save_checkpoint(self, model, trial) -> None:
-        loss = self.accelerator.gather(self._tr_loss).mean().item()
-        kept = {"loss": loss, "since": self._globalstep_last_logged}
-        self.state.stateful_callbacks[Resumed.__name__] = kept
-        super()._save_checkpoint(model, trial)
-
 
 def remove_broken(folder: Path) -> None:
     """Remove the checkpoints that a kill left half-written: those without a whole
@@ -265,42 +256,31 @@ def remove_broken(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-class Resumed(TrainerCallback):
-    """What the Trainer forgets in a resumed run: the losses since the last log, whose mean the next
-    log shows, and where the best checkpoint is now (it keeps the path of the first run)."""
+class Saves(TrainerCallback):
+    """A checkpoint every so many `minutes` (None: none), but not at the end of an epoch, which
+    counts only once it is validated. It comes with a log, since the Trainer forgets in a resumed
+    run what losses it has not logged yet."""
 
-    def __init__(self, trainer: StageTrainer) -> None:
-        self.trainer = weakref.proxy(trainer)  # which holds this: no circle
+    def __init__(self, minutes: float | None, accelerator) -> None:
+        self.minutes, self.accelerator = minutes, accelerator
 
     def on_train_begin(self, args, state, control, **_):
-        if kept := state.stateful_callbacks.get(Resumed.__name__):
-            self.trainer._tr_loss += kept["loss"]
-            self.trainer._globalstep_last_logged = kept["since"]
-        if state.best_global_step:
+        self.last = time.monotonic()
+        if state.best_global_step:  # the Trainer keeps the path that the first run had
             state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.best_global_step}"
 
-
-class Saves(TrainerCallback):
-    """A checkpoint every `save_steps` steps and every `save_minutes` minutes of a stage; not at the
-    end of an epoch, which counts only once it is validated."""
-
-    def __init__(self, settings, accelerator) -> None:
-        self.steps, self.accelerator = settings.save_steps, accelerator
-        self.seconds = 60 * settings.save_minutes if settings.save_minutes else None
-
-    def on_train_begin(self, *_, **__):
+    def on_save(self, *_, **__):
         self.last = time.monotonic()
 
-    on_save = on_train_begin
-
     def on_step_end(self, args, state, control, **_):
-        due = bool(self.steps) and state.global_step % self.steps == 0
-        if self.seconds:  # all processes save together
-            late = time.monotonic() - self.last >= self.seconds
-            late = torch.tensor([late], device=self.accelerator.device)
-            due |= bool(self.accelerator.gather(late).any())
         epoch_ends = state.global_step % max(1, state.max_steps // state.num_train_epochs) == 0
-        control.should_save |= due and not epoch_ends
+        if self.minutes and control.should_log and not epoch_ends:
+            late = time.monotonic() - self.last >= 60 * self.minutes
+            late = torch.tensor([late], device=self.accelerator.device)
+            control.should_save |= bool(self.accelerator.gather(late).any())  # all save together
+
+    def on_epoch_end(self, args, state, control, **_):
+        control.should_log |= control.should_save
 
 
 class Pace:

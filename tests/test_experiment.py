@@ -131,7 +131,7 @@ def test_only_settings_that_can_change_a_result_are_in_its_key():
     profile = load_profile("mini")
     for stage_name, only_speed in (
         ("distillation", ("eval_batch_size", "teacher_batch_size", "keep_pixels", "workers")),
-        ("recommendation", ("eval_batch_size", "save_steps", "save_minutes")),
+        ("recommendation", ("eval_batch_size", "save_minutes")),
     ):
         settings = getattr(profile, stage_name)
         for name in only_speed:
@@ -398,7 +398,11 @@ def test_bad_profiles_are_one_clear_line(tmp_path):
         ("model: none", 'model: "a\\0b"', "field model"),
         ("learning_rate: 0.1", "learning_rate: .inf", "field distillation.learning_rate"),
         ("learning_rate: 0.1", "learning_rate: .nan", "field distillation.learning_rate"),
-        ("eval_batch_size: 1}", "eval_batch_size: 1, save_steps: 0}", "field recomm.*save_steps"),
+        (
+            "eval_batch_size: 1}",
+            "eval_batch_size: 1, save_minutes: 0}",
+            "field recomm.*save_minutes",
+        ),
         (
             "training_items_only: true",
             "training_items_only: true, images_per_item: -1",

@@ -39,15 +39,15 @@ SMALL = World(
 )
 STAGE1 = {
     "epochs": 2,
-    "batch_size": 8,
+    "batch_size": 3,
     "warmup_steps": 2,
-    "save_steps": 2,
-}  # 5 steps an epoch, a log every 10: one log spans both
+    "save_minutes": 1e-6,
+}  # 12 steps an epoch, a log every 10 and where one ends: 4 checkpoints
 STAGE2 = {
     "epochs": 2,
     "batch_size": 4,
     "warmup_steps": 2,
-    "save_steps": 3,
+    "save_minutes": 1e-6,
     "lora": {"r": 8, "alpha": 32, "dropout": 0.1},
 }
 FORK = multiprocessing.get_context(
@@ -175,20 +175,12 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(place, whole, what, 
 
 
 # ---------------------------------------------------------------- chosen moments, and controls
-def forget_losses(checkpoint: Path) -> None:
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    del state["stateful_callbacks"]["Resumed"]
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-
-
 def forget_random_state(checkpoint: Path) -> None:
     (checkpoint / "rng_state.pth").unlink()
 
 
-@pytest.mark.parametrize(
-    ("what", "spoil"), [("distil", forget_losses), ("tune", forget_random_state)]
-)
-def test_a_half_written_checkpoint_is_not_continued_from(place, whole, what, spoil, tmp_path):
+@pytest.mark.parametrize("what", ["distil", "tune"])
+def test_a_half_written_checkpoint_is_not_continued_from(place, whole, what, tmp_path):
     wanted, killed = outcome(whole[0]), copy_of(whole[0], what, tmp_path / "killed")
     process = start(what, place, killed, 2)
     process.join()
@@ -208,11 +200,8 @@ def test_a_half_written_checkpoint_is_not_continued_from(place, whole, what, spo
     assert same(resumed("again"), wanted)
     folder = str(next(p.parent for p in killed.rglob("checkpoints")).relative_to(killed))
     adapter, log = f"{folder}/adapter/adapter_model.safetensors", f"{folder}/result.json"
-    control = resumed("spoiled", spoil)
-    assert (control[adapter] != wanted[adapter], control[log] != wanted[log]) == (
-        spoil is forget_random_state,
-        True,
-    )
+    control = resumed("spoiled", forget_random_state)
+    assert control[adapter] != wanted[adapter] and control[log] != wanted[log]
 
 
 def test_checkpoints_of_another_key_or_number_of_processes_are_moved_aside(

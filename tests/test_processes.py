@@ -55,7 +55,7 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
         "epochs": 2,
         "batch_size": batch,
         "warmup_steps": 2,
-        "save_steps": 3,
+        "save_minutes": 1e-6,
     }
     pictures, fit, rank = (
         experiment.Experiment.pictures,

@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.utils import save_and_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lavic_utils import distillation as dist
 from lavic_utils import provenance, training, vision
@@ -326,29 +326,62 @@ def test_worker_processes_change_no_loss(processor, tmp_path):
     assert len(alone) == 2 and losses(2) == alone and alone[0] != alone[1]
 
 
-def test_checkpoints_come_by_steps_and_by_minutes_but_not_where_an_epoch_ends(monkeypatch):
-    def saved(**settings) -> list[int]:
-        given = {"save_steps": None, "save_minutes": None} | settings
-        saves = training.Saves(
-            SimpleNamespace(**given),
-            SimpleNamespace(gather=lambda flag: flag, device="cpu"),
-        )
-        now, steps = [0.0], []
+def test_checkpoints_come_by_minutes_with_a_log_but_not_where_an_epoch_ends(monkeypatch):
+    def saved(minutes: float | None, logging_steps: int = 1) -> list[int]:
+        one = SimpleNamespace(gather=lambda flag: flag, device="cpu")
+        saves, now, steps = training.Saves(minutes, one), [0.0], []
         monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
-        saves.on_train_begin()
+        saves.on_train_begin(None, TrainerState(), None)
         for step in range(1, 21):  # half a minute each; 10 an epoch
             now[0] += 30
             state = TrainerState(global_step=step, max_steps=20, num_train_epochs=2)
-            control = TrainerControl()
+            control = TrainerControl(should_log=step % logging_steps == 0)
             saves.on_step_end(None, state, control)
             if control.should_save:
                 steps.append(step)
                 saves.on_save()
         return steps
 
-    assert saved(save_steps=5) == [5, 15] and saved() == []
-    assert saved(save_minutes=2) == [4, 8, 12, 16]
-    assert saved(save_steps=7, save_minutes=3) == [6, 7, 13, 14]
+    assert saved(None) == [] and saved(2) == [4, 8, 12, 16]
+    assert saved(2, logging_steps=3) == [6, 12, 18] and saved(5) == [11]
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_stopped_run_ends_with_the_log_and_adapter_of_a_whole_one(
+    processor, tmp_path, monkeypatch, logged
+):
+    """Four steps an epoch, a log every three: one of them would span the checkpoint at step 4."""
+    if not logged:  # negative control
+        monkeypatch.setattr(training.Saves, "on_epoch_end", lambda *_, **__: None)
+
+    def fit(folder, *callbacks) -> list[float]:
+        folder.mkdir(exist_ok=True)
+        options = student(processor, folder, 1, 1)[1]
+        args = options["args"]
+        args.num_train_epochs, args.logging_steps, args.save_strategy = 2, 3, "epoch"
+        trainer = training.StageTrainer(1e-6, callbacks=list(callbacks), **options)
+        trainer.fit(folder / "adapter")
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "stopped", Stop())
+    assert {p.name for p in tmp_path.glob("stopped/1/*")} == {"checkpoint-3", "checkpoint-4"}
+    assert (fit(tmp_path / "stopped") == whole) is logged
+    one, other = (load_file(p) for p in sorted(tmp_path.glob("*/adapter/*.safetensors")))
+    assert one and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_epochs_training_loss_is_the_mean_over_its_steps():
+    log = [{"step": 2, "loss": 1.0}, {"step": 3, "loss": 4.0}, {"epoch": 1.0, "eval_loss": 0.0}]
+    log += [{"step": 6, "loss": 3.0}, {"epoch": 2.0, "eval_loss": 0.0}]
+    assert [row["train_loss"] for row in dist.epoch_history(log)] == [2.0, 3.0]
 
 
 def test_how_far_a_stage_is_stands_in_the_log_and_nowhere_else(
