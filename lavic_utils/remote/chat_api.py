@@ -345,13 +345,14 @@ def _ask_new(
         index, tokens = todo[key]
         try:
             reply = endpoint.ask(requests[index](), tokens)
-        except BaseException as error:
+            with endpoint.lock:
+                if reply.text:
+                    row = key, reply.text, reply.input_tokens, reply.output_tokens, reply.usd, 0.0
+                    base.execute(INSERT, row)
+        except BaseException as error:  # of a full disk, too: nothing more is asked and paid
             endpoint.stopped = error
             raise
         with endpoint.lock:
-            if reply.text:
-                row = key, reply.text, reply.input_tokens, reply.output_tokens, reply.usd, 0.0
-                base.execute(INSERT, row)
             found[key] = reply
             fruitless = 0 if reply.text or reply.refused else fruitless + 1
 
