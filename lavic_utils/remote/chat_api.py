@@ -349,12 +349,11 @@ def _ask_new(
                 if reply.text:
                     row = key, reply.text, reply.input_tokens, reply.output_tokens, reply.usd, 0.0
                     base.execute(INSERT, row)
+                found[key] = reply
+                fruitless = 0 if reply.text or reply.refused else fruitless + 1
         except BaseException as error:  # of a full disk, too: nothing more is asked and paid
             endpoint.stopped = error
             raise
-        with endpoint.lock:
-            found[key] = reply
-            fruitless = 0 if reply.text or reply.refused else fruitless + 1
 
     first, *others = todo
     work(first)  # alone: a wrong key, name or price shows before others are under way
