@@ -14,9 +14,9 @@ request of your own: `recommend(dialogue, candidates)`.
 
 The package reads from top to bottom, each file importing only files before it: config, provenance,
 hub, data, vision, store, prompts, training, distillation, recommendation, evaluation, retrieval,
-ranking, methods, experiment, report. Rooms beside it hold what is not the method: mini (a rendered
-world and its model), audit (files, answers, published figures), remote (what comes over a network),
-bench (measuring), figures (plots), demo (a page), repro (to run it all again).
+ranking, methods, keeping, experiment, report. Rooms beside it hold what is not the method: mini (a
+rendered world and its model), audit (files, answers, published figures), remote (what comes over a
+network), bench (measuring), figures (plots), demo (a page), repro (to run it all again).
 """
 
 import importlib

@@ -1,26 +1,19 @@
-"""One profile with one seed: what it reads, and the result of each stage, made once and kept.
+"""One profile with one seed: what it reads, and its stages, each made once and kept.
 
-A stage is known by what it reads: its own settings, the content of its inputs, the hash of what the
-stage before it left. Its code, the library versions and the seconds it took stand beside the result
-(`stage` says what follows from a change of those). Nothing is ever deleted: a result that is made
-again moves the old one aside, and checkpoints stay until their stage is done.
-
-Of several processes (`accelerate launch`) all train; the first alone does the rest and writes.
+A stage is known by what it reads (`keeping`): its own settings, the content of its inputs, the hash
+of what the stage before it left. Of several processes (`accelerate launch`) all train; the first
+alone does the rest and writes.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import os
 import random
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavic_utils import config, data, distillation, methods, recommendation, store, training, vision
+from lavic_utils import data, distillation, methods, recommendation, store, training, vision
 from lavic_utils.config import (
     DOMAINS,
     Profile,
@@ -40,42 +33,23 @@ from lavic_utils.config import (
     load_profile,
     real_data_dir,
     results_dir,
+    show_progress,
 )
 from lavic_utils.evaluation import Score, hits, score
-from lavic_utils.provenance import (
-    code_of,
-    file_hash,
-    folder_hash,
-    kept,
-    key,
-    locked,
-    provenance,
-    versions,
-    world_dir,
-    write_card,
-    write_kept,
-)
+from lavic_utils.keeping import RESULT, Images, made_once
+from lavic_utils.provenance import file_hash, folder_hash, kept, key, locked, provenance, world_dir
 from lavic_utils.retrieval import candidate_lists
 
 if TYPE_CHECKING:
     from lavic_utils.remote.chat_api import Settings
 
-QUICK = 600  # seconds: a stage that took less is made again when its code has changed
-SCANNED = 1000  # image files looked at before that is kept
-BEGUN = "begun.json"  # in the folder of a stage under way: whose checkpoints stand there
-
 
 def once(method: Callable) -> Callable:
-    """A method whose answer an Experiment keeps while it lives: what a stage reads is hashed once,
-    not at every mention of its result."""
-
-    signature = inspect.signature(method)
+    """An Experiment keeps the method's answer: what a stage reads is hashed once, not each time."""
 
     @functools.wraps(method)
     def remembered(self, *args, **how):
-        given = signature.bind(self, *args, **how)
-        given.apply_defaults()
-        place = (method.__name__, *given.args[1:])
+        place = (method.__name__, args, tuple(how.items()))
         if place not in self._remembered:
             self._remembered[place] = method(self, *args, **how)
         return self._remembered[place]
@@ -115,20 +89,16 @@ class Experiment:
         self.seed = self.profile.seed if seed is None else seed
         for method in self.profile.arms:
             if (known := methods.find(method).name) != method:
-                raise UserError(
-                    f"profile {self.profile.name}, arms: write {known!r}, not {method!r}"
-                )
+                where = f"profile {self.profile.name}, arms"
+                raise UserError(f"{where}: write {known!r}, not {method!r}")
         self.data_folder, self.api, self.force = data_folder, api, force
         self.lists = methods.find(lists) if lists else None
         if self.lists and self.lists.chooses:
             why = "ranks no catalogue, so it makes no candidate lists; use a retrieval method"
             raise UserError(f"{self.lists.name} {why}")
         self.rank, self.processes = _process()
-        self._dialogues: dict[tuple[str, str, bool], list[data.Dialogue]] = {}
         self._remembered: dict[tuple, Any] = {}
-        self._made: set[Path] = set()  # the stages that `force` has made again already
         self._files: dict[Path, Mapping] = {}  # folder of a stage -> hashes of what it left there
-        self._scanned: dict[str, list] = {}
 
     def prepare(self) -> Experiment:
         """Render the mini world if it is not there, seed torch, and choose this process's card."""
@@ -142,7 +112,7 @@ class Experiment:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.manual_seed(self.seed)
         if not self.profile.world:
-            config.show_progress()  # of a 7B model's hours, in a notebook too
+            show_progress()  # of a 7B model's hours, in a notebook too
         return self
 
     def of_seed(self, seed: int) -> Experiment:
@@ -159,8 +129,8 @@ class Experiment:
         if not self.profile.world:
             if found := real_data_dir():
                 return found
-            name = self.profile.name
-            raise UserError(f"profile {name} needs the published data: set LAVIC_DATA to it")
+            needs = f"profile {self.profile.name} needs the published data"
+            raise UserError(f"{needs}: set LAVIC_DATA to it")
         place = world_dir(self.profile, self.seed)
         if not place.is_dir():
             todo = "call prepare(), or run `python -m lavic_utils world`"
@@ -193,11 +163,11 @@ class Experiment:
 
     @cached_property
     def data_hash(self) -> str:
-        """Of the data's texts, and of the pictures that they list."""
+        """Of the data's texts, and of the pictures that they list and that can be read."""
         listed = [(a, k) for a, item in self.catalogue.items() for k in range(len(item.images))]
         if (self.root / "item2meta_valid.jsonl").is_file():
             listed += [(row.asin, row.k) for row in data.read_stage1_valid(self.root)]
-        pictures = self.scan([data.image_file(self.root, *one) for one in listed], decode=False)
+        pictures = self.scan([data.image_file(self.root, *one) for one in listed])
         found = sorted((path.name, content) for path, content in pictures.items() if content)
         return key(texts=data.data_hash(self.root), pictures=found)
 
@@ -212,8 +182,7 @@ class Experiment:
     @cached_property
     def kinds(self) -> dict[str, str]:
         """Item -> its kind of product, the last of its categories ("" where it has none)."""
-        found = self.catalogue.values()
-        return {item.asin: item.categories[-1] if item.categories else "" for item in found}
+        return {asin: (item.categories or ("",))[-1] for asin, item in self.catalogue.items()}
 
     @cached_property
     def facts(self) -> dict:
@@ -223,49 +192,49 @@ class Experiment:
             return {"items": {}, "dialogues": {}}
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def dialogues(
-        self, domain: str, split: str, order: int = 0, as_read: bool = False
-    ) -> list[data.Dialogue]:
-        """A split's dialogues. Candidates stand as in the file (`as_read`, or without `lists`), for
-        `order` 1, 2, ... in the order of a seeded shuffle."""
-        which, listed = self.profile.candidates, self.lists is not None and not as_read
-        if (domain, split, listed) not in self._dialogues:
-            found = data.read_dialogues(self.root, domain, split)
-            if listed:
-                ranked = self.lists.order(self, domain, found)
-                tens = candidate_lists(ranked, self.domain_catalogue(domain)[0], seed=self.seed)
-                for i, ten in enumerate(tens):
-                    found[i] = found[i].model_copy(update={which: tuple(ten)})
-            self._dialogues[domain, split, listed] = found
-        found = self._dialogues[domain, split, listed]
+    def dialogues(self, domain: str, split: str, order: int = 0) -> list[data.Dialogue]:
+        """A split's dialogues; `order` 1, 2, ...: with candidates in the order of a shuffle."""
+        found = self._read(domain, split, self.lists is not None)
         if not order:
             return found
-        shuffled = []
+        which, shuffled = self.profile.candidates, []
         for dialogue in found:
             names = list(getattr(dialogue, which))
             random.Random(f"order-{order}/{domain}/{split}/{dialogue.line}").shuffle(names)
             shuffled.append(dialogue.model_copy(update={which: tuple(names)}))
         return shuffled
 
-    def _ids(self, domains: Iterable[str], split: str, as_read: bool = False) -> set[str]:
-        """Ids that the lists or truths of these domains' dialogues name."""
+    @once
+    def _read(self, domain: str, split: str, listed: bool) -> list[data.Dialogue]:
+        """A split's dialogues as in the file; `listed`: with the first ten of `lists`."""
+        found = data.read_dialogues(self.root, domain, split)
+        if listed:
+            ranked = self.lists.order(self, domain, found)
+            tens = candidate_lists(ranked, self.domain_catalogue(domain)[0], seed=self.seed)
+            for i, ten in enumerate(tens):
+                found[i] = found[i].model_copy(update={self.profile.candidates: tuple(ten)})
+        return found
+
+    def _ids(self, domains: Iterable[str], split: str, listed: bool) -> set[str]:
+        """Ids that the lists or truths of these domains' dialogues (of `_read`) name."""
         found: set[str] = set()
         for domain in domains:
             if data.dialogue_file(self.root, domain, split).is_file():
-                for dialogue in self.dialogues(domain, split, as_read=as_read):
+                for dialogue in self._read(domain, split, listed):
                     found.update(getattr(dialogue, self.profile.candidates), dialogue.gt_items)
         return found
 
     @cached_property
     def items(self) -> dict[str, list[str]]:
         """Ids that occur in the lists or truths of any domain's dialogues, by split (sorted)."""
-        return {split: sorted(self._ids(DOMAINS, split)) for split in data.SPLITS}
+        listed = self.lists is not None
+        return {split: sorted(self._ids(DOMAINS, split, listed)) for split in data.SPLITS}
 
     def domain_catalogue(self, domain: str) -> tuple[list[str], list[str]]:
         """(ids, titles) of a domain's items: those that any of its dialogues lists or wants."""
         asins: set[str] = set()
         for split in data.SPLITS:
-            asins |= self._ids([domain], split, as_read=True)
+            asins |= self._ids([domain], split, listed=False)
         return sorted(asins), [self.titles[asin] for asin in sorted(asins)]
 
     def need_training_data(self) -> None:
@@ -302,46 +271,19 @@ class Experiment:
         self,
         name: str,
         folder: Path,
-        code: str,
+        module: str,
         reads: Mapping,
         make: Callable[[], dict],
         together: bool = False,
     ) -> dict:
-        """The result of `make`, kept as `folder/result.json` under a key of what the stage `reads`.
-
-        Where the code of the module `code` (or a library's version) has changed since, what took
-        less than QUICK seconds is made again, so that an edit is seen; what took longer is kept and
-        one line says what changed. Of several processes the first makes it, or (`together`) all of
-        them do, and the first one's result is everybody's.
-        """
-        path, wanted = folder / "result.json", key(stage=name, **reads)
-        made_by = {"code": code_of(code), "versions": versions()}
-        force = self.force and path not in self._made
-        found = None if force else _kept(path, wanted, made_by)
-        if found is None:
-            with locked(folder) if self.rank == 0 else nullcontext():
-                if self.processes == 1 and not force:  # another process may have made it meanwhile
-                    found = _kept(path, wanted, made_by)
-                if found is None:
-                    begun = {"key": wanted, "processes": self.processes, "made_by": made_by}
-                    self._make(folder, begun, make, together)
-            self._made.add(path)
-        while (found := found or _kept(path, wanted, made_by)) is None:
-            time.sleep(0.2)  # no barrier: describing images may take longer than one waits
+        """The result of `make`, which runs code of `module`, kept in `folder` under a key of what
+        the stage `reads`; `together`: all processes make it."""
+        force = self.force and folder not in self._files  # once
+        process = self.rank, self.processes
+        wanted = key(stage=name, **reads)
+        found = made_once(folder, wanted, module, make, self.stamp, process, force, together)
         self._files[folder] = found["files"]
         return found["result"]
-
-    def _make(self, folder: Path, begun: dict, make: Callable[[], dict], together: bool) -> None:
-        started = _begin(folder, begun) if self.rank == 0 else 0.0
-        result = make() if together or self.rank == 0 else {}
-        if self.rank == 0:
-            files = {f"adapter/{name}": sha for name, sha in folder_hash(folder / "adapter")}
-            about = {"seconds": round(time.time() - started, 1), "made_by": begun["made_by"]}
-            about |= {"provenance": self.stamp(), "files": files}
-            write_kept(folder / "result.json", {"key": begun["key"], **about, "result": result})
-            write_card(folder)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            (folder / BEGUN).unlink(missing_ok=True)
 
     def adapter(self, folder: Path) -> Path:
         """The adapter that a stage left; UserError where another process has replaced it since."""
@@ -351,41 +293,10 @@ class Experiment:
                 raise UserError(f"{folder}: {why}; run the same command again")
         return folder / "adapter"
 
-    def scan(self, paths: Iterable[Path], decode: bool = True) -> dict[Path, str | None]:
-        """sha256 of image files; None for one that is missing, or (`decode`) that `open_image` does
-        not take. Kept in `images.json`: a file is looked at again only where its size or time has
-        changed, or the code that opens it."""
-        file, known, found, new = self.of_data / "images.json", self._scanned, {}, []
-        code, nothing = code_of("data"), [None, None, None]  # mark, sha256, can be decoded
-        if not known and (old := kept(file)) and old["code"] == code:
-            known.update(old["images"])
-
-        def look(path: Path) -> tuple[str | None, bool | None]:
-            return file_hash(path), data.open_image(path) is not None if decode else None
-
-        for path in paths:
-            found[path] = None
-            if path.is_file():
-                name, about = f"{path.parent.name}/{path.name}", path.stat()
-                found[path] = name, [about.st_size, about.st_mtime_ns]
-                mark, _, readable = known.get(name, nothing)
-                if mark != found[path][1] or decode and readable is None:
-                    new.append(path)
-        pace = training.Pace("images looked at", len(new))
-        for i in range(0, len(new), SCANNED):
-            some = new[i : i + SCANNED]
-            with ThreadPoolExecutor() as pool:
-                seen = list(pool.map(look, some))
-            for path, image in zip(some, seen, strict=True):
-                name, mark = found[path]
-                known[name] = [mark, *image]
-            if self.rank == 0:
-                write_kept(file, {"code": code, "images": known})
-            pace.at(i + len(some))
-        images = {path: known[about[0]] if about else nothing for path, about in found.items()}
-        return {
-            p: sha if readable or not decode else None for p, (_, sha, readable) in images.items()
-        }
+    @cached_property
+    def scan(self) -> Callable[[Iterable[Path]], dict[Path, str | None]]:
+        """`keeping.Images.hashes`: image files -> sha256, None for what cannot be read."""
+        return Images(self.of_data / "images.json").hashes
 
     def readable(self, paths: Mapping[str, Path]) -> dict[str, Path]:
         """Those of the image files (item id -> file) that can be decoded."""
@@ -402,15 +313,13 @@ class Experiment:
         else:
             chosen = self.items["train"] if settings.training_items_only else sorted(self.titles)
             for asin in chosen:
-                count = len(self.catalogue[asin].images)
-                rows += [(asin, k, self.titles[asin]) for k in range(count)]
+                for k in range(len(self.catalogue[asin].images)):
+                    rows.append((asin, k, self.titles[asin]))
         for asin, k, title in rows:
-            path = data.image_file(self.root, asin, k)
-            if settings.images_per_item is not None and k >= settings.images_per_item:
-                continue
-            if settings.descriptions == "published" and not self.published.get(path.name):
-                continue
-            found.append(distillation.Picture(asin, title, path))
+            path, most = data.image_file(self.root, asin, k), settings.images_per_item
+            described = settings.descriptions == "write" or self.published.get(path.name)
+            if described and (most is None or k < most):
+                found.append(distillation.Picture(asin, title, path))
         readable = self.scan([picture.path for picture in found])
         return [picture for picture in found if readable[picture.path]]
 
@@ -432,7 +341,6 @@ class Experiment:
         settings, splits = self.profile.distillation, ("train", "valid")
         if settings.descriptions == "published":
             return {s: [self.published[p.path.name] for p in self.pictures(s)] for s in splits}
-
         folder = self.of_data / "teacher"
 
         def make() -> dict:
@@ -483,9 +391,8 @@ class Experiment:
         """Stage 1. Returns its history by epoch and, on the mini world, attribute accuracies on
         unseen items; the student's adapter stays in `seed<seed>/stage1/adapter`. `kind`: another
         one of `vision.TOKENS` than the paper's, of one token a tile."""
-        plain, how = kind == "cls", vision.TOKENS[kind]
-        folder = self.folder / ("stage1" if plain else f"stage1_{kind}")
-        name, mini = "[CLS]" if plain else kind, bool(self.facts["items"])
+        how, folder = vision.TOKENS[kind], self.student_folder(kind)
+        name, mini = "[CLS]" if kind == "cls" else kind, bool(self.facts["items"])
         train, valid = self.taught("train"), self.taught("valid")
 
         def measure(model) -> dict[str, float]:
@@ -512,9 +419,12 @@ class Experiment:
             "settings": self.profile.distillation.deciding(),
             "seed": self.seed,
             "pictures": [self.contents(train), self.contents(valid)],
-            **({} if plain else {"kind": kind}),
+            **({} if kind == "cls" else {"kind": kind}),
         }
         return self.stage("distil", folder, "distillation", reads, make, together=True)
+
+    def student_folder(self, kind: str = "cls") -> Path:
+        return self.folder / ("stage1" if kind == "cls" else f"stage1_{kind}")
 
     # ------------------------------------------------------------ visual tokens
     def image_files(self, splits: Sequence[str]) -> dict[str, Path]:
@@ -526,8 +436,7 @@ class Experiment:
         if not tokens.startswith("distilled"):
             return None
         self.distil(kind_of(tokens))
-        name = "stage1" if kind_of(tokens) == "cls" else f"stage1_{kind_of(tokens)}"
-        return self.adapter(self.folder / name)
+        return self.adapter(self.student_folder(kind_of(tokens)))
 
     def visual(
         self,
@@ -537,10 +446,9 @@ class Experiment:
     ) -> Mapping[str, Tensor] | None:
         """Visual tokens of every dialogue item with a readable first image: "distilled" or "base"
         [CLS], "full" (None: none), or another of `vision.TOKENS`, as it comes or "distilled" (as in
-        "distilled mean"). Each image is encoded once and its vectors read from a
-        `store.Store`, which other seeds share where the key is the same; but a 7B model's full
-        tokens, 47 MB an item, are encoded when they are asked for, by what `model` then returns
-        (a model at hand; stage 2 leaves its vision side as it is)."""
+        "distilled mean"). They are read from a `store.Store`, where each image is encoded once; but
+        a 7B model's full tokens, 47 MB an item, are encoded when they are asked for, by what
+        `model` then returns (a model at hand; stage 2 leaves its vision side as it is)."""
         if tokens is None:
             return None
         paths = self.image_files(splits)
@@ -562,12 +470,10 @@ class Experiment:
         """What `visual` reads, for the key of a stage that uses it."""
         if tokens is None:
             return {"tokens": None}
-        files = self.image_files((split,))
+        files, adapter = self.image_files((split,)), self.student(tokens)
         scanned = self.scan(files.values())
-        images = {asin: scanned[path] for asin, path in files.items()}
-        adapter = self.student(tokens)
-        about = {"tokens": tokens, "images": key(images=images)}
-        return {**about, "adapter": adapter and folder_hash(adapter)}
+        images = key(images={asin: scanned[path] for asin, path in files.items()})
+        return {"tokens": tokens, "images": images, "adapter": adapter and folder_hash(adapter)}
 
     # ------------------------------------------------------------ stage 2 and inference
     def prompter(
@@ -576,8 +482,8 @@ class Experiment:
         window: int | None = None,
         profile: Profile | None = None,
     ) -> recommendation.Prompter:
-        about = self.processor.tokenizer, profile or self.profile, self.titles
-        return recommendation.Prompter(*about, visual, window)
+        tokenizer, profile = self.processor.tokenizer, profile or self.profile
+        return recommendation.Prompter(tokenizer, profile, self.titles, visual, window)
 
     def need_room(self, stage: str, tokens: Callable[[], int] | None = None) -> None:
         """UserError where a stage of `bench.memory`, about to begin, does not fit what is free on
@@ -588,9 +494,9 @@ class Experiment:
 
     def asked(self, dialogues: Sequence[data.Dialogue], method: str) -> dict:
         """What of dialogues, their candidates and a method's settings decides what it is asked."""
-        which, rows = self.profile.candidates, []
+        rows = []
         for d in dialogues:
-            names = getattr(d, which)
+            names = getattr(d, self.profile.candidates)
             rows.append([d.line, d.context, names, [self.titles[a] for a in names]])
         return {
             "dialogues": key(rows=rows),
@@ -600,10 +506,9 @@ class Experiment:
 
     @once
     def tune(self, method: str, domain: str) -> dict:
-        """Stage 2 of one trained method and domain: its loss log, its numbers of examples and
-        steps, what prompts that were too long lost (`cut`), the items without a readable image
-        (`images`), and on the mini world LaViC's HR@1 on validation on the way (`curve`);
-        the adapter stays in `seed<seed>/stage2/<method>/<domain>/adapter`."""
+        """Stage 2 of one trained method and domain, its adapter in `tuned_folder`. Returns its loss
+        log, how many examples and steps, what too long prompts lost (`cut`), items without a
+        readable image (`images`), and on the mini world LaViC's HR@1 on the way (`curve`)."""
         variant, folder = methods.find(method), self.tuned_folder(method, domain)
         profile = self.profile.arm(variant.name)
         dialogues = self.dialogues(domain, "train")
@@ -668,10 +573,10 @@ class Experiment:
         order: int = 0,
         limit: int | None = None,
     ) -> dict:
-        """A method's answers to a split, kept: `rows`, one record a dialogue (the fields of
-        `recommendation.Answer`, and its `line`), and `cost`. `control` changes the visual tokens at
-        inference (a negative control, called `name`), `order` shuffles the candidates. `limit`:
-        the first so many dialogues, not kept (of several processes, the first alone knows them)."""
+        """A method's answers to a split, kept: `rows`, one a dialogue (a `recommendation.Answer`'s
+        fields and the `line`), and `cost`. `control` changes the visual tokens (a negative control,
+        called `name`), `order` shuffles the candidates. `limit`: the first so many dialogues, not
+        kept (of several processes, the first alone knows them)."""
         chosen = methods.find(method)
         part = f"{domain}_{split}" + (f"_order{order}" if order else "")
         folder = self.folder / "answers" / methods.slug(chosen.name + name) / part
@@ -730,10 +635,10 @@ class Experiment:
         rows = self.answers(method, domain, split) if rows is None else rows
         dialogues, targets = self.dialogues(domain, split), self.targets(domain, split)
         triples = list(zip(rows, dialogues, targets, strict=True))
-        kept = [triple for i, triple in enumerate(triples) if keep(i)]
-        lists = [row["candidates"] for row, *_ in kept] if methods.find(method).chooses else None
-        named, truths = [row[reading] for row, *_ in kept], [d.gt_items for _, d, _ in kept]
-        return score(named, truths, lists, [target for *_, target in kept])
+        chosen = [triple for i, triple in enumerate(triples) if keep(i)]
+        lists = [row["candidates"] for row, *_ in chosen] if methods.find(method).chooses else None
+        named, truths = [row[reading] for row, *_ in chosen], [d.gt_items for _, d, _ in chosen]
+        return score(named, truths, lists, [target for *_, target in chosen])
 
 
 def kind_of(tokens: str) -> str:
@@ -741,7 +646,7 @@ def kind_of(tokens: str) -> str:
     return {"distilled": "cls", "base": "cls"}.get(tokens) or tokens.removeprefix("distilled ")
 
 
-# ------------------------------------------------------------ keeping results: the files
+# ------------------------------------------------------------ processes, and what an answer costs
 def _process() -> tuple[int, int]:
     """(this process's rank, number of processes), as `accelerate launch` sets them."""
     rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
@@ -749,46 +654,6 @@ def _process() -> tuple[int, int]:
         why = f"RANK={rank!r} and WORLD_SIZE={count!r} are of no `accelerate launch`"
         raise UserError(f"{why}; unset both, or start with it")
     return int(rank), int(count)
-
-
-def _kept(path: Path, wanted: str, made_by: Mapping) -> dict | None:
-    """A stage's file, if it is of this key and need not be made again for a change of code."""
-    found = kept(path)
-    if found is None or found["key"] != wanted:
-        return None
-    if found["made_by"] == made_by:
-        return found
-    if found["seconds"] < QUICK:
-        return None
-    changed = []
-    for kind in ("code", "versions"):
-        old, new = found["made_by"][kind], made_by[kind]
-        changed += sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    hours, what = found["seconds"] / 3600, ", ".join(changed)
-    why = f"though {what} changed since; `run --force` makes it again"
-    print(f"{path.parent.name}: kept ({hours:.1f} h of work), {why}")
-    return found
-
-
-def _begin(folder: Path, begun: Mapping) -> float:
-    """Before a stage is made: what stands in its folder goes on if it is the same stage under way,
-    and is moved aside, never deleted, if it is anything else. Returns when the stage was begun."""
-    place = folder / BEGUN
-    if found := kept(place):
-        made = [folder, *folder.glob("checkpoints"), *folder.glob("checkpoints/*")]
-        last = max(one.stat().st_mtime for one in made)
-        costly = last - found["started"] >= QUICK
-        asks = ("key", "processes") if costly else begun  # long work is kept though code changed
-        if all(found[name] == begun[name] for name in asks):
-            return found["started"]
-    if folder.is_dir() and any(folder.iterdir()):
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.replaced-{number}")).exists():
-            number += 1
-        folder.rename(aside)
-    started = time.time()
-    write_kept(place, {**begun, "started": started})
-    return started
 
 
 def cost(answers: Sequence[recommendation.Answer], seconds: float) -> dict[str, float]:
@@ -833,8 +698,8 @@ def recommend(
     [(id, probability)], likeliest first.
 
     `dialogue`: what the seeker says, or [(speaker, text)], a speaker "seeker" or "helper";
-    `candidates`: [(id, title, image)], one or more, an image a file, a PIL image, or None.
-    UserError where these are something else, or (but for the mini world) nothing is trained yet.
+    `candidates`: [(id, title, image)], an image a file, a PIL image, or None. UserError where these
+    are something else, or (but for the mini world) nothing is trained yet.
     """
     ids = [asin for asin, _, _ in candidates]
     if not ids or len(set(ids)) < len(ids):
@@ -874,10 +739,10 @@ def _trained(profile: str, domain: str):
     tuned = run.tuned_folder("LaViC", domain)
     if run.profile.world:
         run.prepare().tune("LaViC", domain)
-    elif not all(kept(place / "result.json") for place in (run.folder / "stage1", tuned)):
+    elif not all(kept(place / RESULT) for place in (run.student_folder(), tuned)):
         todo = f"python -m lavic_utils run LaViC --domain {domain} --profile {profile}"
         raise UserError(f"LaViC is not trained for {domain} here: {todo}")
-    model = training.load_adapter(run.model(), run.folder / "stage1" / "adapter")
+    model = training.load_adapter(run.model(), run.student_folder() / "adapter")
     model.load_adapter(str(tuned / "adapter"), adapter_name="recommendation")
     model.base_model.set_adapter(["default", "recommendation"])
     return run, model.eval().requires_grad_(False)

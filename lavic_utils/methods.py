@@ -318,12 +318,8 @@ VICUNA_7B = HubModel(
 LLAVA_15 = HubModel("llava-hf/llava-1.5-7b-hf", "b234b804b114d9e37bb655e11cbbb5f5e971b7a9", 14.1)
 
 
-def _registry(*methods: Method) -> dict[str, Method]:
-    return {method.name: method for method in methods}
-
-
 RAW = "LaViC w/o self-distillation"
-METHODS = _registry(
+PAPER = (
     Retrieval("BM25", family="retrieval"),
     # SBERT, RoBERTa-Large, SimCSE-Large, BLaIR-Base
     *(Retrieval(n, TITLE, "retrieval", one.model) for n, one in retrieval.ENCODERS.items()),
@@ -342,15 +338,17 @@ METHODS = _registry(
     Trained(RAW, BOTH, "ablation", tokens="base"),
     Trained("LaViC", BOTH, "proposed"),
 )
+METHODS = {method.name: method for method in PAPER}
 # What the paper does not print: the same student and prompts without stage 2.
 BEFORE = Trained("LaViC before stage 2", BOTH, "ablation", tuned=False)
 # Beyond the paper (`mini.beyond`, `reproduce --extended`): other visual tokens.
-EXTENDED = _registry(
+BEYOND = (
     Trained("LaViC, one [CLS]", BOTH, "extended", tiles=1),
     Trained("LaViC, mean of patches", BOTH, "extended", tokens="distilled mean"),
     Trained(f"{RAW}, mean of patches", BOTH, "extended", tokens="mean"),
     Trained(f"{RAW}, 4 patches a tile", BOTH, "extended", tokens="pooled"),
 )
+EXTENDED = {method.name: method for method in BEYOND}
 
 
 def slug(method: str) -> str:

@@ -137,14 +137,13 @@ def code_of(module: str) -> dict[str, str]:
 
 def code_hash(package: Path = PACKAGE) -> str:
     """12 hex over the whole package: its code, its YAML files and the mini model's files."""
-    digest = hashlib.sha256()
-    files = [path for kind in ("*.py", "*.yaml", "mini_model/*") for path in package.rglob(kind)]
-    for path in sorted(files, key=lambda p: p.relative_to(package).as_posix()):
-        if path.name in ("README.md", "abilities.json") or path.name.startswith("."):
-            continue
-        content = source_hash(path) if path.suffix == ".py" else file_hash(path)
-        digest.update(f"{path.relative_to(package).as_posix()}\0{content}\n".encode())
-    return digest.hexdigest()[:12]
+    found = {}
+    for kind in ("*.py", "*.yaml", "mini_model/*"):
+        for path in package.rglob(kind):
+            if path.name not in ("README.md", "abilities.json") and path.name[0] != ".":
+                content = source_hash(path) if path.suffix == ".py" else file_hash(path)
+                found[path.relative_to(package).as_posix()] = content
+    return key(files=found)[:12]
 
 
 # ------------------------------------------------------------ what stands beside every result
@@ -178,9 +177,9 @@ def _gpus() -> list[str]:
 def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
     """What every file under results/ carries. No host name, no user name, no path.
 
-    `code_hash` is of the whole package; `numbers_hash` of the settings and of the code that makes,
-    scores and ranks answers (and the mini world, where there is one): rows of two different ones
-    never stand in one metrics.json. `world`: the seed of the mini world, None for other data.
+    `numbers_hash` is of the settings and of the code that makes, scores and ranks answers (and of
+    the mini world): rows of two different ones never stand in one metrics.json. `world`: the seed
+    of the mini world, None for other data.
     """
     import psutil
 
@@ -301,10 +300,8 @@ def locked(path: Path) -> Iterator[None]:
 
 def footer(provenance: Mapping[str, Any]) -> str:
     """One line for figures and tables: tier and code, and of a run its profile and seed(s)."""
-    parts = [f"tier: {provenance['tier']}"]
-    if {"run", "rehearsal"} & set(
-        provenance["tier"].split()
-    ):  # what is printed or counted has neither
+    parts, words = [f"tier: {provenance['tier']}"], provenance["tier"].split()
+    if "run" in words or "rehearsal" in words:  # what is printed or counted has no profile
         seeds = provenance.get("seeds") or [provenance["seed"]]
         label = "seeds" if len(seeds) > 1 else "seed"
         parts.append(f"profile {provenance['profile']}")
@@ -320,9 +317,9 @@ def save_figure(fig: Any, path: Path, tier: str, provenance: Mapping[str, Any]) 
         old.remove()
     fig.text(0.005, 0.0, line, fontsize=6, color="0.4", ha="left", va="top", gid="lavic-footer")
     comment = json.dumps(about, default=_plain, ensure_ascii=True)
-    kept = {"Title": path.stem, "Description": line, "Comment": comment}
+    metadata = {"Title": path.stem, "Description": line, "Comment": comment}
     with _temporary(path) as temp:
-        fig.savefig(temp, format="png", metadata=kept, bbox_inches="tight", dpi=150)
+        fig.savefig(temp, format="png", metadata=metadata, bbox_inches="tight", dpi=150)
 
 
 CARD = """\
@@ -341,9 +338,8 @@ By the LaViC companion, not by the paper's authors. A mini run is no evidence ab
 
 
 def write_card(folder: Path, **scores: object) -> None:
-    """README.md of the adapter of a stage's folder, as the hub shows it: base model, data, profile,
-    tier, the figures in result.json (of the best epoch), and `scores` on test dialogues where they
-    are known. Nothing where a stage leaves no adapter."""
+    """README.md of the adapter that a stage left (if it left one), as the hub shows it: base model,
+    data, profile, tier, the best epoch's figures, and `scores` on test dialogues where known."""
     config = folder / "adapter" / "adapter_config.json"
     if not config.is_file():
         return

@@ -1,7 +1,5 @@
 """What the likelihood of all ten candidates tells beyond the first: ranking scores, calibration,
 agreement of the readings, position bias, and paired tests corrected for their number.
-
-Rows are those of `Experiment.answers`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from scipy.stats import chisquare
 
 from lavic_utils.evaluation import paired_difference, sign_flip
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Mapping[str, Any]]  # those of `Experiment.answers`
 Truths = Sequence[Sequence[str]]
 READINGS = ("recommended", "constrained", "scored")
 
@@ -49,9 +47,8 @@ def ranking_scores(rows: Rows, truths: Truths) -> dict[str, float]:
 
 
 def calibration(rows: Rows, truths: Truths) -> tuple[pd.DataFrame, float]:
-    """How often the likeliest candidate is right, by the probability it is given among the ten, in
-    ten equal parts of 0 to 1: (table with n, confidence, accuracy; expected calibration error,
-    their mean distance weighted by n)."""
+    """How often the likeliest candidate is right, by its probability among the ten, in ten equal
+    parts of 0 to 1: (table with n, confidence, accuracy; expected calibration error)."""
     best = []
     for row, truth in zip(rows, truths, strict=True):
         if row["probabilities"]:

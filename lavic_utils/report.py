@@ -37,14 +37,12 @@ def published() -> dict:
 
 
 def published_rows(table: str | None = None) -> pd.DataFrame:
-    """method, domain, hr@1, vr of one of the paper's tables (open_source, proprietary, ablation) or
-    of all."""
+    """method, domain, hr@1, vr of a table (open_source, proprietary, ablation) or of all."""
     rows = []
     for row in published()["rows"]:
         if table is None or table in row["table"]:
             for domain, found in row["results"].items():
-                values = {"hr@1": found["hr@1"], "vr": found["vr"]}
-                rows.append({"method": row["method"], "domain": domain, **values})
+                rows.append({"method": row["method"], "domain": domain, **found})
     return pd.DataFrame(rows)
 
 
@@ -52,11 +50,6 @@ def published_rows(table: str | None = None) -> pd.DataFrame:
 def metrics_path(run: Experiment) -> Path:
     """The rows of one's own runs, or the committed ones where there are none yet."""
     return newest(results_dir(run.profile) / "metrics.json")
-
-
-def extended_path(run: Experiment) -> Path:
-    """The same of what goes beyond the paper."""
-    return newest(results_dir(run.profile) / "extended.json")
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -68,8 +61,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def read_extended(run: Experiment) -> dict | None:
     """What `reproduce --extended` measured by this very code and data; None otherwise."""
-    path = extended_path(run)
-    found = read_metrics(path) if path.is_file() else None
+    found = kept(newest(results_dir(run.profile) / "extended.json"))
     return found if found and _same_state(found["provenance"], run.stamp()) else None
 
 
@@ -81,24 +73,18 @@ def _same_state(one: Mapping, other: Mapping) -> bool:
     return drawn[0] == drawn[1] and all(one.get(name) == other[name] for name in names)
 
 
-def record(
-    run: Experiment,
-    chosen: Sequence[str],
-    domains: Iterable[str] = DOMAINS,
-    path: Path | None = None,
-) -> pd.DataFrame:
-    """Score methods on test and put their `scored_rows` into `metrics_path` (or `path`)."""
-    rows = scored_rows(run, chosen, domains)
-    upsert_metrics(path or metrics_path(run), rows, run.stamp())
+def record(run: Experiment, names: Sequence[str], domains: Iterable[str] = DOMAINS) -> pd.DataFrame:
+    """Score methods on test and put their `scored_rows` into `metrics_path`."""
+    rows = scored_rows(run, names, domains)
+    upsert_metrics(metrics_path(run), rows, run.stamp())
     return pd.DataFrame(rows)
 
 
 def scored_rows(
     run: Experiment, chosen: Sequence[str], domains: Iterable[str] = DOMAINS
 ) -> list[dict[str, Any]]:
-    """A row a method and domain: ROW_FIELDS, how many prompts were `refused` as too long for the
-    context, and by reason `unanswered` by a service; the pictures of a prompt that did not fit it
-    (`dropped_images`, a mean), and what a trained method was given."""
+    """A row a method and domain: ROW_FIELDS, prompts `refused` as too long, those `unanswered` by a
+    service, pictures of a prompt that did not fit (a mean), and what a trained method was given."""
     rows = []
     for method in chosen:
         for domain in domains:
@@ -111,7 +97,7 @@ def scored_rows(
             row["dropped_images"] = sum(a["dropped_images"] for a in answers) / len(answers)
             if isinstance(variant, Trained):
                 given = variant.trained(run, domain)
-                row |= {name: given[name] for name in ("examples", "steps")}
+                row |= {"examples": given["examples"], "steps": given["steps"]}
                 scores = {"HR@1, test": row["hit_ratio_conversations"], "VR": row["validity_ratio"]}
                 write_card(run.tuned_folder(method, domain), **scores)
             if all(a["log_likelihoods"] for a in answers if not a["refused"]):
@@ -126,8 +112,7 @@ def scored_rows(
 
 
 def runs(run: Experiment, methods: Sequence[str]) -> list[Experiment]:
-    """This run and those of the other seeds here whose rows of these methods stand in metrics.json:
-    what tests take together."""
+    """This run and those of other seeds with rows of these methods: what tests take together."""
     wanted = {(method, domain) for method in methods for domain in DOMAINS}
     found: dict[int, set] = {}
     for row in read_metrics(metrics_path(run))["rows"]:
@@ -189,24 +174,24 @@ def upsert_metrics(
 # ------------------------------------------------------------ tables
 def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
     """The paper's table beside ours: published HR@1 and VR, measured HR@1 over conversations (mean
-    over seeds) with its 95 % interval, VR, and HR@1 by likelihood. A method that was not run says
-    so; † marks one that `footnote` explains. What a service answered with another model than the
-    paper's stands in a row of its own, below the paper's."""
+    over seeds) with its 95 % interval, VR, and HR@1 by likelihood. † marks what `footnote`
+    explains. What a service answered with another model than the paper's stands in a row below."""
     tier, ours, lines, marked = metrics["provenance"]["tier"], {}, {}, losses(metrics)
     if metrics["rows"]:
         summary = summary_by_seed(metrics["rows"]).set_index(["method", "domain"])
         ours = summary.to_dict("index")
     found = {(r["method"], r["domain"]): r for r in metrics["rows"]}
     for row in published()["rows"]:
-        if table in row["table"]:
-            name = row["method"]
-            others = {r["method"] for r in metrics["rows"] if r.get("beside") == name}
-            for method in (name, *sorted(others)):
-                line = lines[method] = {}
-                for domain, value in row["results"].items():
-                    line[domain, "published"] = _published_cell(value) if method == name else ""
-                    cell = _measured_cell(ours.get((method, domain)), found.get((method, domain)))
-                    line[domain, tier] = cell + " †" * (cell != NOT_RUN and method in marked)
+        if table not in row["table"]:
+            continue
+        name = row["method"]
+        others = {r["method"] for r in metrics["rows"] if r.get("beside") == name}
+        for method in (name, *sorted(others)):
+            line = lines[method] = {}
+            for domain, value in row["results"].items():
+                line[domain, "published"] = _published_cell(value) if method == name else ""
+                cell = _measured_cell(ours.get((method, domain)), found.get((method, domain)))
+                line[domain, tier] = cell + " †" * (cell != NOT_RUN and method in marked)
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("HR@1 / VR")
 
 
@@ -231,11 +216,12 @@ def _measured_cell(found: Mapping | None, row: Mapping | None) -> str:
 
 def tuning_table(run: Experiment) -> pd.DataFrame | None:
     """The search of `tune` as it is kept, an arm a row and a rate a column: validation HR@1 by
-    generating / by scoring, * where it was chosen. None where there is none."""
-    folders = results_dir(run.profile), ROOT / "results" / run.profile.name
-    if not (found := [path for folder in folders for path in folder.glob("tuning.json")]):
+    generating / by scoring, * where it was chosen. None where there is none, or it is damaged."""
+    own = results_dir(run.profile) / "tuning.json"
+    committed = ROOT / "results" / run.profile.name / "tuning.json"
+    if (search := kept(own if own.is_file() else committed)) is None:
         return None
-    rows = json.loads(found[0].read_text(encoding="utf-8"))["rows"]
+    rows = search["rows"]
     for row in rows:
         row["cell"] = f"{row['hit_ratio']:.3f} / {row['hit_ratio_scored']:.3f}"
         row["cell"] += " *" if row["chosen"] else ""
@@ -303,8 +289,7 @@ def run_method(
     the first of several processes). UserError where the method cannot run here.
 
     The file holds each row as published, with `recommended_<key>`, `response_<key>` and
-    `candidates_<key>`; the key is "st" (or "gpt_large") for a method that chooses, else the
-    method's own, and its list the ten it ranks first.
+    `candidates_<key>`; the key is "st" or "gpt_large", or the name of a method that ranks them all.
     """
     chosen, out = find(method), out and target(out)
     dialogue_file("", domain, split)  # says which domains and splits there are

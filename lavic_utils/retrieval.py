@@ -38,10 +38,6 @@ DECIMALS = 4  # similarities are rounded, so that float noise of machines cannot
 FINE_DECIMALS = 6  # for encoders whose similarities lie close together, as a plain RoBERTa's do
 
 
-def _best_first(scores: np.ndarray) -> np.ndarray:
-    return np.argsort(-scores, axis=1, kind="stable")
-
-
 def bm25_rank(queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
     """Indices of `titles`, best first, for each query: int array (queries, titles). Equal scores
     keep the titles' order."""
@@ -55,12 +51,12 @@ def bm25_rank(queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
         known = [word for word in query if word in index.vocab_dict]
         if known:
             scores[row] = index.get_scores(known)
-    return _best_first(np.round(scores, DECIMALS))
+    return np.argsort(-np.round(scores, DECIMALS), axis=1, kind="stable")
 
 
 def cosine_rank(queries: np.ndarray, titles: np.ndarray, decimals: int = DECIMALS) -> np.ndarray:
     """As `bm25_rank`, of L2-normalised vectors (texts, dimension): int array (queries, titles)."""
-    return _best_first(np.round(queries @ titles.T, decimals))
+    return np.argsort(-np.round(queries @ titles.T, decimals), axis=1, kind="stable")
 
 
 def rank(
@@ -92,12 +88,9 @@ def recall_at(
     truths: Sequence[Sequence[str]],
     ks: Sequence[int] = (1, 5, 10, 20),
 ) -> dict[int, float]:
-    """Share of queries with at least one of their truths among the first k, for each k: {k: share}.
-    A truth that is not among the `ids` counts as not found.
-
-    `order`: from `rank`; `ids`: of the titles, in their order. ValueError: lengths differ, or a
-    query without a truth.
-    """
+    """{k: share of queries with one of their truths among the first k}; a truth that is not among
+    the `ids` (of the titles, in order) is not found. `order`: from `rank`. ValueError: lengths
+    differ, or a query without a truth."""
     _matching(order, ids)
     lists = all(truths) and not any(isinstance(truth, str) for truth in truths)
     if not lists or not len(truths) == len(order) > 0:
@@ -137,8 +130,7 @@ class Encoder:
 
 # Poolings: SimCSE's from the README of princeton-nlp/SimCSE, BLaIR's from blair/README of
 # hyp1231/AmazonReviews2023. RoBERTa was never trained for sentences: the mean is the usual choice.
-# SimCSE's commit is the hub's conversion to safetensors of its authors' last,
-# 96d164d9950b72f4ce179cb1eb3414de0910953f, which holds pickled weights only.
+# SimCSE's commit is the hub's conversion to safetensors of its authors' last, 96d164d9950b.
 ROBERTA = HubModel("FacebookAI/roberta-large", "722cf37b1afa9454edce342e7895e588b6ff1d59", 1.4)
 SIMCSE = HubModel(
     "princeton-nlp/sup-simcse-roberta-large", "b55c7c5d9aeb13bc4b59059285e93260b32611df", 1.4
@@ -179,7 +171,7 @@ def _identity(encoder: Encoder, folder: Path | None) -> str:
         if missing:
             need = f"a checkpoint is config.json, {WEIGHTS} and its tokenizer's files"
             raise UserError(f"{folder}: no {' and no '.join(sorted(missing))} in it; {need}")
-    settings = {"pooling": encoder.pooling, "max_tokens": encoder.max_tokens}
+    settings = {"pooling": encoder.pooling, "max_tokens": encoder.max_tokens, "plain": True}
     return key(weights=weights, **settings, dtype=str(_place(encoder)[1]))
 
 
@@ -187,15 +179,24 @@ def _identity(encoder: Encoder, folder: Path | None) -> str:
 def _load(encoder: Encoder, folder: Path | None, identity: str) -> SentenceTransformer:
     """The encoder's model, one at a time in memory; `identity`: a changed folder loads again."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers.utils import cached_file, logging
+    from transformers.utils import logging
 
     logging.disable_progress_bar()
     device, dtype = _place(encoder)
     if encoder.model is None and folder is None:  # as its files say, to the bit
         model = SentenceTransformer(str(packaged_encoder()), device=device, local_files_only=True)
         model.max_seq_length = encoder.max_tokens
-        return model
+    else:
+        model = SentenceTransformer(modules=_modules(encoder, folder, dtype), device=device)
+    model.tokenizer.split_special_tokens = True  # a title's "<s>" is text, no control token
+    return model
+
+
+def _modules(encoder: Encoder, folder: Path | None, dtype: torch.dtype) -> list[torch.nn.Module]:
+    """A checkpoint's transformer and its pooling. UserError where it holds no such encoder."""
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers.utils import cached_file
+
     source, revision = (str(folder), None) if folder else encoder.model.source()
     common = {"revision": revision, "trust_remote_code": False, "local_files_only": True}
     how = {f"{kind}_kwargs": common for kind in ("processor", "config")}
@@ -213,15 +214,15 @@ def _load(encoder: Encoder, folder: Path | None, identity: str) -> SentenceTrans
         if folder:
             raise UserError(f"{folder}: {why}") from None
         raise Unavailable(f"{encoder.model} {why}; try: {encoder.model.command}") from None
-    config, modules = tokens.auto_model.config, [tokens]
+    config = tokens.auto_model.config
     first = config.pad_token_id + 1 if config.model_type == "roberta" else 0  # of its positions
     most = config.max_position_embeddings - first
     tokens.max_seq_length = min(encoder.max_tokens, tokens.max_seq_length, most)
     if encoder.pooling != "pooler":
-        modules.append(Pooling(tokens.get_embedding_dimension(), encoder.pooling))
-    elif not has_pooler:  # it would be drawn at random, differently in each run
+        return [tokens, Pooling(tokens.get_embedding_dimension(), encoder.pooling)]
+    if not has_pooler:  # it would be drawn at random, differently in each run
         raise UserError(f"{source}: {WEIGHTS} has no pooler, which makes this encoder's vectors")
-    return SentenceTransformer(modules=modules, device=device)
+    return [tokens]
 
 
 def _encode(encoder: Encoder, folder: Path | None, identity: str, texts: list[str]) -> torch.Tensor:
@@ -241,9 +242,8 @@ def embed(
     """Embeddings of the encoder `name`, L2-normalised: float32 array (texts, dimension). Equal ones
     are encoded once; in half precision on a GPU, in float32 on a CPU.
 
-    `folder`: a local checkpoint instead of the hub's or the package's. `cache`: a folder with one
-    for each encoder and setting; what it holds is not encoded again, and needs no model. Raises
-    hub.Unavailable, or UserError for a folder that holds no such checkpoint.
+    `folder`: a local checkpoint instead of the hub's or the package's. `cache`: what this folder
+    holds is not encoded again. hub.Unavailable, or UserError where `folder` is no such checkpoint.
     """
     encoder, folder = ENCODERS[name], Path(folder) if folder else None
     identity = _identity(encoder, folder)

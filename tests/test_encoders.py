@@ -141,6 +141,23 @@ def test_batches_and_order_change_nothing(
     assert not np.allclose(vectors[0], vectors[1], atol=1e-3)
 
 
+@pytest.mark.parametrize(("name", "token"), [("SBERT", "[MASK]"), *((name, "<s>") for name in HUB)])
+def test_a_control_tokens_name_in_a_title_is_text(name: str, token: str, roberta: Path) -> None:
+    folder = None if name == "SBERT" else roberta
+    embed(TEXTS, name, folder)
+    encoder = ENCODERS[name]
+    model = retrieval._load(encoder, folder, retrieval._identity(encoder, folder))
+    control = model.tokenizer.convert_tokens_to_ids(token)
+
+    def inside() -> list[int]:  # between the encoder's own first and last token
+        return model.tokenize([f"a {token} mug"])["input_ids"][0, 1:-1].tolist()
+
+    assert control not in inside()
+    model.tokenizer.split_special_tokens = False
+    assert control in inside()  # negative control
+    retrieval._load.cache_clear()
+
+
 def test_long_texts_are_cut_where_the_encoder_or_the_model_ends(
     roberta: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

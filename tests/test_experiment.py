@@ -18,6 +18,7 @@ import lavic_utils
 from lavic_utils import (
     distillation,
     experiment,
+    keeping,
     provenance,
     recommendation,
     report,
@@ -38,7 +39,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     monkeypatch.setattr(experiment.Experiment, "data_hash", "steady")
     monkeypatch.setattr(experiment.data, "data_hash", lambda root: "steady")
-    monkeypatch.setattr(experiment, "code_of", lambda module: dict(CODE))
+    monkeypatch.setattr(keeping, "code_of", lambda module: dict(CODE))
     monkeypatch.setitem(CODE, "store", "old")
     return experiment.Experiment("mini", 42)
 
@@ -349,7 +350,7 @@ def test_tests_take_the_worlds_of_all_seeds_together_and_the_same_data_once():
 
 def test_an_arm_may_have_settings_of_its_own_and_nothing_else(tmp_path):
     text = (lavic_utils.config.PACKAGE / "profiles" / "mini.yaml").read_text(encoding="utf-8")
-    path = tmp_path / "own.yaml"
+    text, path = text.partition("\narms:")[0], tmp_path / "own.yaml"  # without mini's own
     path.write_text(text + "\narms:\n  LaViC w/o images: {learning_rate: 0.5}\n")
     profile = load_profile(str(path))
     assert profile.arm("LaViC w/o images").recommendation.learning_rate == 0.5

@@ -19,7 +19,7 @@ import torch
 import yaml
 from transformers import TrainerState
 
-from lavic_utils import experiment, training
+from lavic_utils import experiment, keeping, training
 from lavic_utils.__main__ import main
 from lavic_utils.config import World, load_profile
 from lavic_utils.mini.world import make_world
@@ -99,7 +99,7 @@ def finish(*arguments) -> None:
 # ---------------------------------------------------------------- what is compared
 def outcome(results: Path) -> dict[str, object]:
     """Everything a run leaves, but for seconds and memory; nothing of a checkpoint is left."""
-    assert not [p for p in results.rglob("*") if p.name in ("checkpoints", experiment.BEGUN)]
+    assert not [p for p in results.rglob("*") if p.name in ("checkpoints", keeping.BEGUN)]
     found: dict[str, object] = {
         str(p.relative_to(results)): p.read_bytes() for p in results.rglob("*.jsonl")
     }

@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lavic_utils import experiment, provenance, report
 from lavic_utils.config import Profile, UserError, load_profile
+from lavic_utils.provenance import kept
 from lavic_utils.repro import driver, tuning
 from lavic_utils.repro import notebooks as nbs
 
@@ -367,7 +368,8 @@ def test_every_arm_is_searched_over_the_same_rates_and_the_best_is_kept(results,
     monkeypatch.setattr(experiment.Experiment, "prepare", lambda self: self)
     monkeypatch.setattr(experiment.Experiment, "data_hash", "x")
     said = tuning.tune(load_profile("mini"))
-    rows = json.loads((results.parent / "mini" / "tuning.json").read_text())["rows"]
+    path = results.parent / "mini" / "tuning.json"
+    rows = kept(path)["rows"]
     chosen = {row["arm"]: row["setting"]["learning_rate"] for row in rows if row["chosen"]}
     lowest = min(tuning.RATES)
     assert chosen == dict.fromkeys(tuning.ARMS, lowest) | best and len(rows) == 12
@@ -375,6 +377,8 @@ def test_every_arm_is_searched_over_the_same_rates_and_the_best_is_kept(results,
     assert "LaViC w/o images: 0.004 is chosen" in "".join(said)
     table = report.tuning_table(experiment.Experiment("mini"))
     assert table.loc["LaViC", 2e-3] == "0.500 / 0.500 *"
+    path.write_text(path.read_text().replace('"hit_ratio": 0.5', '"hit_ratio": 0.6'))
+    assert report.tuning_table(experiment.Experiment("mini")) is None  # damaged, so not shown
 
 
 def test_the_time_left_follows_the_pace_of_this_machine():

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lavic_utils import experiment, methods, recommendation, report, training, vision
+from lavic_utils.config import results_dir
 from lavic_utils.data import Dialogue
 from lavic_utils.experiment import Experiment
 
@@ -108,4 +109,4 @@ def measure(run: Experiment) -> None:
         for name in COMPARED:
             more = {"candidates": count, "of": name}
             rows += [row | more for row in report.scored_rows(run, [longer(name, count)])]
-    report.upsert_metrics(report.extended_path(run), rows, run.stamp())
+    report.upsert_metrics(results_dir(run.profile) / "extended.json", rows, run.stamp())

@@ -11,7 +11,7 @@ from dataclasses import replace
 from lavic_utils import methods
 from lavic_utils.config import Profile, UserError, results_dir
 from lavic_utils.experiment import Experiment
-from lavic_utils.provenance import write_json
+from lavic_utils.provenance import write_kept
 
 RATES = (1e-3, 2e-3, 4e-3)
 DOMAIN = "beauty"  # one of three: what it chooses holds for all
@@ -46,7 +46,7 @@ def tune(profile: Profile) -> list[str]:
             f"{best['hit_ratio_scored']:.3f} by scoring); the profile has {has:g}"
         )
     path = results_dir(profile) / "tuning.json"
-    write_json(path, {"provenance": run.stamp(), "rule": RULE, "rows": rows})
+    write_kept(path, {"provenance": run.stamp(), "rule": RULE, "rows": rows})
     return [*said, str(path)]
 
 
