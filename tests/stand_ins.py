@@ -127,7 +127,8 @@ def built(folder: Path, config: dict, seed: int):
 
 def vision_config() -> dict:
     true = {"image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}
-    return {"model_type": "clip_vision_model", **true, **NARROW}
+    narrower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    return {"model_type": "clip_vision_model", **true, **NARROW, **narrower}
 
 
 def llava_next(folder: Path) -> None:
@@ -211,8 +212,8 @@ def tokens(text: str) -> int:
     return len(_mistral().encode(text, bos=False, eos=False))
 
 
-COUNTS = {"train": 10, "valid": 6, "test": 6}  # dialogues a domain
-PICTURED = 5  # items a domain with pictures; one more has a picture that cannot be decoded
+COUNTS = {"train": 5, "valid": 4, "test": 4}  # dialogues a domain
+PICTURED = 4  # items a domain with pictures; one more has a picture that cannot be decoded
 SHAPES = ((500, 500), (500, 250), (300, 500))
 
 
@@ -295,8 +296,18 @@ def data_folder(
     for domain in DOMAINS:
         rng = random.Random(domain)
         rows = published(given, domain) if given else written(domain, rng)
+        long = max(rows, key=lambda row: len(row["context"]))
+        found = [row for row in rows if listed(row) and row is not long]
+        talk = next(row for row in found if row["context"].count("</") > 2)
+        other = next(row for row in found if row is not talk)
+        plain = [row for row in rows if all(row is not one for one in (long, talk, other))]
+        rng.shuffle(plain)
+        first = COUNTS["train"] - 1
+        rows = [long, *plain[:first], other, *plain[first:], talk]  # train, valid, test
         lists = Counter(a for row in rows for a in row["candidates_st"])
-        pictured = [a for a, _ in lists.most_common() if a not in catalogue][: PICTURED + 1]
+        right = next(a for a in talk["candidates_st"] if a in talk["gt_items"])
+        known = dict.fromkeys([right, *(a for a, _ in lists.most_common())])
+        pictured = [a for a in known if a not in catalogue][: PICTURED + 1]
         for row in rows:
             for asin in (*row["candidates_st"], *row["candidates_gpt_large"], *row["gt_items"]):
                 if asin in catalogue:
@@ -308,9 +319,10 @@ def data_folder(
                     "features": [],
                     "description": [],
                 }
-                many = 2 if asin in pictured[:2] else 1
+                many = 2 if asin in pictured[1:3] else 1
                 files = [f"train_images/{asin}_{k}.jpg" for k in range(many)]
-                item["images"] = [{"large": f"{address}/{file}"} for file in files]
+                linked = asin in pictured or len(catalogue) % 5 == 0  # others have no link at all
+                item["images"] = [{"large": f"{address}/{file}"} for file in files if linked]
                 texts = {}
                 for k, file in enumerate(files if asin in pictured else ()):
                     shape = SHAPES[(pictured.index(asin) + k) % 3]
@@ -325,11 +337,6 @@ def data_folder(
             draw_product(looks, SHAPES[i], rng).save(folder / "valid_images" / name, "JPEG")
             line = {"title": title, "image_name": name, "image": f"{address}/valid_images/{name}"}
             valid.append(line | {"image_description_llava_cleaned": said})
-        rng.shuffle(rows)
-        talk = next(r for r in rows if r["context"].count("</") > 2 and listed(r))
-        rows.append(rows.pop(rows.index(talk)))  # in the test split, which comes last
-        long = max(rows, key=lambda row: len(row["context"]))
-        rows.insert(0, rows.pop(rows.index(long)))  # in the train split
         for split, count in COUNTS.items():
             lines(folder / DOMAINS[domain] / f"{split}.jsonl", rows[:count])
             rows = rows[count:]
