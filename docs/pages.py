@@ -82,8 +82,12 @@ def about(path: Path) -> dict[str, Any]:
         return json.loads(image.info.get("Comment", "{}"))
 
 
-def _entry(name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
-    """One figure of the gallery: heading, picture, caption and where it comes from."""
+def _entry(path: Path, name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
+    """One figure of the gallery: heading, picture, caption and where it comes from.
+
+    With its size written down, it has its place before it is loaded."""
+    with Image.open(path) as image:
+        width, height = image.size
     seeds = known.get("seeds") or [known.get("seed")]
     versions = ", ".join(f"{k} {v}" for k, v in known.get("versions", {}).items() if v)
     seed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
@@ -99,7 +103,7 @@ def _entry(name: str, known: Mapping[str, Any], alt: str, origin: str) -> str:
     title = re.sub(r"^figures/|\.png$", "", name).replace("_", " ")
     return (
         f'### {title}\n\n<figure class="kept"><a href="../{name}"><img src="../{name}" '
-        f'alt="{escape(alt, quote=True)}" loading="lazy"></a>'
+        f'alt="{escape(alt, quote=True)}" width="{width}" height="{height}" loading="lazy"></a>'
         f"<figcaption>{escape(alt)}<dl>{facts}</dl></figcaption></figure>\n"
     )
 
@@ -126,7 +130,7 @@ def gallery(root: Path, figures: Mapping[str, Path], problems: list[str]) -> str
         below = f", below “{escape(section.replace('`', ''))}”" if section else ""
         place = f"../notebooks/{notebook}.html#{cell_target(number)}"
         origin = f'<a href="{place}">notebook {notebook[:2]}{below}</a>'
-        groups[notebook].append(_entry(name, known, alt, origin))
+        groups[notebook].append(_entry(path, name, known, alt, origin))
     words = "Each figure with the evidence tier that its numbers have, the notebook cell that "
     words += "draws it, and the data and code it came from, as stored in the file itself. "
     parts = ["# Figure gallery", "", f"{words}A click opens it.", ""]

@@ -198,6 +198,7 @@ def test_gallery_shows_what_the_file_says(root: Path) -> None:
     )
     for part in (
         "### bars",
+        'width="2" height="2"',
         'alt="Bars of &quot;a&quot; &lt; b"',
         "mini run",
         "seeds 42, 43",
