@@ -37,6 +37,10 @@ CLICK = """element.addEventListener('click', event => {
     document.getElementById('closer').scrollIntoView({behavior: 'smooth'});
 });"""
 
+# What stands above a group of choices is its name to screen readers too.
+NAMES = """() => document.querySelectorAll('fieldset').forEach(group => {
+  group.ariaLabel = group.querySelector('[data-testid=block-info]').innerText;
+})"""
 NEAR = "() => document.getElementById('%s').scrollIntoView({block: 'nearest'})"
 
 
@@ -129,33 +133,45 @@ def page(panel: Panel):
         private = {"api_visibility": "private"}
         alone = {"outputs": outputs, "concurrency_id": "model", "concurrency_limit": 1, **private}
 
-        def on(event: Callable, ask: Callable[..., Case], *inputs, new: bool = False) -> None:
-            """Show the case that `ask(case, *inputs)` gives; what it refuses is said instead."""
+        def on(event: Callable, ask: Callable[..., Case], *inputs, new=False, again="always_last"):
+            """Show the case that `ask(visit, *inputs)` gives; what it refuses is said instead.
+
+            `again`: what becomes of a click while the one before is still answered. The controls
+            it comes from are not set: a visitor may already have moved them on.
+            """
 
             def handler(visit: Visit, *values) -> list:
                 try:
                     case = ask(visit, *values)
                     if new:
-                        return show(begin(panel, case))
-                    return show(replace(visit, case=case, now=panel.answer(case)))
+                        seen = show(begin(panel, case))
+                    else:
+                        seen = show(replace(visit, case=case, now=panel.answer(case)))
                 except UserError as error:
-                    return show(visit, str(error), new)
+                    seen = show(visit, str(error), new)
+                return [
+                    gr.skip() if part in inputs else value
+                    for part, value in zip(outputs, seen, strict=True)
+                ]
 
             place = "asked" if new else "changed"
-            event(handler, [state, *inputs], **alone).then(None, js=NEAR % place)
+            done = event(handler, [state, *inputs], trigger_mode=again, **alone)
+            done.then(None, js=NEAR % place)
 
         def look(visit: Visit, event: gr.EventData) -> list:  # gradio reads this annotation
             clicked = event._data.get("item")
             return show(replace(visit, item=clicked) if clicked in visit.case.candidates else visit)
 
+        blocks.load(None, js=NAMES)
         blocks.load(show, state, **alone)
-        answer.click(look, state, **alone)
-        other_domain = domain.input(examples, domain, example, **private)
+        answer.click(look, state, trigger_mode="multiple", **alone)  # each click says its item
+        last = {"trigger_mode": "always_last", **private}
+        other_domain = domain.input(examples, domain, example, **last)
         for event in (other_domain.then, example.input):
             on(event, lambda _, name, k: panel.example(name, k), domain, example, new=True)
         for event in (send.click, text.submit):
             on(event, lambda _, name, words: panel.request(name, words), domain, text, new=True)
-        on(swap.click, lambda visit, name: visit.case.swap(visit.item, name), other)
+        on(swap.click, lambda visit, name: visit.case.swap(visit.item, name), other, again="once")
         on(tiles.input, lambda visit, hidden: visit.case.hide(visit.item, hidden), tiles)
         on(given.upload, lambda visit, file: visit.case.show(visit.item, read_upload(file)), given)
         on(back.click, lambda visit: visit.case.reset())
