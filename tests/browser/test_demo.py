@@ -144,7 +144,7 @@ def test_click_an_item_swap_hide_and_put_back(shop, errors):
     chosen = shop.locator(f"{SHOP}.chosen").get_attribute("data-item")
     assert chosen in shop.inner_text(".item")  # the page begins with LaViC's choice
     said = shop.inner_text("#said")
-    click_and_wait(shop, shop.locator(SHOP).nth(1).click, "#said")
+    click_and_wait(shop, shop.locator(f"{SHOP}:not(.chosen)").first.click, "#said")
     assert (
         shop.inner_text("#said").startswith("The student of stage 1 sees: ")
         and shop.inner_text("#said") != said
@@ -279,6 +279,8 @@ def test_it_can_be_read_on_a_phone_and_every_control_has_a_name(browser, url):
             || one.innerText.trim() || one.closest('label')))
         .map(one => one.outerHTML)""")
     assert nameless == []
+    for group, kind in (("Domain", "radio"), ("Hide tiles", "checkbox")):
+        assert page.get_by_role("group", name=group).get_by_role(kind).count() >= 3
     for name, place in (("Swap the two pictures", "#changed"), ("Ask", "#asked")):
         button = page.get_by_role("button", name=name)
         click_and_wait(page, button.click, place)  # nothing is asked for: refused
