@@ -175,8 +175,7 @@ def _claim(row: Mapping[str, Any]) -> list[str | tuple[str, str]]:
     ) or escape(row["reading"] or "–")
     ours = "<br>".join(
         f'<span class="tier">{escape(o["tier"])}</span> {o["value"]:.4f} '
-        f"[{o['low']:.3f}, {o['high']:.3f}], "
-        f"n {o['n']}"
+        f"[{o['low']:.3f},&nbsp;{o['high']:.3f}], n&nbsp;{o['n']}"
         for o in row["ours"]
     )
     interval = "–" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
