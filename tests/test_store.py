@@ -326,7 +326,7 @@ def test_a_chunk_appears_whole_or_not_at_all(paths, tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match="no space"):
+    with pytest.raises(config.UserError, match="no space"):
         store.open_store(tmp_path / "s", paths, lambda: vectors)
     assert list((tmp_path / "s").iterdir()) == []  # nothing half-written is left either
     monkeypatch.undo()
