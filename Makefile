@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
-.PHONY: gallery reproduce test test-browser book slides demo install quick mini-model world bench notebooks readme lock lab clean
+.PHONY: gallery reproduce test rehearsal test-browser book slides demo install quick mini-model world bench notebooks readme lock lab clean
 
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
@@ -23,6 +23,10 @@ test: quick
 	LAVIC_RESULTS=$(FRESH)/results LAVIC_WORLD=$(FRESH)/data $(PY) -m lavic_utils reproduce --profile mini
 	LAVIC_RESULTS=$(FRESH)/results LAVIC_WORLD=$(FRESH)/data PYTHONPATH=$(CURDIR) $(PY) -m pytest -q --nbval-lax \
 		--nbval-current-env --nbval-cell-timeout 900 --timeout 0 -p no:cacheprovider notebooks
+
+# What docs/researcher.md lists, command by command, on stand-ins of the models and the data: minutes.
+rehearsal: $(STAMP)
+	$(PY) tests/rehearsal.py
 
 quick: $(STAMP)
 	$(PY) -m ruff check .
