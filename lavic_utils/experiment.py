@@ -8,6 +8,7 @@ alone does the rest and writes.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import random
@@ -46,10 +47,13 @@ if TYPE_CHECKING:
 
 def once(method: Callable) -> Callable:
     """An Experiment keeps the method's answer: what a stage reads is hashed once, not each time."""
+    signature = inspect.signature(method)
 
     @functools.wraps(method)
     def remembered(self, *args, **how):
-        place = (method.__name__, args, tuple(how.items()))
+        given = signature.bind(self, *args, **how)
+        given.apply_defaults()  # however a call spells its arguments, they are the same question
+        place = (method.__name__, *given.args[1:])
         if place not in self._remembered:
             self._remembered[place] = method(self, *args, **how)
         return self._remembered[place]

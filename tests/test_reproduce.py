@@ -73,6 +73,8 @@ def test_order_seeds_skipping_and_what_is_written(folder, tmp_path, tiny_profile
         "print('hello')",
     )
     save(folder / "02_b.ipynb", made, per_seed=True, minutes=0.1)
+    text = tiny_profile.read_text().replace("model: none", "model: mini_model")
+    tiny_profile.write_text(text)  # what trains is refused without its model
     run = partial(reproduce, tiny_profile)
     assert run() == 0
     out = capfd.readouterr().out

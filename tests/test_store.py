@@ -24,7 +24,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from lavic_utils import data, provenance, recommendation, report, store, training, vision
 from lavic_utils.bench import memory
 from lavic_utils.bench import reference as direct
-from lavic_utils.config import PACKAGE
+from lavic_utils.config import PACKAGE, UserError
 from lavic_utils.distillation import VISION_LINEAR
 from lavic_utils.experiment import Experiment
 from lavic_utils.mini import beyond
@@ -326,7 +326,7 @@ def test_a_chunk_appears_whole_or_not_at_all(paths, tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(config.UserError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         store.open_store(tmp_path / "s", paths, lambda: vectors)
     assert list((tmp_path / "s").iterdir()) == []  # nothing half-written is left either
     monkeypatch.undo()
