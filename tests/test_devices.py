@@ -76,6 +76,6 @@ def test_what_a_card_has_no_room_for_is_left_out_of_the_ablations(monkeypatch, w
     known: dict = {"profile": "t4", "seed": 42}
     exec(next(cell for cell in cells if "\nfrom lavic_utils" in cell), known)
     known["Experiment"] = lambda *_: run
-    exec(next(cell for cell in cells if "\nOTHERS =" in cell), known)
+    exec(next(cell for cell in cells if "\nOTHERS, rows =" in cell), known)
     assert ("Entire tokens (5x577)" in known["ABLATIONS"]) == (why is None)
     assert known["OTHERS"][:-1] == known["ABLATIONS"][:-1] and len(known["OTHERS"]) in (3, 4)

@@ -4,6 +4,7 @@ what cannot be loaded."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -262,7 +263,7 @@ def test_a_killed_run_loses_one_part_at_most(
     roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list
 ) -> None:
     monkeypatch.setattr(retrieval, "CHUNK", 1)
-    finish, calls = store.os.replace, []
+    finish, calls = os.replace, []
 
     def killed(part: Path, path: Path) -> None:
         calls.append(path)
@@ -270,7 +271,7 @@ def test_a_killed_run_loses_one_part_at_most(
             raise KeyboardInterrupt
         finish(part, path)
 
-    monkeypatch.setattr(store.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
     assert len(cached(tmp_path / "cache")) == 2
