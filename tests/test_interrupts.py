@@ -53,7 +53,7 @@ STAGE2 = {
 FORK = multiprocessing.get_context(
     "forkserver"
 )  # a fresh process in no time: the libraries are imported once
-FORK.set_forkserver_preload(["lavic_utils.__main__", "lavic_utils.runs"])
+FORK.set_forkserver_preload(["lavic_utils.__main__"])
 
 
 # ---------------------------------------------------------------- what runs in a process of its own
