@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
-.PHONY: gallery reproduce test rehearsal test-browser book slides demo install quick mini-model world bench notebooks readme lock lab clean
+.PHONY: gallery reproduce test rehearsal test-browser book slides demo install quick mini-model bench notebooks readme lock lab clean
 
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
@@ -70,9 +70,6 @@ $(STAMP): requirements.lock pyproject.toml
 
 mini-model: $(STAMP)
 	$(PY) -m lavic_utils mini-model
-
-world: $(STAMP)
-	$(PY) -m lavic_utils world --profile $(PROFILE)
 
 bench: $(STAMP)
 	$(PY) -m lavic_utils bench

@@ -62,15 +62,12 @@ def _report(problems: list[str]) -> None:
     raise Exit(1 if problems else 0)
 
 
-def _print_rows(rows: list[dict], columns: list[str], note: str, as_json: bool) -> None:
-    """Rows as JSON, or a table of some columns; then each note once, with the methods it is of."""
+def _print_rows(rows: list[dict], note: str) -> None:
+    """A table without its column of notes; then each note once, with the methods it is of."""
     import pandas as pd
 
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
     frame = pd.DataFrame(rows)
-    print(frame[columns].fillna("").to_string(index=False))
+    print(frame.drop(columns=note).fillna("").to_string(index=False))
     for text, group in frame.groupby(note, sort=False):
         if text:
             print(f"{', '.join(group.iloc[:, 0].unique())}: {text}")
@@ -101,13 +98,12 @@ def reproduce(
 
 
 @app.command()
-def methods(profile: Profile = "mini", as_json: Json = False) -> None:
-    """List the 19 methods of the paper's tables: what each needs, and whether it can run here."""
+def methods(profile: Profile = "mini") -> None:
+    """List the 19 methods of the paper's tables, and whether each can run here."""
     from lavic_utils.experiment import Experiment
     from lavic_utils.methods import listing
 
-    columns = ["name", "family", "inputs", "runnable", "needs"]
-    _print_rows(listing(Experiment(profile)), columns, "reason", as_json)
+    _print_rows(listing(Experiment(profile)), "reason")
 
 
 @app.command()
@@ -119,7 +115,6 @@ def run(
     split: Annotated[Literal["test", "valid"], Option(help="What is answered.")] = "test",
     seed: Seed = None,
     order: Annotated[int, Option(min=0, help="1, 2, ...: candidates shuffled, seeded.")] = 0,
-    lists: Annotated[str | None, Option(help="Candidates: first ten of this retrieval.")] = None,
     data_folder: Data = None,
     out: Annotated[Path | None, Option(help="Default: results/<profile>/answers/...")] = None,
     force: Annotated[bool, Option("--force", help="Make its kept stages again, too.")] = False,
@@ -138,11 +133,11 @@ def run(
     settings = Settings(base_url=base_url or OPENAI, served=served, max_usd=max_usd)
     chosen = find(method)
     _refuse(profile, chosen.name)
-    asked = Experiment(profile, seed, data_folder, settings, lists, force).prepare()
+    asked = Experiment(profile, seed, data_folder, settings, force).prepare()
     if dry_run:
         return print(foreseen(asked, method, domain, split, limit))
     said = run_method(asked, method, domain, split, order, limit, out)
-    in_tables = split == "test" and not (limit or order or data_folder or lists)
+    in_tables = split == "test" and not (limit or order or data_folder)
     if said and in_tables:
         record(asked, [chosen.name], [domain])
         said += f"\nits row stands in {metrics_path(asked)}"
@@ -170,7 +165,7 @@ def table(
     from lavic_utils.report import table_rows
 
     rows = table_rows(Experiment(profile), name)
-    _print_rows(rows, list(rows[0])[:-1], "note", as_json)
+    print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, "note")
 
 
 @notebooks.command("execute")
@@ -191,17 +186,6 @@ def notebooks_check() -> None:
     from lavic_utils.repro.notebooks import check
 
     _report(check())
-
-
-@app.command()
-def world(profile: Profile = "mini", seed: Seed = None) -> None:
-    """Make the rendered world of a profile and seed."""
-    from lavic_utils.experiment import Experiment
-
-    run = Experiment(profile, seed)
-    if run.profile.world is None:
-        raise UserError(f"profile {run.profile.name!r} has no world section: it uses LAVIC_DATA")
-    print(run.prepare().root)
 
 
 @app.command()
@@ -260,22 +244,20 @@ def claims(
 def plan(
     profile: Profile = "mini",
     gpu: Annotated[str | None, Option(help="t4, a100, h100. Default: here, else all.")] = None,
-    as_json: Json = False,
 ) -> None:
     """Memory, tokens, disk and hours a profile needs; exit 2 where it cannot fit the card."""
     from lavic_utils.bench.plan import plan as make
     from lavic_utils.bench.plan import show
 
-    found = make(load_profile(profile), gpu)
-    print(json.dumps(found, indent=1)) if as_json else show(found)
+    show(make(load_profile(profile), gpu))
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor() -> None:
     """Say what this machine can run, what is there, and the one command to run next."""
     from lavic_utils.repro.doctor import facts, show
 
-    show(facts(), as_json)
+    show(facts())
 
 
 @app.command()
@@ -322,7 +304,7 @@ def data_verify(folder: Data = None) -> None:
 
 
 @data.command("stats")
-def data_stats(folder: Data = None, as_json: Json = False) -> None:
+def data_stats(folder: Data = None) -> None:
     """Table 1 of the paper beside the files here, and counts, lengths and recall of each."""
     import pandas as pd
 
@@ -330,14 +312,9 @@ def data_stats(folder: Data = None, as_json: Json = False) -> None:
     from lavic_utils.remote.download import data_dir
 
     root = data_dir(folder)
-    splits, counts = real_data_summary(root), table_1(root)
-    if as_json:
-        table = json.loads(counts.to_json(orient="records"))
-        print(json.dumps({"table_1": table, "splits": splits}, indent=1))
-        return
-    shown = counts.set_index("domain").T.astype(object).fillna("no catalogue")
-    print(shown.to_string(), end="\n\n")
-    print(pd.DataFrame(splits).to_string(index=False, float_format="{:.4g}".format))
+    splits, counts = pd.DataFrame(real_data_summary(root)), table_1(root).set_index("domain").T
+    print(counts.astype(object).fillna("no catalogue").to_string(), end="\n\n")
+    print(splits.to_string(index=False, float_format="{:.4g}".format))
 
 
 @bench.callback(invoke_without_command=True)

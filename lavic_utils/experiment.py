@@ -39,7 +39,6 @@ from lavic_utils.config import (
 from lavic_utils.evaluation import Score, hits, score
 from lavic_utils.keeping import RESULT, Images, made_once
 from lavic_utils.provenance import file_hash, folder_hash, kept, key, locked, provenance, world_dir
-from lavic_utils.retrieval import candidate_lists
 
 if TYPE_CHECKING:
     from lavic_utils.remote.chat_api import Settings
@@ -72,9 +71,8 @@ class Titles(dict):
 class Experiment:
     """What one profile and seed reads, and the stages' results in `results/<profile>/seed<seed>/`.
 
-    `data_folder`: other data than the profile's own, in the same layout. `lists`: a retrieval
-    method, whose first ten are then every dialogue's candidates. The results of either go to a
-    folder of their own. `api`: how a proprietary model is asked (None: it costs nothing, so never).
+    `data_folder`: other data than the profile's own, in the same layout, with results in a folder
+    of their own. `api`: how a proprietary model is asked (None: it costs nothing, so never).
     `force`: make every stage that is asked for again, whatever is kept.
     """
 
@@ -84,7 +82,6 @@ class Experiment:
         seed: int | None = None,
         data_folder: Path | None = None,
         api: Settings | None = None,
-        lists: str | None = None,
         force: bool = False,
     ) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
@@ -96,10 +93,6 @@ class Experiment:
                 where = f"profile {self.profile.name}, arms"
                 raise UserError(f"{where}: write {known!r}, not {method!r}")
         self.data_folder, self.api, self.force = data_folder, api, force
-        self.lists = methods.find(lists) if lists else None
-        if self.lists and self.lists.chooses:
-            why = "ranks no catalogue, so it makes no candidate lists; use a retrieval method"
-            raise UserError(f"{self.lists.name} {why}")
         self.rank, self.processes = _process()
         self._remembered: dict[tuple, Any] = {}
         self._files: dict[Path, Mapping] = {}  # folder of a stage -> hashes of what it left there
@@ -121,8 +114,7 @@ class Experiment:
 
     def of_seed(self, seed: int) -> Experiment:
         """The same with another seed."""
-        lists = self.lists and self.lists.name
-        return Experiment(self.profile, seed, self.data_folder, self.api, lists)
+        return Experiment(self.profile, seed, self.data_folder, self.api)
 
     # ------------------------------------------------------------ what is read
     @cached_property
@@ -137,17 +129,16 @@ class Experiment:
             raise UserError(f"{needs}: set LAVIC_DATA to it")
         place = world_dir(self.profile, self.seed)
         if not place.is_dir():
-            todo = "call prepare(), or run `python -m lavic_utils world`"
-            raise UserError(f"{place}: the mini world is not there; {todo}")
+            raise UserError(f"{place}: the mini world is not there; call prepare()")
         return place
 
     @property
     def place(self) -> Path:
-        """Where results of this data and these lists go, whatever the seed."""
+        """Where results of this data go, whatever the seed."""
         place = results_dir(self.profile)
         if self.data_folder:
             place = place / f"data-{data.data_hash(self.root)}"  # pictures are in stages' keys
-        return place / f"lists-{methods.slug(self.lists.name)}" if self.lists else place
+        return place
 
     @property
     def folder(self) -> Path:
@@ -198,7 +189,7 @@ class Experiment:
 
     def dialogues(self, domain: str, split: str, order: int = 0) -> list[data.Dialogue]:
         """A split's dialogues; `order` 1, 2, ...: with candidates in the order of a shuffle."""
-        found = self._read(domain, split, self.lists is not None)
+        found = self._read(domain, split)
         if not order:
             return found
         which, shuffled = self.profile.candidates, []
@@ -209,36 +200,29 @@ class Experiment:
         return shuffled
 
     @once
-    def _read(self, domain: str, split: str, listed: bool) -> list[data.Dialogue]:
-        """A split's dialogues as in the file; `listed`: with the first ten of `lists`."""
-        found = data.read_dialogues(self.root, domain, split)
-        if listed:
-            ranked = self.lists.order(self, domain, found)
-            tens = candidate_lists(ranked, self.domain_catalogue(domain)[0], seed=self.seed)
-            for i, ten in enumerate(tens):
-                found[i] = found[i].model_copy(update={self.profile.candidates: tuple(ten)})
-        return found
+    def _read(self, domain: str, split: str) -> list[data.Dialogue]:
+        """A split's dialogues as in the file."""
+        return data.read_dialogues(self.root, domain, split)
 
-    def _ids(self, domains: Iterable[str], split: str, listed: bool) -> set[str]:
-        """Ids that the lists or truths of these domains' dialogues (of `_read`) name."""
+    def _ids(self, domains: Iterable[str], split: str) -> set[str]:
+        """Ids that the lists or truths of these domains' dialogues name."""
         found: set[str] = set()
         for domain in domains:
             if data.dialogue_file(self.root, domain, split).is_file():
-                for dialogue in self._read(domain, split, listed):
+                for dialogue in self._read(domain, split):
                     found.update(getattr(dialogue, self.profile.candidates), dialogue.gt_items)
         return found
 
     @cached_property
     def items(self) -> dict[str, list[str]]:
         """Ids that occur in the lists or truths of any domain's dialogues, by split (sorted)."""
-        listed = self.lists is not None
-        return {split: sorted(self._ids(DOMAINS, split, listed)) for split in data.SPLITS}
+        return {split: sorted(self._ids(DOMAINS, split)) for split in data.SPLITS}
 
     def domain_catalogue(self, domain: str) -> tuple[list[str], list[str]]:
         """(ids, titles) of a domain's items: those that any of its dialogues lists or wants."""
         asins: set[str] = set()
         for split in data.SPLITS:
-            asins |= self._ids([domain], split, listed=False)
+            asins |= self._ids([domain], split)
         return sorted(asins), [self.titles[asin] for asin in sorted(asins)]
 
     def need_training_data(self) -> None:

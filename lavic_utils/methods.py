@@ -56,10 +56,6 @@ class Method:
         """The visual tokens of a model that comes as it is: all of an image, or none."""
         return "full" if self.inputs == BOTH else None
 
-    def needs(self, run: Experiment) -> str:
-        """What must be there for it to run, in words."""
-        return str(self.hub) if self.hub else "nothing beyond the installed packages"
-
     def row(self, run: Experiment) -> dict[str, str]:
         """What its row in a table says beside the figures: the name it stands under, `method`."""
         return {"method": self.name}
@@ -133,9 +129,6 @@ class Base(Method):
     def stages(self):
         return LONG[1:] if self.full else ("inference",)
 
-    def needs(self, run):
-        return f"the profile's model ({run.profile.model})"
-
     def check(self, run):
         super().check(run)
         vision.source(run.profile)
@@ -204,13 +197,6 @@ class Proprietary(Method):
     """A model behind an OpenAI-compatible service. `remote.chat_api` keeps each answer for good:
     nothing is paid twice, and nothing at all unless a command says so."""
 
-    def needs(self, run):
-        from lavic_utils.remote import chat_api
-
-        model = chat_api.MODELS[self.name]
-        here = f"{model.served} (at OpenAI until {model.until}; key in {chat_api.KEY})"
-        return f"{here}, or any OpenAI-compatible service by --base-url and --served"
-
     def row(self, run):
         return run.api.row(self.name)
 
@@ -266,9 +252,6 @@ class Trained(Method):
             return LONG
         first = ("teacher", "distillation") if (self.tokens or "").startswith("distilled") else ()
         return (*first, "recommendation", "inference")
-
-    def needs(self, run):
-        return f"the profile's model ({run.profile.model}), the train split and the images"
 
     def check(self, run):
         super().check(run)
@@ -365,10 +348,10 @@ def find(name: str) -> Method:
 
 
 def listing(run: Experiment) -> list[dict]:
-    """The registry as rows: name, family, inputs, needs, runnable, reason (None where runnable)."""
+    """The registry as rows: name, family, inputs, runnable, reason (None where runnable)."""
     rows = []
     for method in METHODS.values():
         why = method.reason(run)
         about = {"name": method.name, "family": method.family, "inputs": method.inputs}
-        rows.append({**about, "needs": method.needs(run), "runnable": why is None, "reason": why})
+        rows.append({**about, "runnable": why is None, "reason": why})
     return rows

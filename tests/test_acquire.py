@@ -19,12 +19,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 from server import Handler, Server, serving
 
 from lavic_utils import hub
 from lavic_utils.__main__ import main
+from lavic_utils.audit import inspection
 from lavic_utils.config import DOMAINS, ROOT, UserError
 from lavic_utils.remote import crawl, download
 
@@ -527,24 +529,20 @@ def test_verify_of_partial_data(home: Path, capfd: pytest.CaptureFixture[str]):
 
 
 def test_stats_of_partial_data(home: Path, capfd: pytest.CaptureFixture[str]):
-    def stats() -> dict:
-        assert main(["data", "stats", "--data", str(home), "--json"]) == 0
-        return json.loads(capfd.readouterr().out)
-
-    shown, path = stats(), home / DOMAINS["home"] / "test.jsonl"
-    (found,) = shown["splits"]
+    path = home / DOMAINS["home"] / "test.jsonl"
+    (found,) = inspection.real_data_summary(home)
     asked = [found[name] for name in ("domain", "split", "conversations", "recall_st")]
     assert asked == ["home", "test", 2, 0.5]
-    table = {one["domain"]: one for one in shown["table_1"]}["home"]
+    table = inspection.table_1(home).set_index("domain").loc["home"]
     names = ("conversations_published", "conversations_here", "turns_here", "items_here")
     assert [table[name] for name in names] == [3701, 2, 2, 20]
-    assert [table[f"{name}_here"] for name in ("images", "splits")] == [None, "test"]
+    assert pd.isna(table["images_here"]) and table["splits_here"] == "test"
     assert table["splits_absent"] == "train, valid"
     assert main(["data", "stats", "--data", str(home)]) == 0
     text = capfd.readouterr().out
     assert "recall_st" in text and "no catalogue" in text
     items(home, {TEN[0]: ["a", "b"], TEN[1]: ["c"], "B0UNUSED01": ["d"]})
-    assert stats()["table_1"][2]["images_here"] == 3
+    assert inspection.table_1(home)["images_here"][2] == 3
     bad = json.dumps(OTHER | {"gt_items": []})
     path.write_text(f"{json.dumps(ROW)}\n{bad}\n", encoding="utf-8")
     assert main(["data", "stats", "--data", str(home)]) == 2

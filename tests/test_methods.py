@@ -176,10 +176,10 @@ def test_the_registry_is_the_published_tables():
 
 def test_methods_lists_what_can_run_and_why_the_rest_cannot(capsys, monkeypatch):
     monkeypatch.delenv(endpoint.KEY, raising=False)
-    assert main(["methods", "--json"]) == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    listed = methods.listing(experiment.Experiment("mini"))
+    rows = {row["name"]: row for row in listed}
     assert len(rows) == 19 and all(
-        set(r) == {"name", "family", "inputs", "needs", "runnable", "reason"} for r in rows.values()
+        set(r) == {"name", "family", "inputs", "runnable", "reason"} for r in rows.values()
     )
     can = {name for name, row in rows.items() if row["runnable"]}
     assert can == {
@@ -202,8 +202,10 @@ def test_methods_lists_what_can_run_and_why_the_rest_cannot(capsys, monkeypatch)
     monkeypatch.setenv(
         endpoint.KEY, "sk-only-a-test"
     )  # a key alone spends nothing, and is not said
-    assert main(["methods", "--json"]) == 0
-    assert {row["name"]: row for row in json.loads(capsys.readouterr().out)} == rows
+    assert methods.listing(experiment.Experiment("mini")) == listed
+    assert main(["methods"]) == 0
+    said = capsys.readouterr().out
+    assert "hf download lmsys/vicuna-7b-v1.5" in said and said.count("costs money") == 1
 
 
 def test_a_method_that_cannot_run_is_one_line_and_exit_2(capsys, monkeypatch, tmp_path):
@@ -279,20 +281,6 @@ def test_a_profile_that_names_a_folder_without_a_model_says_so(run, tmp_path):
     run.profile = run.profile.model_copy(update={"models": {"Vicuna-v1.5": str(tmp_path)}})
     with pytest.raises(UserError, match=r"no config.json in it.*`models`"):
         report.run_method(run, "Vicuna-v1.5", "beauty")
-
-
-def test_candidate_lists_can_be_any_retrieval_methods_own(run, world):
-    other = experiment.Experiment(run.profile, 42, world, lists="bm25")
-    rows, plain = other.dialogues("beauty", "test"), run.dialogues("beauty", "test")
-    first = [set(a["candidates"]) for a in run.answers("BM25", "beauty")]
-    assert [set(d.candidates_st) for d in rows] == first != [set(d.candidates_st) for d in plain]
-    assert other.folder != run.folder and set(other.items["test"]) >= {
-        a for ten in first for a in ten
-    }
-    found = other.answers("LLaVA-v1.6 (title)", "beauty")
-    assert all(set(a["candidates"]) == ten for a, ten in zip(found, first, strict=True))
-    with pytest.raises(UserError, match="ranks no catalogue"):
-        experiment.Experiment(run.profile, 42, world, lists="LaViC")
 
 
 # ---------------------------------------------------------------- prompts: golden

@@ -68,13 +68,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ApiModel:
-    """Its name at the service, USD a million tokens in and out, the day on which OpenAI stops
-    serving it, tokens of an image in low detail (0: it sees none)."""
+    """Its name at the service, USD a million tokens in and out, tokens of an image in low detail
+    (0: it sees none)."""
 
     served: str
     usd_input: float
     usd_output: float
-    until: str
     image_tokens: int = 0
 
     def usd(self, input_tokens: int, output_tokens: int) -> float:
@@ -82,11 +81,12 @@ class ApiModel:
 
 
 # Dated snapshots. Prices: OpenAI's list of May 2026, as reported in November 2026, no discounts;
-# image tokens as documented and as users measured; days from OpenAI's deprecations page of November
-# 2026: from then on a row needs another service that serves its model (`base_url`, `served`).
-GPT35 = ApiModel("gpt-3.5-turbo-0125", 0.50, 1.50, "2026-10-23")
-GPT4O_MINI = ApiModel("gpt-4o-mini-2024-07-18", 0.15, 0.60, "2027-01-14", image_tokens=2833)
-GPT4O = ApiModel("gpt-4o-2024-08-06", 2.50, 10.00, "2027-01-14", image_tokens=85)
+# image tokens as documented and as users measured. OpenAI's deprecations page of November 2026 has
+# it serve GPT-3.5 until 2026-10-23, the others until 2027-01-14: from then on a row needs another
+# service that serves its model (`base_url`, `served`).
+GPT35 = ApiModel("gpt-3.5-turbo-0125", 0.50, 1.50)
+GPT4O_MINI = ApiModel("gpt-4o-mini-2024-07-18", 0.15, 0.60, image_tokens=2833)
+GPT4O = ApiModel("gpt-4o-2024-08-06", 2.50, 10.00, image_tokens=85)
 MODELS = {
     "GPT-3.5-turbo (title)": GPT35,
     "GPT-4o-mini (title)": GPT4O_MINI,

@@ -6,7 +6,6 @@ torch is imported only where there is a GPU. Nothing names the machine, its user
 from __future__ import annotations
 
 import csv
-import json
 import os
 import platform
 import shutil
@@ -119,7 +118,7 @@ def state(profile: Profile, found: Facts) -> Facts:
 
 
 def facts() -> Facts:
-    """Everything `show` prints, JSON-able. Where packages are missing, profiles are left out."""
+    """Everything `show` prints. Where packages are missing, profiles are left out."""
     found: Facts = {
         "python": platform.python_version(),
         "packages": packages(),
@@ -165,11 +164,8 @@ def next_command(found: Facts) -> tuple[str, str]:
     return command, f"profile {name} can run; {why}"
 
 
-def show(found: Facts, as_json: bool = False) -> None:
-    """The facts in words, then the command to run next; or all as one JSON object."""
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
+def show(found: Facts) -> None:
+    """The facts in words, then the command to run next."""
     pack, data, gib = found["packages"], found["data"], found["memory"]
     print(f"Python {found['python']}, {found['cores']} cores")
     print(f"packages: {', '.join(pack['missing']) or 'none'} missing,", end=" ")
