@@ -160,7 +160,8 @@ def table(
     return (
         f'<div class="ledger" role="region" aria-label="{escape(label, quote=True)}" tabindex="0">'
         '<table class="sortable">'
-        f"<caption>{escape(label)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n"
+        f"<caption>{escape(label)}</caption>\n<thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody></table></div>\n"
     )
 
 

@@ -1,16 +1,23 @@
-"""The form of the committed notebooks: short cells, no bars, no paths, pictures with words."""
+"""The form of the committed notebooks: short cells, no bars, no paths, pictures with words, and no
+name of a function that is gone (nor on a page)."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import pkgutil
 import re
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_output
 
+import lavic_utils
+from lavic_utils.config import ROOT
 from lavic_utils.repro.notebooks import WIDGET, find_notebooks, read_notebook
 
 MAX_LINES = 25
+PAGES = [*find_notebooks(), ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
 ABSOLUTE = re.compile(
     r"(?<![\w.:/+=~-])(/(home|root|tmp|usr|work|Users|opt|mnt|var|private|srv)/\w|[A-Z]:\\\w)"
 )
@@ -79,3 +86,64 @@ def shown(**data: str) -> dict:
 def test_each_fault_of_form_is_found(change, problem):
     cell = nbformat.from_dict({**new_code_cell("1"), **change})
     assert [problem in found for found in cell_problems(cell)] == [True] * (problem is not None)
+
+
+ENDINGS = {"csv", "json", "jsonl", "log", "md", "png", "py", "sqlite", "toml", "yaml", "yml"}
+
+
+def modules_of(sources: list[str]) -> dict[str, list[object]]:
+    """The package's modules and rooms by short name; what some code imports from them, by its own
+    name there, comes first."""
+    found: dict[str, list[object]] = {}
+    for module in pkgutil.walk_packages(lavic_utils.__path__, "lavic_utils."):
+        if not module.name.endswith("__main__"):
+            known = found.setdefault(module.name.rpartition(".")[2], [])
+            known.append(importlib.import_module(module.name))
+    for source in sources:
+        code = "\n".join(line for line in source.splitlines() if not line.lstrip().startswith("%"))
+        for node in ast.walk(ast.parse(code)) if "import" in code and "!" not in code else ():
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lavic_utils"):
+                place = importlib.import_module(node.module)
+                for name in node.names:
+                    found[name.asname or name.name] = [getattr(place, name.name)]
+    return found
+
+
+def dead_names(text: str, modules: dict[str, list[object]]) -> list[str]:
+    """Names in backticks, `module.name` or a call of it, that no such module has."""
+    dead = []
+    for first, path in re.findall(r"`(\w+)((?:\.\w+)+)(?=[`(])", text):
+        names = path.split(".")[1:]
+        if first in modules and names[-1] not in ENDINGS:
+            if not any(reaches(module, names) for module in modules[first]):
+                dead.append(first + path)
+    return dead
+
+
+def reaches(thing: object, names: list[str]) -> bool:
+    for name in names:
+        if name in getattr(thing, "model_fields", {}) or name in getattr(
+            thing, "__dataclass_fields__", {}
+        ):
+            return True  # a field; what it holds is not followed
+        thing = getattr(thing, name, None)
+    return thing is not None
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_every_function_that_a_text_names_exists(path):
+    text, sources = path.read_text(encoding="utf-8"), []
+    if path.suffix == ".ipynb":
+        cells = read_notebook(path).cells
+        sources = [cell.source for cell in cells if cell.cell_type == "code"]
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert dead_names(text, modules_of(sources)) == []
+
+
+def test_a_dead_name_is_found():
+    modules = modules_of(["from lavic_utils.audit import published as audit\nx = 1"])
+    told = "`evaluation.score`, `evaluation.scores(x)`, `audit.counts`, `audit.improvements`, "
+    told += "`claims.md`, `run.score`, `config.Profile.name`, `config.Profile.nam`"
+    assert dead_names(told, modules) == [
+        "evaluation.scores", "audit.improvements", "config.Profile.nam",
+    ]  # fmt: skip
