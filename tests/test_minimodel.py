@@ -68,6 +68,7 @@ LEARNT = {
     "language": {"language model"},
     "copy": {"language model"},
     "joint": {"language model", "projector"},
+    "doubt": {"language model", "projector"},
     "last layer": {"vision tower"},
 }
 

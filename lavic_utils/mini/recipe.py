@@ -1,11 +1,11 @@
 """How the mini model becomes a base LLaVA: pictures, texts, losses, phases (`make mini-model`).
 
 It learns what LLaVA can do before LaViC comes. A vision tower names what it sees, as CLIP's does; a
-language model follows a request among candidates described in words, and copies ids; a projector
-joins the two, to describe pictures and to choose among a few by all their patch tokens; at last the
-tower's [CLS] moves into a space of its own, as CLIP's is. Never met: a [CLS] through the projector,
-ten candidates with visual tokens, an item, dialogue or wording of a mini world, or the looks of its
-validation and test items (`words.held_out`). Lists come in many forms: stage 2 cannot rely on one.
+language model follows requests among candidates in words and copies ids; a projector joins the two,
+to describe pictures and to choose among a few by all their patch tokens; at last the tower's last
+layer, unread by LLaVA, moves its [CLS] into a space of its own, as CLIP's is. Never met: a [CLS]
+through the projector, ten candidates with visual tokens, an item, dialogue or wording of a mini
+world, or the looks of its validation and test items (`words.held_out`). Lists come in many forms.
 """
 
 from __future__ import annotations
@@ -175,8 +175,7 @@ def request_text(rng: Random, speakers: tuple, facts: list[str], looks: list[str
 def alike_items(rng: Random, pool: Pool, count: int) -> list[dict]:
     """Candidates of one domain; most look like the first one by title."""
     domain = rng.choice(list(words.KINDS))
-    target = random_item(rng, pool, pool.draw(rng, words.KINDS[domain]))
-    items = [target]
+    items = [target := random_item(rng, pool, pool.draw(rng, words.KINDS[domain]))]
     while len(items) < count:
         draw = rng.random()
         picture = pool.draw(rng, [target["kind"]] if draw < 0.85 else words.KINDS[domain])
@@ -287,7 +286,7 @@ def text_losses(learner: Learner, rng: Random, rows: list[Row], shown: int) -> d
     logits = model.lm_head(out.last_hidden_state[:, :-1][learnt])
     losses = {"answer": F.cross_entropy(logits, labels[:, 1:][learnt])}
     second, fourth = out.hidden_states[2], out.hidden_states[4]  # of six layers
-    some = torch.tensor(rng.choices(range(ids[:, 1:].numel()), k=512))
+    some = rng.choices(range(ids[:, 1:].numel()), k=512)
     before = model.lm_head(learner.help_before(second[:, 1:].flatten(0, 1)[some]))
     losses["before"] = 0.3 * F.cross_entropy(before, ids[:, :-1].flatten()[some])
     if any(row.known for row in rows):
@@ -320,12 +319,13 @@ JOINED = (*LANGUAGE, "multi_modal_projector.", "image_newline")
 CHOOSE = {"copy": 0.15, "text": 0.65, "title": 0.2}
 COPY = {"copy": 0.5, "text": 0.35, "title": 0.15}
 SEE = {"caption": 0.3, "tile": 0.3, "picture": 0.08, "copy": 0.02, "text": 0.23, "title": 0.07}
+DOUBT = {"caption": 0.15, "tile": 0.3, "picture": 0.05, "copy": 0.05, "text": 0.15, "title": 0.3}
 PHASES = (
     Phase("tower", 2400, 1e-3, ("vision_tower.", "name_"), {"name": 1.0}),
     Phase("language", 1600, 2e-3, LANGUAGE, CHOOSE, eased=("text", "title")),
     Phase("copy", 500, 1.5e-3, LANGUAGE, COPY),
     Phase("joint", 2000, 1.5e-3, JOINED, SEE, eased=("tile",)),
-    # LLaVA reads the layer before, which stays as it is.
+    Phase("doubt", 400, 1e-3, JOINED, DOUBT),  # more requests that several candidates fit
     Phase("last layer", 600, 2e-3, ("vision_tower.encoder.layers.3.",), {"anchor": 1.0}),
 )
 
@@ -382,8 +382,8 @@ def train(folder: Path, phases: Sequence[Phase] = PHASES, keep: int = 200) -> Le
             cosine = (1 + math.cos(math.pi * step / phase.steps)) / 2
             for group in optimizer.param_groups:  # warm-up, then a cosine down to a twentieth
                 group["lr"] = phase.rate * min((step + 1) / 150, 0.05 + 0.95 * cosine)
-            rng = Random(f"{phase.name}-{step}")
-            losses = phase_losses(learner, rng, phase, step / phase.steps)
+            rng, done = Random(f"{phase.name}-{step}"), step / phase.steps
+            losses = phase_losses(learner, rng, phase, done)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
