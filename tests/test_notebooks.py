@@ -16,7 +16,8 @@ import lavic_utils
 from lavic_utils.config import ROOT
 from lavic_utils.repro.notebooks import WIDGET, find_notebooks, read_notebook
 
-MAX_LINES = 25
+MAX_LINES, MAX_PLOT = 12, 25
+PLOTS = re.compile(r"\bplt\.|\baxis\.|\bfigures\.|\bschemes\.")
 PAGES = [*find_notebooks(), ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
 ABSOLUTE = re.compile(
     r"(?<![\w.:/+=~-])(/(home|root|tmp|usr|work|Users|opt|mnt|var|private|srv)/\w|[A-Z]:\\\w)"
@@ -42,9 +43,12 @@ def output_problems(output) -> list[str]:
 
 def cell_problems(cell) -> list[str]:
     problems = ["names an absolute path"] if ABSOLUTE.search(cell.source) else []
-    lines = len(cell.source.splitlines())
-    if cell.cell_type == "code" and lines > MAX_LINES:
-        problems.append(f"has {lines} lines, more than {MAX_LINES}")
+    lines = cell.source.splitlines()
+    most = MAX_PLOT if PLOTS.search(cell.source) else MAX_LINES
+    if cell.cell_type == "code" and len(lines) > most:
+        problems.append(f"has {len(lines)} lines, more than {most}")
+    if cell.cell_type == "code" and max(map(len, lines), default=0) > 100:
+        problems.append("has a line of more than 100 characters")
     for output in cell.get("outputs", []):
         problems += output_problems(output)
     return problems
@@ -70,7 +74,11 @@ def shown(**data: str) -> dict:
     ("change", "problem"),
     [
         ({}, None),
-        ({"source": "\n".join("1" * 26)}, "26 lines"),
+        ({"source": "\n".join("1" * 13)}, "13 lines, more than 12"),
+        ({"source": "\n".join("1" * 12)}, None),
+        ({"source": "plt.plot()\n" * 25}, None),
+        ({"source": "plt.plot()\n" * 26}, "26 lines, more than 25"),
+        ({"source": "1 + " * 25 + "1"}, "100 characters"),
         ({"source": "open('/tmp/x')"}, "names an absolute path"),
         (said("see /home/me/x"), "shows an absolute path"),
         (said("https://a.org/home/x 3/4 a/tmp/x"), None),
@@ -147,3 +155,23 @@ def test_a_dead_name_is_found():
     assert dead_names(told, modules) == [
         "evaluation.scores", "audit.improvements", "config.Profile.nam",
     ]  # fmt: skip
+
+
+def typed_minutes(path) -> list[float]:
+    """A notebook's minutes on `mini`: as its first cell gives them, and the students' page."""
+    head = read_notebook(path).cells[0].source
+    page = (ROOT / "docs" / "student.md").read_text(encoding="utf-8")
+    said = re.findall(r"^\| (?:`mini`|any)[^|]*\| (?:about |under )?(\d+)", head, re.M)
+    said += re.findall(rf"^\| {path.stem[:2]} [^|]*\| \d+ \| (\d+) \|", page, re.M)
+    return [float(one) for one in said]
+
+
+def near(typed: float, measured: float) -> bool:
+    return abs(typed - measured) <= max(1, measured / 2)
+
+
+@pytest.mark.parametrize("path", find_notebooks(), ids=lambda path: path.stem)
+def test_minutes_on_pages_are_near_those_measured(path):
+    typed, measured = typed_minutes(path), read_notebook(path).metadata.lavic.minutes
+    assert len(typed) == 2 and all(near(one, measured) for one in typed), (typed, measured)
+    assert not near(3 * measured + 2, measured)  # the check can fail
