@@ -39,9 +39,11 @@ def results() -> str:
     lines.append(f"**Measured here** with the mini model, not with LLaVA-v1.6-7B. *{about}*\n")
     for name in ("open source", "ablation"):
         ours = frames[name].xs(tier, axis=1, level=1)
+        absent = ", ".join(ours.index[ours["beauty"] == NOT_RUN])
         ours = ours[ours["beauty"] != NOT_RUN].reset_index()
         ours.iloc[:, 0] = ours.iloc[:, 0].str.replace("LLaVA-v1.6", "mini model, untuned")
         lines += [f"*{name}*\n", markdown(["method", *ours.columns[1:]], ours.values)]
+        lines += [f"Not run here, for want of their checkpoints: {absent}.\n"] * bool(absent)
     return "\n".join([*lines, footnote(metrics)]) + "\n"
 
 
