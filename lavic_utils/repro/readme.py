@@ -43,7 +43,8 @@ def results() -> str:
         ours = ours[ours["beauty"] != NOT_RUN].reset_index()
         ours.iloc[:, 0] = ours.iloc[:, 0].str.replace("LLaVA-v1.6", "mini model, untuned")
         lines += [f"*{name}*\n", markdown(["method", *ours.columns[1:]], ours.values)]
-        lines += [f"Not run here, for want of their checkpoints: {absent}.\n"] * bool(absent)
+        if absent:
+            lines.append(f"Not run here, for want of their checkpoints: {absent}.\n")
     return "\n".join([*lines, footnote(metrics)]) + "\n"
 
 
