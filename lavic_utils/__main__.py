@@ -34,11 +34,21 @@ def _known(profile: str) -> str:
     return profile
 
 
+def _folder(given: Path | None) -> Path | None:
+    if given and not given.is_dir():
+        why = "no such folder; give one laid out as the published files"
+        raise UserError(f"--data {given}: {why}")
+    return given
+
+
 Profile = Annotated[
     str, Option("--profile", callback=_known, help="A profile's name, or a path to a YAML file.")
 ]
 Seed = Annotated[int | None, Option("--seed", min=0, max=MOST, help="Default: the profile's.")]
-Data = Annotated[Path | None, Option("--data", help="Folder of the data. Default: LAVIC_DATA.")]
+Data = Annotated[
+    Path | None,
+    Option("--data", callback=_folder, help="Folder of the data. Default: LAVIC_DATA."),
+]
 Json = Annotated[bool, Option("--json", help="JSON on stdout instead of a table.")]
 Check = Annotated[bool, Option("--check", help="Write nothing; exit 1 where one is stale.")]
 
@@ -76,8 +86,6 @@ def _print_rows(rows: list[dict], note: str) -> None:
 def use_data(folder: Path | None) -> None:
     """Let a folder given on the command line stand for LAVIC_DATA, for child processes too."""
     if folder:
-        if not folder.is_dir():
-            raise UserError(f"--data {folder}: no such folder; give that of the published files")
         os.environ["LAVIC_DATA"] = str(folder.resolve())
 
 
@@ -124,7 +132,7 @@ def run(
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it takes and costs.")] = False,
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
-    from lavic_utils.bench.plan import foreseen
+    from lavic_utils.bench.plan import foreseen, refuse_here
     from lavic_utils.experiment import Experiment
     from lavic_utils.methods import find
     from lavic_utils.remote.chat_api import OPENAI, Settings
@@ -132,7 +140,8 @@ def run(
 
     settings = Settings(base_url=base_url or OPENAI, served=served, max_usd=max_usd)
     chosen = find(method)
-    _refuse(profile, chosen.name)
+    if chosen.stages:  # what does not fit here is refused before anything is loaded
+        refuse_here(load_profile(profile), chosen.stages)
     asked = Experiment(profile, seed, data_folder, settings, force).prepare()
     if dry_run:
         return print(foreseen(asked, method, domain, split, limit))
@@ -143,15 +152,6 @@ def run(
         said += f"\nits row stands in {metrics_path(asked)}"
     if said:  # of several processes one writes
         print(said)
-
-
-def _refuse(profile: str, method: str) -> None:
-    """UserError before anything is loaded where a stage of the method does not fit here."""
-    from lavic_utils.bench.plan import refuse_here
-    from lavic_utils.methods import find
-
-    if stages := find(method).stages:
-        refuse_here(load_profile(profile), stages)
 
 
 @app.command()
@@ -242,7 +242,7 @@ def claims(
 
 @app.command()
 def plan(
-    profile: Profile = "mini",
+    profile: Profile = "paper",
     gpu: Annotated[str | None, Option(help="t4, a100, h100. Default: here, else all.")] = None,
 ) -> None:
     """Memory, tokens, disk and hours a profile needs; exit 2 where it cannot fit the card."""
@@ -340,17 +340,17 @@ def bench_gpu(profile: Profile = "paper") -> None:
 @app.command()
 def demo(
     profile: Profile = "mini",
-    folder: Annotated[Path | None, Option("--data", help="Your catalogue and dialogues.")] = None,
+    folder: Data = None,
     seed: Seed = None,
     host: Annotated[str, Option(help="0.0.0.0: for whoever reaches this machine.")] = "127.0.0.1",
     port: Annotated[int, Option(min=1, max=65535)] = 7860,
 ) -> None:
     """Serve a page to try the trained models. Trains what is missing, and says so."""
+    from lavic_utils.bench.plan import refuse_here
     from lavic_utils.demo.page import serve
+    from lavic_utils.methods import find
 
-    if folder and not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder; give one laid out as the published data")
-    _refuse(profile, "LaViC")
+    refuse_here(load_profile(profile), find("LaViC").stages)
     serve(profile, seed, folder, host, port)
 
 

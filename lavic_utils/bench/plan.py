@@ -133,20 +133,9 @@ def refuse_now(profile: Profile, stage: str, tokens: Callable[[], int] | None = 
 
 
 def work(profile: Profile) -> Work:
-    """What is to be done: by the mini world's sizes, or ASSUMED; with the profile's own images."""
-    found, world, images = ASSUMED, profile.world, profile.distillation.images_per_item
-    if world:
-        items = len(DOMAINS) * world.train_shards * world.shard_items
-        found = Work(
-            "the rendered world's sizes; prompts at the longest",
-            round(items * (1 + world.p_extra_image)),
-            items,
-            len(DOMAINS) * world.train_dialogues,
-            profile.recommendation.max_length,
-            len(DOMAINS) * world.test_dialogues,
-            profile.distillation.max_new_tokens,
-        )
-    return found._replace(images=min(found.images, (images or found.images) * found.items))
+    """ASSUMED, with the profile's own images an item."""
+    most = profile.distillation.images_per_item or ASSUMED.images
+    return ASSUMED._replace(images=min(ASSUMED.images, most * ASSUMED.items))
 
 
 def pass_seconds(
@@ -239,7 +228,7 @@ def disk_gb(profile: Profile, todo: Work) -> dict[str, float]:
     adapters = 3 * 12 * sizes["distillation"] + len(DOMAINS) * 3 * 16 * sizes["recommendation"]
     parts = {
         "model": profile.download_gb * 1e9,
-        "images": 60e3 * todo.images * (profile.world is None),
+        "images": 60e3 * todo.images,
         "vectors": 2 * todo.items * 5 * config.text_config.hidden_size * 4,
         "adapters and checkpoints": adapters,
     }
@@ -247,7 +236,10 @@ def disk_gb(profile: Profile, todo: Work) -> dict[str, float]:
 
 
 def plan(profile: Profile, gpu: str | None = None) -> dict[str, Any]:
-    """Everything `show` prints. UserError where the profile does not fit the card asked about."""
+    """Everything `show` prints. UserError where the profile does not fit the card asked about, and
+    for the mini run: it fits everywhere."""
+    if profile.world:
+        raise UserError(f"profile {profile.name}: minutes on any machine; plan t4 or paper")
     if gpu is not None and gpu.lower() not in CARDS:
         raise UserError(f"--gpu {gpu}: use one of {', '.join(CARDS)}")
     card = CARDS[gpu.lower()] if gpu else present()
@@ -314,5 +306,6 @@ def foreseen(run: Experiment, method: str, domain: str, split: str, limit: int |
         folders.append(run.tuned_folder(chosen.name, domain))
         left = [str(one) for one in folders if not (one / "result.json").is_file()]
         said += f"\nto train: {', '.join(left) or 'nothing, if what is kept is of these inputs'}"
-        said += f"\nhours and memory: python -m lavic_utils plan --profile {run.profile.name}"
+        if not run.profile.world:
+            said += f"\nhours and memory: python -m lavic_utils plan --profile {run.profile.name}"
     return said

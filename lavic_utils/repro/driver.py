@@ -7,13 +7,11 @@ data, and the cells of the notebooks before it. `results/<profile>/seed<seed>/ru
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import relpath
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, getrusage
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -141,10 +139,8 @@ def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
     made = [p for p in found if p.name not in UNTOLD and p.stat().st_mtime >= start]
     left = {path.relative_to(results).as_posix(): origin.file_hash(path) for path in sorted(made)}
     origin.write_kept(results / INDEX, {**(origin.kept(results / INDEX) or {}), **left})
-    kilobyte = 1 if sys.platform == "darwin" else 2**10
     record |= {
         "seconds": round(time.time() - start, 1),
-        "peak_mb": getrusage(RUSAGE_CHILDREN).ru_maxrss * kilobyte // 2**20,  # largest so far
         "made": list(left),
         "world": origin.tree_hash(origin.world_dir(profile, seed)),  # the first to ask makes it
     }
@@ -194,45 +190,34 @@ def _run_all(jobs: list[Job], profile: config.Profile, force: bool) -> int:
 
         refuse_here(profile, STAGES)
         source(profile)
-    done: list[tuple[float, float]] = []
+    left = sum(job.seconds for job in todo) / 60
     for job in jobs:
         if job not in todo:
             print(f"{job.name}: unchanged, not run again", flush=True)
             continue
-        left = minutes_left(done, [one.seconds for one in todo[len(done) :]])
         print(f"{job.name}: started, about {left:.1f} minutes left in all", flush=True)
-        expected = job.seconds
+        left -= job.seconds / 60
         job.record = run_job(job, profile)
         if job.record["status"] != "ok":
             failed = relpath(job.out.with_suffix(".failed.ipynb"))
             print(*job.record["error"], sep="\n")
             print(f"the cells so far: {failed}; the same command continues from here")
             return 1
-        done.append((expected, job.record["seconds"]))
         print(f"{job.name}: done in {job.record['seconds'] / 60:.1f} minutes", flush=True)
     summary(jobs, results)
     return 0
 
 
-def minutes_left(done: Sequence[tuple[float, float]], todo: Sequence[float]) -> float:
-    """Minutes that what is left takes, from the seconds expected of it and the pace so far: seconds
-    (expected, taken) of what is done, once that is a minute's worth."""
-    expected, taken = (sum(column) for column in zip(*done, strict=True)) if done else (0, 0)
-    pace = taken / expected if expected >= 60 else 1.0
-    return pace * sum(todo) / 60
-
-
 def summary(jobs: Sequence[Job], results: Path) -> None:
-    """Print minutes by notebook, peak memory, HR@1 and VR of this run's seeds (means), where files
-    are, and how this run compares with the committed one."""
+    """Print minutes by notebook, HR@1 and VR of this run's seeds (means), where files are, and how
+    this run compares with the committed one."""
     import pandas as pd
 
     print()
     for job in jobs:
         print(f"{job.name:44} {job.record['seconds'] / 60:5.1f} min")
     minutes = sum(job.record["seconds"] for job in jobs) / 60
-    peak = max(job.record["peak_mb"] for job in jobs)
-    print(f"{'in all':44} {minutes:5.1f} min, peak memory {peak} MB\n")
+    print(f"{'in all':44} {minutes:5.1f} min\n")
     path = origin.newest(results / "metrics.json")
     where = f"executed notebooks, figures, tables, {path.name}: {relpath(results)}"
     seeds = {job.parameters["seed"] for job in jobs}
