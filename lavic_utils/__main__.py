@@ -247,9 +247,8 @@ def plan(
 ) -> None:
     """Memory, tokens, disk and hours a profile needs; exit 2 where it cannot fit the card."""
     from lavic_utils.bench.plan import plan as make
-    from lavic_utils.bench.plan import show
 
-    show(make(load_profile(profile), gpu))
+    print(make(load_profile(profile), gpu))
 
 
 @app.command()

@@ -234,7 +234,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers(capsys):
 def test_the_card_of_this_machine_is_asked(monkeypatch):
     has_card(monkeypatch, 79, "NVIDIA H100 80GB HBM3")
     assert plan.present()[1:] == (79.0, *plan.CARDS["h100"][2:])
-    assert list(plan.plan(PAPER)["hours"]) == ["NVIDIA H100 80GB HBM3"]
+    assert "fits: NVIDIA H100 80GB HBM3 yes\n" in plan.plan(PAPER)
     has_card(monkeypatch, 15, "Tesla T4")
     with pytest.raises(UserError, match="Tesla T4"):
         plan.plan(PAPER)
@@ -356,26 +356,21 @@ def test_a_refused_run_ends_with_one_line(monkeypatch, tmp_path, capsys):
     assert said.out == "" and said.err.count("\n") == 1 and "teacher needs" in said.err
 
 
-@pytest.mark.parametrize("name", ["t4", "paper"])
-def test_the_plan_has_everything(name):
-    found = plan.plan(load_profile(name))
-    assert {
-        "parameters",
-        "trainable",
-        "download_gb",
-        "disk_gb",
-        "memory_gib",
-        "hours",
-        "fits",
-    } <= set(found)
-    assert set(found["memory_gib"]) == {"distillation", "recommendation", "inference", *LONG}
-    assert list(found["fits"].values()) == [name != "paper", True, True] and len(
-        found["hours"]
-    ) == sum(found["fits"].values())
-    for on, singly in found["hours_of_all_that_is_trained"].items():
-        assert singly["LaViC"] == pytest.approx(sum(found["hours"][on].values()), abs=0.05)
-        assert ("Entire tokens" in singly) is (name != "t4" or "T4" not in on)
-        assert all(hours > 0 for hours in singly.values()) and len(singly) >= 3
+@pytest.mark.parametrize("profile", [T4, PAPER], ids=lambda p: p.name)
+def test_the_plan_has_everything(profile):
+    said, todo = plan.plan(profile), plan.work(profile)
+    assert f"fits: T4, 16 GB {'NO' if profile is PAPER else 'yes'}, A100, 40 GB yes" in said
+    for word in ("parameters 7,5", "recommendation 2", "download 15", "disk 2", "images 4.86"):
+        assert word in said
+    stages = {"distillation", "recommendation", "inference", *LONG}
+    assert set(memory.memories(profile)) == stages and all(name in said for name in stages)
+    for key, one in plan.CARDS.items():
+        if profile is T4 or key != "t4":
+            singly = plan.trained(profile, todo, one)
+            assert singly["LaViC"] == sum(plan.hours(profile, todo, one).values())
+            assert f"{singly['LaViC']:.2f}" in said
+            assert ("Entire tokens" in singly) is (key != "t4")
+            assert all(hours > 0 for hours in singly.values()) and len(singly) >= 3
     with pytest.raises(UserError, match="minutes on any machine"):
         plan.plan(MINI)
 

@@ -14,18 +14,16 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration, TrainerCallback
 
 from lavic_utils import training, vision
-from lavic_utils.bench.memory import GIB, SCORED, TITLE, count, full_tokens, memories, skeleton
+from lavic_utils.bench.memory import GIB, SCORED, TITLE, full_tokens, memories, skeleton
 from lavic_utils.bench.plan import ASSUMED
 from lavic_utils.bench.speed import result_file, spread, synchronize, timed
 from lavic_utils.config import Profile, UserError, load_profile
@@ -35,7 +33,7 @@ from lavic_utils.recommendation import LANGUAGE_LINEAR, Recommender, read
 from lavic_utils.training import IGNORE
 
 WARM, REPEATS = 2, 5
-ITEMS, CANDIDATES, TILES, PAD = 16, 10, 5, 0  # items encoded at once; tiles of square images
+CANDIDATES, TILES, PAD = 10, 5, 0  # tiles of a square image
 ONE, TWO, ANSWERS = "distillation", "recommendation", "inference"
 
 
@@ -107,15 +105,9 @@ def random_model(profile: Profile) -> LlavaNextForConditionalGeneration:
     return vision.load(kind, profile, "random weights", None)
 
 
-def pixels(config, rows: int) -> tuple[Tensor, Tensor]:
-    """Square images of noise, as `vision.pixels` gives them."""
-    side = config.vision_config.image_size
-    return torch.randn(rows, TILES, 3, side, side), torch.tensor([[2 * side, 2 * side]] * rows)
-
-
 def prompts(config, rows: int, case: Case) -> dict[str, Any]:
-    """A batch as the stages' collators make it, of random ids; stage 1's has pixels, the others'
-    stored visual tokens."""
+    """A batch as the stages' collators make it, of random ids; stage 1's has pixels (square images
+    of noise, as `vision.pixels` gives them), the others' stored visual tokens."""
     text, image = config.text_config, config.image_token_id
     visual = min(case.visual, case.tokens - case.target - 1)
     ids = torch.randint(1, text.vocab_size - 1, (rows, case.tokens))
@@ -125,7 +117,9 @@ def prompts(config, rows: int, case: Case) -> dict[str, Any]:
     labels[:, : case.tokens - case.target] = IGNORE
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     if case.stage == ONE:
-        batch["pixel_values"], batch["image_sizes"] = pixels(config, rows)
+        side = config.vision_config.image_size
+        batch["pixel_values"] = torch.randn(rows, TILES, 3, side, side)
+        batch["image_sizes"] = torch.tensor([[2 * side, 2 * side]] * rows)
     else:
         batch["visual"] = [torch.randn(visual, text.hidden_size) for _ in range(rows)]
     return batch
@@ -193,38 +187,26 @@ def answers(tuned, profile: Profile, case: Case, steps: int) -> list[float]:
     return [timed(work) for _ in range(steps)]
 
 
-def attempt(work: Callable[[], list[float]]) -> dict[str, Any]:
-    """Of some seconds: all after the first WARM, as `spread` (none where memory ran out), and the
-    peak GiB of the card's tensors (none without a card)."""
-    cuda, found = torch.cuda.is_available(), {"seconds": None, "measured_gib": None}
+def measure(tuned, profile: Profile, case: Case) -> dict[str, Any]:
+    """A row of the file: seconds of all steps after the first WARM, as `spread` (none where memory
+    ran out), and the peak GiB of the card's tensors (none without a card)."""
+    if case.stage == ANSWERS:
+        run, rows = answers, profile.recommendation.eval_batch_size
+    else:
+        run, rows = train, getattr(profile, case.stage).batch_size
+    found = {**case._asdict(), "rows": rows, "predicted_gib": predicted(profile, case)}
+    found |= {"seconds": None, "measured_gib": None}
+    cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
-        found["seconds"] = spread(work()[WARM:])
+        found["seconds"] = spread(run(tuned, profile, case, WARM + REPEATS)[WARM:])
         if cuda:
             found["measured_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
     except torch.OutOfMemoryError:
         pass
     vision.free()  # a trainer holds itself in a circle
     return found
-
-
-def measure(tuned, profile: Profile, case: Case) -> dict[str, Any]:
-    """A row of the file."""
-    if case.stage == ANSWERS:
-        run, rows = answers, profile.recommendation.eval_batch_size
-    else:
-        run, rows = train, getattr(profile, case.stage).batch_size
-    found = attempt(partial(run, tuned, profile, case, WARM + REPEATS))
-    return {**case._asdict(), "rows": rows, "predicted_gib": predicted(profile, case), **found}
-
-
-def encoding(student) -> dict[str, Any]:
-    """Items encoded at once, from pixels to stored [CLS] tokens."""
-    batch = student, range(ITEMS), *pixels(student.config, ITEMS)
-    repeated = range(WARM + REPEATS)
-    found = attempt(lambda: [timed(vision.encode, *batch) for _ in repeated])
-    return {"items_at_once": ITEMS, **found}
 
 
 # ---------------------------------------------------------------- the file
@@ -251,15 +233,10 @@ def measure_all(profile: Profile) -> Path:
     about = provenance(profile, profile.seed, "none") | {"tier": "random weights"}
     path = result_file(about["machine"], quick=False, ending=f"-{profile.name}-gpu")
     found = {
-        "kind": "random weights",
         "provenance": about,
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "four_bits": "bitsandbytes, NF4" if profile.quantize_4bit else "not asked for",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": count(skeleton(profile.model_path)).all,
-        "warm_up": WARM,
         "steps": [],
-        "encoding": None,
     }
 
     def measure_stage(tuned, stage: str) -> None:
@@ -270,12 +247,10 @@ def measure_all(profile: Profile) -> Path:
 
     student = training.add_adapter(Student(model), profile.distillation.lora, VISION_LINEAR)
     measure_stage(student, ONE)
-    model.set_attn_implementation("sdpa")  # as a model has it that is loaded to encode or to answer
-    found["encoding"] = encoding(model.eval())
+    model.set_attn_implementation("sdpa")  # as `vision.load` asks for it
     student.unload()
     tuned = training.add_adapter(Recommender(model), profile.recommendation.lora, LANGUAGE_LINEAR)
     measure_stage(tuned, TWO)
-    model.set_attn_implementation("sdpa")
     measure_stage(model.eval(), ANSWERS)
     return path
 

@@ -7,8 +7,9 @@ measurements.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import pandas as pd
 import torch
 from psutil import virtual_memory
 
@@ -235,9 +236,9 @@ def disk_gb(profile: Profile, todo: Work) -> dict[str, float]:
     return {name: round(value / 1e9, 2) for name, value in parts.items()}
 
 
-def plan(profile: Profile, gpu: str | None = None) -> dict[str, Any]:
-    """Everything `show` prints. UserError where the profile does not fit the card asked about, and
-    for the mini run: it fits everywhere."""
+def plan(profile: Profile, gpu: str | None = None) -> str:
+    """What a profile needs, in words and tables. UserError where it does not fit the card asked
+    about, and for the mini run: it fits everywhere."""
     if profile.world:
         raise UserError(f"profile {profile.name}: minutes on any machine; plan t4 or paper")
     if gpu is not None and gpu.lower() not in CARDS:
@@ -245,52 +246,32 @@ def plan(profile: Profile, gpu: str | None = None) -> dict[str, Any]:
     card = CARDS[gpu.lower()] if gpu else present()
     if card:
         refuse(profile, card)
-    todo, needs = work(profile), memories(profile)
+    todo, needs, fits, alone, spent = work(profile), memories(profile), [], {}, {}
     peak = max(needs[stage]["total"] for stage in memory.STAGES if stage in needs) + RESERVE
-    cards, fits, spent, all_trained = [card] if card else list(CARDS.values()), {}, {}, {}
-    for c in cards:
-        fits[c.name] = peak <= c.gib
-        if fits[c.name]:
-            spent[c.name] = hours(profile, todo, c)
-            all_trained[c.name] = trained(profile, todo, c)
-    return {
-        "profile": profile.name,
-        "model": profile.model,
-        "revision": profile.revision,
-        "parameters": count(skeleton(profile.model_path)).all,
-        "trainable": trainables(profile),
-        "download_gb": profile.download_gb,
-        "disk_gb": disk_gb(profile, todo),
-        "work": todo._asdict(),
-        "memory_gib": needs,
-        "fits": fits,
-        "hours": spent,
-        "hours_of_all_that_is_trained": all_trained,
-    }
+    for c in [card] if card else CARDS.values():
+        fits.append(f"{c.name} {'yes' if peak <= c.gib else 'NO'}")
+        if peak <= c.gib:
+            alone[c.name], spent[c.name] = hours(profile, todo, c), trained(profile, todo, c)
 
+    def table(frame: pd.DataFrame) -> str:
+        return frame.to_string(float_format="{:.2f}".format, na_rep="-")
 
-def show(found: dict[str, Any]) -> None:
-    """The plan as text."""
-    import pandas as pd
-
-    disk, todo, trained = found["disk_gb"], found["work"], found["trainable"]
+    disk = disk_gb(profile, todo)
     parts = ", ".join(f"{name} {size:g}" for name, size in disk.items())
-    fits = ", ".join(f"{name} {'yes' if ok else 'NO'}" for name, ok in found["fits"].items())
-    text = {"float_format": "{:.2f}".format, "na_rep": "-"}
-    print(
-        f"{found['profile']}: {found['model']} {(found['revision'] or '')[:12]}\n"
-        f"parameters {found['parameters']:,}; trained: "
-        + ", ".join(f"{stage} {number:,}" for stage, number in trained.items())
-        + f"\ndownload {found['download_gb']:g} GB; disk {sum(disk.values()):.1f} GB ({parts})\n"
-        f"work: {todo['images']:,} images of stage 1, {todo['items']:,} items, "
-        f"{todo['examples']:,} training examples of {todo['prompt']:.0f} tokens, "
-        f"{todo['test']:,} test dialogues\n  [{todo['source']}]\n"
-        f"\npeak memory, GiB (and {RESERVE:g} in reserve); fits: {fits}\n"
-        + pd.DataFrame(found["memory_gib"]).T.to_string(**text)
-        + "\n\nexpected hours of LaViC alone, all domains (speeds assumed, not measured)\n"
-        + pd.DataFrame(found["hours"]).to_string(**text)
-        + "\n\nand of all that `reproduce` trains, with its answers (-: does not fit the card)\n"
-        + pd.DataFrame(found["hours_of_all_that_is_trained"]).to_string(**text)
+    sizes = ", ".join(f"{stage} {size:,}" for stage, size in trainables(profile).items())
+    return (
+        f"{profile.name}: {profile.model} {(profile.revision or '')[:12]}\n"
+        f"parameters {count(skeleton(profile.model_path)).all:,}; trained: {sizes}\n"
+        f"download {profile.download_gb:g} GB; disk {sum(disk.values()):.1f} GB ({parts})\n"
+        f"work: {todo.images:,} images of stage 1, {todo.items:,} items, {todo.examples:,} "
+        f"training examples of {todo.prompt:.0f} tokens, {todo.test:,} test dialogues\n"
+        f"  [{todo.source}]\n"
+        f"\npeak memory, GiB (and {RESERVE:g} in reserve); fits: {', '.join(fits)}\n"
+        f"{table(pd.DataFrame(needs).T)}\n\n"
+        f"expected hours of LaViC alone, all domains (speeds assumed, not measured)\n"
+        f"{table(pd.DataFrame(alone))}\n\n"
+        f"and of all that `reproduce` trains, with its answers (-: does not fit the card)\n"
+        f"{table(pd.DataFrame(spent))}"
     )
 
 

@@ -120,13 +120,9 @@ def state(profile: Profile, found: Facts) -> Facts:
 def facts() -> Facts:
     """Everything `show` prints. Where packages are missing, profiles are left out."""
     found: Facts = {
-        "python": platform.python_version(),
         "packages": packages(),
-        "cores": os.cpu_count(),
         "memory": memory(),
         "gpus": gpus(),
-        "disk_free_gb": round(shutil.disk_usage(ROOT).free / 1e9, 1),
-        "installed_gb": INSTALLED_GB,
         "data": {},
         "profiles": {},
     }
@@ -167,15 +163,14 @@ def next_command(found: Facts) -> tuple[str, str]:
 def show(found: Facts) -> None:
     """The facts in words, then the command to run next."""
     pack, data, gib = found["packages"], found["data"], found["memory"]
-    print(f"Python {found['python']}, {found['cores']} cores")
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores")
     print(f"packages: {', '.join(pack['missing']) or 'none'} missing,", end=" ")
     print(f"{len(pack['different'])} of {pack['locked']} differ from requirements.lock")
     for name, (here, pin) in pack["different"].items():
         print(f"  {name} {here} (lock: {pin})")
     print(f"memory: {gib['usable']:g} of {gib['total']:g} GiB can be used")
-    print(
-        f"disk: {found['disk_free_gb']:g} GB free; an installation takes {INSTALLED_GB} GB", end=" "
-    )
+    free = shutil.disk_usage(ROOT).free / 1e9
+    print(f"disk: {free:.1f} GB free; an installation takes {INSTALLED_GB} GB", end=" ")
     print("with torch's build for CPUs, gigabytes more with the one for GPUs")
     for card in found["gpus"]:
         print("GPU: {name}, {gib:g} GiB, compute capability {compute:g}: {half}".format(**card))

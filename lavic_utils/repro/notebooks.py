@@ -203,8 +203,6 @@ def execute(numbers: Sequence[str] = ()) -> int:
             "code": code,
             "source_hash": source_hash(nb),
             "cells_hash": key(cells=nb.cells),
-            "real_data": bool(os.environ.get("LAVIC_DATA")),
-            "replications": bool(os.environ.get("LAVIC_REPLICATIONS")),
         }
         write_text(path, nbformat.writes(nb) + "\n")
         print(f"{path.stem}: executed in {time.monotonic() - start:.0f} s", flush=True)
