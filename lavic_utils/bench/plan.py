@@ -99,10 +99,7 @@ def present() -> Card | None:
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    known = CARDS["t4"]
-    for key, card in CARDS.items():
-        if key in found.name.lower():
-            known = card
+    known = next((card for key, card in CARDS.items() if key in found.name.lower()), CARDS["t4"])
     return known._replace(name=found.name, gib=round(found.total_memory / memory.GIB, 1))
 
 
