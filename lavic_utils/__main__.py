@@ -132,7 +132,7 @@ def run(
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it takes and costs.")] = False,
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
-    from lavic_utils.bench.plan import foreseen, refuse_here
+    from lavic_utils.bench.plan import foreseen
     from lavic_utils.experiment import Experiment
     from lavic_utils.methods import find
     from lavic_utils.remote.chat_api import OPENAI, Settings
@@ -140,8 +140,7 @@ def run(
 
     settings = Settings(base_url=base_url or OPENAI, served=served, max_usd=max_usd)
     chosen = find(method)
-    if chosen.stages:  # what does not fit here is refused before anything is loaded
-        refuse_here(load_profile(profile), chosen.stages)
+    _refuse(profile, chosen.name)
     asked = Experiment(profile, seed, data_folder, settings, force).prepare()
     if dry_run:
         return print(foreseen(asked, method, domain, split, limit))
@@ -152,6 +151,15 @@ def run(
         said += f"\nits row stands in {metrics_path(asked)}"
     if said:  # of several processes one writes
         print(said)
+
+
+def _refuse(profile: str, method: str) -> None:
+    """UserError before anything is loaded where a stage of the method does not fit here."""
+    from lavic_utils.bench.plan import refuse_here
+    from lavic_utils.methods import find
+
+    if stages := find(method).stages:
+        refuse_here(load_profile(profile), stages)
 
 
 @app.command()
@@ -345,11 +353,9 @@ def demo(
     port: Annotated[int, Option(min=1, max=65535)] = 7860,
 ) -> None:
     """Serve a page to try the trained models. Trains what is missing, and says so."""
-    from lavic_utils.bench.plan import refuse_here
     from lavic_utils.demo.page import serve
-    from lavic_utils.methods import find
 
-    refuse_here(load_profile(profile), find("LaViC").stages)
+    _refuse(profile, "LaViC")
     serve(profile, seed, folder, host, port)
 
 
