@@ -5,12 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import io
 import json
 import os
 import platform
 import subprocess
-import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -86,19 +84,13 @@ def world_dir(profile: Profile, seed: int) -> Path:
 
 # ------------------------------------------------------------ hashes of code
 def plain_code(text: str) -> str:
-    """Python source without what no result can depend on: comments, docstrings, blank lines."""
-    lines = text.replace("\r\n", "\n").split("\n")
-    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            docstring = node.body[0]
-            for row in range(docstring.lineno, docstring.end_lineno + 1):
-                lines[row - 1] = ""
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+    """Python source without what no result can depend on: comments, docstrings, its layout."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 @functools.cache

@@ -8,7 +8,6 @@ whole or not at all: a killed run loses one; a damaged one is made again.
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import inspect
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from lavic_utils import vision
 from lavic_utils.data import as_rgb, open_image
-from lavic_utils.provenance import file_hash, folder_hash, key, versions, write_bytes
+from lavic_utils.provenance import file_hash, folder_hash, key, plain_code, versions, write_bytes
 
 log = logging.getLogger(__name__)
 GROUP, CHUNK = 64, 256  # images encoded at once, and in a file
@@ -39,15 +38,14 @@ def key_of(
     model: str, revision: str | None, adapter: Path | None, processor, dtype: torch.dtype, kind: str
 ) -> str:
     """Name of the store's folder. `model`: a hub id or a checkpoint's folder; `adapter`: a peft
-    folder; `kind`: one of `vision.TOKENS`. Comments in the code do not count."""
-    code = [ast.unparse(ast.parse(inspect.getsource(function))) for function in MAKERS]
+    folder; `kind`: one of `vision.TOKENS`. What the code's comments say does not count."""
     return key(
         model=folder_hash(model) or [model, revision],
         adapter=folder_hash(adapter) if adapter else None,
         dtype=str(dtype),
         processor=json.loads(processor.image_processor.to_json_string()),
         kind=kind,
-        code=code,
+        code=[plain_code(inspect.getsource(function)) for function in MAKERS],
         versions=versions(("torch", "transformers", "pillow")),
     )
 
