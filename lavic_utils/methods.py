@@ -109,8 +109,7 @@ class Retrieval(Method):
         """Indices of the domain's catalogue, best first: int array (dialogues, items)."""
         queries = [" ".join(text for _, text in d.turns) for d in dialogues]
         titles, folder = run.domain_catalogue(domain)[1], run.profile.models.get(self.name)
-        cache = results_dir(run.profile) / "embeddings"
-        return retrieval.rank(self.name, queries, titles, folder=folder, cache=cache)
+        return retrieval.rank(self.name, queries, titles, folder)
 
     def answer(self, run, domain, split, dialogues, control=None):
         asins, _ = run.domain_catalogue(domain)

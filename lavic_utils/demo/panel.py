@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import random
 import re
 import threading
 import time
@@ -128,8 +129,8 @@ class Panel:
             raise UserError(why)
         text, unknown = spelled(self.run.processor.tokenizer, text)
         asins, titles = self.run.domain_catalogue(domain)
-        order = retrieval.bm25_rank([text], titles)
-        ten = tuple(retrieval.candidate_lists(order, asins, seed=self.run.seed)[0])
+        best = [asins[i] for i in retrieval.bm25_rank([text], titles)[0][:10]]
+        ten = tuple(random.Random(f"{self.run.seed}/candidates/0").sample(best, len(best)))
         notes = [f"The ten candidates: what BM25 finds among the {len(asins)} {domain} titles."]
         words = re.compile(r"\w\w+")
         if not set(words.findall(text.lower())) & set(words.findall(" ".join(titles).lower())):
