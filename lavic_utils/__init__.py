@@ -16,7 +16,8 @@ The package reads from top to bottom, each file importing only files before it: 
 hub, data, vision, store, prompts, training, distillation, recommendation, evaluation, retrieval,
 ranking, methods, keeping, experiment, report. Rooms beside it hold what is not the method: mini (a
 rendered world and its model), audit (files, answers, published figures), remote (what comes over a
-network), bench (measuring), figures (plots), demo (a page), repro (to run it all again).
+network), bench (measuring), figures (plots), demo (a page, and requests of your own), repro (to
+run it all again).
 """
 
 import importlib
@@ -36,7 +37,7 @@ _PLACES = {
     "fine_tune": "recommendation",
     "score": "evaluation",
     "Experiment": "experiment",
-    "recommend": "experiment",
+    "recommend": "demo.ask",
     "comparison": "report",
 }
 __all__ = list(_PLACES)

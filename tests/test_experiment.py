@@ -27,6 +27,7 @@ from lavic_utils import (
 )
 from lavic_utils.config import UserError, World, load_profile
 from lavic_utils.data import image_file
+from lavic_utils.demo import ask
 from lavic_utils.evaluation import score
 from lavic_utils.mini.world import make_world
 
@@ -465,10 +466,10 @@ def shop(tmp_path_factory):
         training.save_adapter(tuned, place / "adapter")
     asins, titles = run.domain_catalogue("beauty")
     items = [(a, t, image_file(root, a)) for a, t in zip(asins, titles, strict=True)][:10]
-    experiment._trained.cache_clear()
+    ask._trained.cache_clear()
     yield run, items, made
     patch.undo()
-    experiment._trained.cache_clear()
+    ask._trained.cache_clear()
 
 
 def test_a_request_of_ones_own_is_answered_in_one_line(shop):
