@@ -30,7 +30,8 @@ from lavic_utils.training import IGNORE, pad_left, target_loss
 # keeps the language model's layers, whose names end alike, out.
 VISION_LINEAR = (
     r"(base_model\.model\.)?(llava\.)?model\."
-    r"(vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)|multi_modal_projector\.linear_[12])"
+    r"(vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)|"
+    r"multi_modal_projector\.linear_[12])"
 )
 
 

@@ -51,6 +51,10 @@ def put(folder: Path, name: str, content: dict) -> None:
     (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
+def trainable_names(model) -> list[str]:
+    return sorted(name for name, p in model.named_parameters() if p.requires_grad)
+
+
 def sentencepiece(folder: Path, extra: tuple[str, ...], fast: bool, **more: object) -> None:
     """tokenizer.model and what describes it, and, where `fast`, the tokenizer.json made from it;
     `extra`: tokens added after its 32,000."""

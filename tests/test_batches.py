@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from PIL import Image
+from stand_ins import trainable_names
 
 from lavic_utils import distillation as dist
 from lavic_utils import recommendation as rec
@@ -129,7 +130,7 @@ def test_a_batch_has_the_loss_and_gradients_of_its_rows_one_by_one(
     assert len(set(batch["attention_mask"].sum(1).tolist())) == 3  # mixed lengths
     single = loss_and_gradients(tuned, [collate([row]) for row in rows])
     assert all(g.abs().max() > 10 * CLOSE for g in single[1].values()) and len(single[1]) == len(
-        training.trainable_names(tuned)
+        trainable_names(tuned)
     )
     assert far(loss_and_gradients(tuned, [batch]), single) <= CLOSE
     assert far(loss_and_gradients(tuned, [right(batch)]), single) <= CLOSE
