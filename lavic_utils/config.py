@@ -25,7 +25,7 @@ class UserError(Exception):
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Some = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
 Place = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f][^\x00-\x1f]*$")]  # a path, or a hub id
 
 
@@ -63,11 +63,11 @@ class Prompts(Section):
 class World(Section):
     """Sizes and probabilities of the rendered mini world (none in profiles with real data)."""
 
-    seed: int = 7
-    image_side: int = Field(144, ge=48)
+    seed: int = Field(7, ge=0, le=MOST)
+    image_side: int = Field(144, ge=48, le=4096)
     train_shards: Count = 2
-    shard_items: int = Field(256, ge=64)
-    stage1_valid_items: int = Field(170, ge=10)
+    shard_items: Count = Field(256, ge=64)
+    stage1_valid_items: Count = Field(170, ge=10)
     train_dialogues: Count = 2400
     valid_dialogues: Count = 150
     test_dialogues: Count = 400
@@ -77,8 +77,8 @@ class World(Section):
     p_several_truths: Share = 0.3
     p_new_wording: Share = 0.3
     p_extra_image: Share = 0.5
-    missing_images: int = Field(6, ge=0)
-    corrupt_images: int = Field(6, ge=0)
+    missing_images: int = Field(6, ge=0, le=MOST)
+    corrupt_images: int = Field(6, ge=0, le=MOST)
 
     def of(self, seed: int) -> World:
         """The world of a run's seed: other items, pictures and dialogues, of the same kind."""
@@ -104,10 +104,10 @@ class Stage(Section):
     batch_size: Count
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
-    max_length: int = Field(ge=16)
-    max_new_tokens: int = Field(ge=4)
+    max_length: Count = Field(ge=16)
+    max_new_tokens: Count = Field(ge=4)
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=MOST)
     # a checkpoint every so many minutes, so that a kill loses no more; None: stage 1 has one an
     # epoch, stage 2 begins an adapter again
     save_minutes: float | None = Field(None, gt=0)
@@ -134,7 +134,7 @@ class Distillation(Stage):
     images_per_item: Count | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
     keep_pixels: bool = False  # in memory, instead of decoding every image in every epoch
-    workers: int = Field(0, ge=0)  # processes that decode images while the card computes
+    workers: int = Field(0, ge=0, le=256)  # processes that decode images while the card computes
 
 
 class Recommendation(Stage):

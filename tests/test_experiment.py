@@ -398,6 +398,10 @@ def test_bad_profiles_are_one_clear_line(tmp_path):
         ("seed: 5", "seed: " + "[" * 5000, "RecursionError"),
         ("seed: 5", "seed: 5 \x80", "UnicodeDecodeError"),
         ("model: none", 'model: "a\\0b"', "field model"),
+        ("max_length: 32", f"max_length: {10**30}", "field distillation.max_length"),
+        ("epochs: 1", "epochs: true", "field distillation.epochs"),
+        ("name: tiny", f"name: tiny\nworld: {{image_side: {10**9}}}", "field world.image_side"),
+        ("name: tiny", f"name: tiny\nworld: {{missing_images: {10**30}}}", "field world.missing"),
         ("learning_rate: 0.1", "learning_rate: .inf", "field distillation.learning_rate"),
         ("learning_rate: 0.1", "learning_rate: .nan", "field distillation.learning_rate"),
         (
