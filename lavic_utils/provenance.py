@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -307,7 +308,8 @@ def save_figure(fig: Any, path: Path, tier: str, provenance: Mapping[str, Any]) 
     line = footer(about)
     for old in [text for text in fig.texts if text.get_gid() == "lavic-footer"]:
         old.remove()
-    fig.text(0.005, 0.0, line, fontsize=6, color="0.4", ha="left", va="top", gid="lavic-footer")
+    look = {"fontsize": 9, "color": "0.4", "va": "top", "gid": "lavic-footer"}
+    fig.text(0.005, 0.0, textwrap.fill(line, round(14 * fig.get_figwidth())), **look)
     comment = json.dumps(about, default=_plain, ensure_ascii=True)
     metadata = {"Title": path.stem, "Description": line, "Comment": comment}
     with _temporary(path) as temp:

@@ -154,5 +154,6 @@ def test_a_small_p_value_is_no_zero_in_the_json_beside_a_table():
 def test_a_hue_means_a_method():
     greys = {style.GRAY, style.PALE, style.INK}
     hues = {colour for colour in style.METHODS.values()} - greys
-    others = {*style.DOMAINS.values(), *style.TIERS.values(), *style.CAUSES}
+    tiers = {colour for _, colour in style.TIERS.values()}
+    others = {*style.DOMAINS.values(), *tiers, *style.CAUSES}
     assert len(hues) == len(style.METHODS) - 2 and not hues & others  # retrieval's two are greys

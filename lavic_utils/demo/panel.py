@@ -233,7 +233,7 @@ class Panel:
         rows = ({name: vars(answer) for name, answer in some.items()} for some in (now, before))
         fig = figures.case_figure(self.run, case.dialogue, *rows, images, changed)
         words = f"framed: a right answer; {'dotted: before the change; ' if changed else ''}"
-        fig.text(0.9, 0.01, words + self.run.profile.tier, ha="right", fontsize=7)
+        fig.text(0.9, 0.01, words + self.run.profile.tier, ha="right")
         return figures.shown(fig, self.sentence(case, now))
 
 

@@ -53,7 +53,8 @@ def save(fig, name: str, profile: Profile, provenance: Mapping, alt: str, title:
     Its `provenance` (with the evidence tier as "tier") and its alternative text, one sentence for
     who does not see it, are stored in the file.
     """
-    lines = textwrap.fill(title, round(13.5 * fig.get_figwidth()))
+    words = title.replace(" %", "\N{NO-BREAK SPACE}%")
+    lines = textwrap.fill(words, round(12 * fig.get_figwidth()))  # bold letters of 10 points
     fig.text(0.005, 1.01, lines, va="bottom", fontsize=10, weight="bold")
     path = figures_dir(profile) / f"{name}.png"
     save_figure(fig, path, provenance["tier"], {**provenance, "alt": alt, "title": title})
@@ -111,13 +112,12 @@ def _short(title: str, width: int) -> str:
     return "\n".join(textwrap.wrap(title, width, break_long_words=False)[:3])
 
 
-def _picture(axis, image: Image.Image | None, label: str, framed=False, size: float = 8) -> None:
+def _picture(axis, image: Image.Image | None, label: str, framed=False) -> None:
     """An item's picture over its label; a right answer is framed."""
     axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(label, fontsize=size, parse_math=False)  # a title may hold dollar signs
+    axis.set_xlabel(label, parse_math=False)  # a title may hold dollar signs
     if image is None:
-        look = {"ha": "center", "va": "center", "fontsize": 8, "transform": axis.transAxes}
-        axis.text(0.5, 0.5, "no image", **look)
+        axis.text(0.5, 0.5, "no image", ha="center", va="center", transform=axis.transAxes)
     else:
         axis.imshow(image)
     for spine in axis.spines.values():
@@ -156,17 +156,16 @@ def _under_dialogue(dialogue: data.Dialogue, inches: float, *grid: int, **how) -
     height = inches + top
     how |= {"left": 0.01, "right": 0.99, "top": 1 - top / height}
     fig, axes = plt.subplots(*grid, figsize=(6.5, height), gridspec_kw=how)
-    look = {"va": "top", "fontsize": 9, "parse_math": False}
-    fig.text(0.005, 1 - 0.05 / height, "\n".join(lines), **look)
+    fig.text(0.005, 1 - 0.05 / height, "\n".join(lines), va="top", parse_math=False)
     return fig, axes
 
 
 def task_figure(run: Experiment, dialogue: data.Dialogue):
     """The task: a dialogue, ten candidates with id, title and picture; the ground truth framed."""
-    fig, axes = _under_dialogue(dialogue, 3.6, 2, 5, hspace=0.55, bottom=0.14)
+    fig, axes = _under_dialogue(dialogue, 3.6, 2, 5, hspace=0.55, bottom=0.17)
     for axis, asin in zip(axes.flat, getattr(dialogue, run.profile.candidates), strict=True):
         axis.set_anchor("S")  # pictures of all shapes stand on one line
-        label = f"{_short(run.titles[asin], 16)}\n{asin}"
+        label = f"{_short(run.titles[asin], 17)}\n{asin}"
         _picture(axis, _image(run, asin), label, asin in dialogue.gt_items)
     return fig
 
@@ -186,18 +185,21 @@ def case_figure(
     changed also has the answers `before` (dotted), the `images` it shows and the `changed` items.
     """
     names = getattr(dialogue, run.profile.candidates)
-    ratios = [0.6, 0.35, *[0.4] * len(answers)]  # pictures, their titles, a row for each method
+    ratios = [0.6, 0.6, *[0.4] * len(answers)]  # pictures, their titles, a row for each method
     grid = {"hspace": 0.7, "wspace": 0.08, "bottom": 0.03, "height_ratios": ratios}
-    inches = 1.2 + 0.75 * len(answers)
+    inches = 1.5 + 0.75 * len(answers)
     fig, axes = _under_dialogue(dialogue, inches, len(ratios), len(names), **grid)
     for axis in axes[1]:
         axis.axis("off")
-    for axis, asin in zip(axes[0], names, strict=True):
-        axis.set_anchor("S")  # tall and wide pictures stand on one line, their titles below it
+    titles = [_short(run.titles[asin], 16) for asin in names]
+    down = 1 + max(title.count("\n") for title in titles)
+    for i, (axis, asin) in enumerate(zip(axes[0], names, strict=True)):
+        axis.set_anchor("S")  # tall and wide pictures stand on one line
         image = images[asin] if images else _image(run, asin)
-        _picture(axis, image, _short(run.titles[asin], 10), asin in dialogue.gt_items, 7)
+        label = "\n" * down * (i % 2) + titles[i]  # every other title one storey lower
+        _picture(axis, image, label, asin in dialogue.gt_items)
         if asin in changed:
-            axis.set_title("changed", fontsize=8)
+            axis.set_title("changed")
     for row, (method, answer) in zip(axes[2:], answers.items(), strict=True):
         for i, (axis, weight) in enumerate(zip(row, answer["probabilities"], strict=True)):
             chosen = answer["recommended"] == names[i]
@@ -205,11 +207,11 @@ def case_figure(
             axis.set(ylim=(0, 1), xlim=(-0.6, 0.6), xticks=[], yticks=[], facecolor="none")
             axis.spines["left"].set_visible(False)
             if chosen or weight >= 0.005:
-                style.note(axis, f"{weight:.2f}", 0, weight, up=2, ha="center", fontsize=8)
+                style.note(axis, f"{weight:.2f}", 0, weight, up=2, ha="center")
             if before:
                 axis.axhline(before[method]["probabilities"][i], color=style.INK, lw=1, ls=":")
         said = "" if answer["recommended"] in names else ": its answer names no candidate"
-        look = {"color": style.method_colour(method), "fontsize": 9, "transform": row[0].transAxes}
+        look = {"color": style.method_colour(method), "transform": row[0].transAxes}
         row[0].text(0, 1.32, method + said, **look)
     return fig
 
@@ -227,7 +229,9 @@ def published_figure(methods: Sequence[str]):
             else:
                 low, high = wilson(round(value * n), n)
                 style.interval(axis, y, low, value, high, style.method_colour(method))
-        axis.set(title=f"{domain}, n = {n}", xlabel="HR@1", xlim=(0, 0.46))
+        axis.set(title=f"{domain}, n = {n}", xlim=(-0.01, 0.52))
+        axis.set_xticks([0, 0.2, 0.4], ["0", ".2", ".4"])
+    axes[1].set_xlabel("HR@1 (lines: 95 %; n: test conversations)")
     fig.tight_layout(w_pad=0.5)
     return fig
 
@@ -250,8 +254,9 @@ def measured_figure(metrics: Mapping, methods: Sequence[str]):
             axis.plot(dots, [y + 0.28] * len(dots), ".", color=style.INK, ms=4)
         n = int(rows.xs(domain, level="domain")["conversations"].max())
         axis.set(title=f"{domain}, n = {n}", xlim=(0, 1.1))
-        axis.set_xticks([0, 0.5, 1])
-    axes[1].set_xlabel("HR@1 over conversations (n: test dialogues per seed)")
+        axis.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+    dropped = "; †: pictures dropped" if set(methods) & set(losses(metrics)) else ""
+    axes[1].set_xlabel(f"HR@1 over conversations (small dots: seeds, n dialogues each{dropped})")
     fig.tight_layout(w_pad=0.5)
     return fig
 
@@ -266,7 +271,8 @@ def course_figure(course: pd.DataFrame):
         axis.plot(part["step"], part["HR@1"], "o-" if free else ":", ms=4, color=colour)
         if free:
             ends[domain] = (part["HR@1"].iloc[-1], colour)
-    axis.set(xlabel="optimiser steps of stage 2", ylabel="HR@1 on validation", ylim=(0, 1))
+    axis.set(ylabel="HR@1 on validation", ylim=(0, 1))
+    axis.set_xlabel("optimiser steps of stage 2 (solid: by generating; dotted: by scoring)")
     style.end_labels(axis, course["step"].max(), ends)
     fig.tight_layout()
     return fig

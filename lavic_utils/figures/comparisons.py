@@ -35,11 +35,11 @@ def forest_figure(differences: pd.DataFrame):
     return fig
 
 
-def controls_figure(scores: pd.DataFrame, references: Mapping[str, Mapping[str, float]]):
+def controls_figure(scores: pd.DataFrame, without: Mapping[str, float]):
     """HR@1 as trained and under negative controls, with 95 % intervals, one panel for each domain.
 
-    `scores`: columns domain, control, HR@1, low, high, as trained first; `references`: name ->
-    domain -> HR@1 of a dashed line.
+    `scores`: columns domain, control, HR@1, low, high, as trained first; `without`: domain -> HR@1
+    of LaViC w/o images, a dashed line.
     """
     names = list(scores["control"].unique())
     fig, axes = panels(names)
@@ -48,11 +48,13 @@ def controls_figure(scores: pd.DataFrame, references: Mapping[str, Mapping[str, 
         for y, row in enumerate(rows.to_dict("records")):
             colour = style.GRAY if y else style.method_colour("LaViC")
             style.interval(axis, y, row["low"], row["HR@1"], row["high"], colour)
-        for name, values in references.items():
-            look = {"color": style.method_colour(name), "fontsize": 8}
-            axis.axvline(values[domain], color=look["color"], ls="--", lw=1)
-            axis.text(values[domain], len(names) - 0.35, name.removeprefix("LaViC "), **look)
-        axis.set(title=domain, xlabel="HR@1", xlim=(0, 1), ylim=(len(names) - 0.1, -0.6))
+        colour, x = style.method_colour("LaViC w/o images"), without[domain]
+        axis.axvline(x, color=colour, ls="--", lw=1, zorder=0)
+        look = {"right": 4, "va": "center", "color": colour}
+        style.note(axis, "w/o images", x, len(names) - 0.4, **look)
+        axis.set(title=domain, xlim=(0, 1.1), ylim=(len(names) - 0.1, -0.6))
+        axis.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+    axes[1].set_xlabel("HR@1 over conversations (lines: 95 %)")
     fig.tight_layout()
     return fig
 
@@ -71,7 +73,7 @@ def frontier_figure(rows: pd.DataFrame):
             axis.plot(part["tokens"], part[value], ".", ms=3, alpha=0.4, color=colour)
             axis.plot(x, y, "o", ms=6, color=colour)
             name = method.removeprefix("LaViC").strip(", ") or "LaViC"
-            style.note(axis, name, x, y, right=6, va="center", fontsize=8)
+            style.note(axis, name, x, y, right=6, va="center")
         axis.set(xlabel="visual tokens per image", ylabel=label, ylim=(0, 1.02))
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlim(right=8 * shown["tokens"].max())
@@ -92,7 +94,7 @@ def lists_figure(rows: pd.DataFrame):
         for count, row in means.iterrows():
             if row["dropped_images"] >= 0.05:
                 text = f"{row['dropped_images']:.1f} pictures dropped"
-                style.note(axis, text, count, row.iloc[0], up=7, ha="center", fontsize=8)
+                style.note(axis, text, count, row.iloc[0], up=7, ha="center")
         ends[method] = (heights.iloc[-1], colour)
     axis.set(xlabel="candidates", ylabel="HR@1 over conversations", ylim=(0, 1))
     axis.set_xticks(sorted(rows["candidates"].dropna().unique()))

@@ -38,8 +38,8 @@ def token_figure(losses: Mapping[str, Sequence[float]], tokens: Sequence[str]):
     colours = (style.GRAY, style.method_colour("LaViC"))
     for shift, colour, (name, values) in zip((-0.2, 0.2), colours, losses.items(), strict=True):
         bars = axis.bar(np.arange(len(values)) + shift, values, 0.38, color=colour, label=name)
-        axis.bar_label(bars, fmt="%.2f", fontsize=7, color=colour)
-    axis.legend(fontsize=8, loc="upper right")
+        axis.bar_label(bars, fmt="%.2f", color=colour)
+    axis.legend(loc="upper right")
     axis.set_xticks(range(len(tokens)), tokens)
     axis.set(xlabel="token of the target (that of one example)", ylabel="mean of $-\\log p$")
     fig.tight_layout()

@@ -1,4 +1,5 @@
-"""Drawn plates: the two stages with their teacher, what stage 2 reads, how the data was made."""
+"""Drawn plates: the legend of all figures, both stages with their teacher, what stage 2 reads, how
+the data was made."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ class Sheet:
     def __init__(self, height: float) -> None:
         self.fig = plt.figure(figsize=(6.5, height))
         self.axis = self.fig.add_axes((0, 0, 1, 1))
-        self.axis.set(xlim=(0, 6.5), ylim=(0, height))
+        self.axis.set(xlim=(-0.02, 6.52), ylim=(-0.02, height))  # whole outlines
         self.axis.axis("off")
 
     def text(self, x: float, y: float, words: str, **look) -> None:
@@ -47,6 +48,34 @@ class Sheet:
         for i in range(count):
             at = (x + i % across * side * 1.3, y - i // across * side * 1.3)
             self.axis.add_patch(plt.Rectangle(at, side, side, fc=colour, lw=0))
+
+
+def legend_figure():
+    """The legend of the whole project: what each colour and mark means, in every figure."""
+    domains = {name: ("-", colour) for name, colour in style.DOMAINS.items()}
+    columns = {
+        "Hues: methods": {name: ("o", colour) for name, colour in style.METHODS.items()}
+        | {"any other method": ("o", style.GRAY)},
+        "Greys: domains on one axis": domains
+        | {"solid: by generating": ("-", style.INK), "dotted: by scoring": (":", style.INK)}
+        | {f"tier: {name}": look for name, look in style.TIERS.items()},
+        "Marks": {
+            "value, 95 % interval": ("o-", style.METHODS["LaViC"]),
+            "one seed": (".", style.INK),
+            "one [CLS] token": ("s", TOKEN),
+            "trained with LoRA": ("s", TRAINED),
+            "frozen": ("s", FROZEN),
+        },
+    }
+    sheet = Sheet(2.3)
+    for x, (heading, rows) in zip((0, 2.25, 4.75), columns.items(), strict=True):
+        sheet.text(x, 2.15, heading, weight="bold")
+        for i, (words, (mark, colour)) in enumerate(rows.items()):
+            y = 1.9 - 0.2 * i
+            across = [x, x + 0.1, x + 0.2]  # a line through all, a marker in the middle
+            sheet.axis.plot(across, [y] * 3, mark, color=colour, lw=2, markevery=[1])
+            sheet.text(x + 0.35, y, words)
+    return sheet.fig
 
 
 def framework_figure(
@@ -75,7 +104,7 @@ def framework_figure(
         sheet.tokens(2.4, y + 0.5, 60 if many else cls, 0.05 if many else 0.09, 10, colour)
         name = "tokens" if many else "[CLS]"
         sheet.text(2.35, y - 0.02 if many else y + 0.28, f"{count:,} {name}")
-        sheet.arrow((3.15, y + 0.45), (3.5, y + 0.45))
+        sheet.arrow((3.2, y + 0.3), (3.5, y + 0.3))
         sheet.box(3.5, y, 1.0, 0.6, "language\nmodel", FROZEN)
         sheet.arrow((4.5, y + 0.3), (4.75, y + 0.3))
         sheet.text(4.8, y + 0.3, textwrap.fill(words, 26) if many else words)
@@ -110,7 +139,7 @@ def stage2_figure(
     height = 0.21 * (len(lines) + len(items)) + 1.05
     sheet, y = Sheet(height), height - 0.12
     sheet.text(0, y, "The model reads", weight="bold")
-    sheet.text(3.95, y, "and is graded on", weight="bold")
+    sheet.text(4.0, y, "and is graded on", weight="bold")
     for line in lines:
         y -= 0.21
         sheet.text(0, y, line)
@@ -118,19 +147,19 @@ def stage2_figure(
     for image, title, count, asin in items:
         y -= 0.21
         sheet.picture(0, y - 0.1, 0.2, image)
-        sheet.text(0.27, y, title, fontsize=8)
-        sheet.tokens(2.2, y - 0.035, count, 0.08, 5, TOKEN)
-        sheet.text(2.8, y, asin)
+        sheet.text(0.27, y, title)
+        sheet.tokens(2.3, y - 0.035, count, 0.08, 5, TOKEN)
+        sheet.text(2.9, y, asin)
     y -= 0.3
     sheet.text(0, y, "Left of the line every token has the label −100: read, never graded.")
-    sheet.axis.plot([3.72, 3.72], [y + 0.2, height], color=style.GRAY, lw=1)
+    sheet.axis.plot([3.85, 3.85], [y + 0.2, height], color=style.GRAY, lw=1)
     middle = y + 0.55 * (height - y)
     layers = (("embeddings, head", FROZEN), ("every linear layer:\nW frozen + LoRA", TRAINED))
     for i, (words, ground) in enumerate(layers):
-        sheet.box(3.95, middle - 0.45 + 0.5 * i, 1.35, 0.45, words, ground)
-    sheet.arrow((5.3, middle + 0.05), (5.55, middle + 0.05))
+        sheet.box(4.0, middle - 0.45 + 0.5 * i, 1.35, 0.45, words, ground)
+    sheet.arrow((5.35, middle + 0.05), (5.6, middle + 0.05))
     for i, token in enumerate(target):
-        sheet.text(5.62, middle + 0.4 - 0.22 * i, token, weight="bold")
+        sheet.text(5.67, middle + 0.4 - 0.22 * i, token, weight="bold")
     sheet.tokens(0, y - 0.3, 1, 0.08, 1, TOKEN)
     sheet.text(
         0.14, y - 0.26, "one [CLS] token, made in stage 1 and stored: all that is left of a tile"

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import matplotlib
-from cycler import cycler
 
 VERMILLION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
 ORANGE, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
 GRAY, PALE, INK = "#7A828C", "#C4CAD1", "#22262B"
-SHADES = (VERMILLION, BLUE, GREEN, ORANGE, SKY, PURPLE)  # of what is neither method nor domain
 METHODS = {
     "LaViC": VERMILLION,
     "LaViC w/o images": BLUE,
@@ -29,7 +27,7 @@ METHODS = {
 }
 CAUSES = ("#8A7F6A", "#C9BE9F")  # of misses, where neither methods nor domains are meant
 DOMAINS = {"beauty": INK, "fashion": "#6E6E6E", "home": "#A3A3A3"}
-TIERS = {"published": GRAY, "replication answers": INK}  # where two stand in one figure
+TIERS = {"published": ("d", GRAY), "replication answers": ("o", INK)}  # marks, where two meet
 GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where a line passes behind words
 matplotlib.rcParams.update(
     {
@@ -38,7 +36,8 @@ matplotlib.rcParams.update(
         "axes.spines.right": False,
         "font.size": 9,
         "axes.titlesize": 9,
-        "axes.prop_cycle": cycler(color=SHADES),
+        "legend.fontsize": 9,
+        "savefig.pad_inches": 0.02,
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": "#555555",
@@ -57,9 +56,9 @@ def interval(
 ) -> None:
     """A dot with its interval from `low` to `high`, and its value beside it."""
     axis.plot([low, high], [y, y], color=colour, lw=2)
-    axis.plot(value, y, "o", color=colour, ms=5)
+    axis.plot(value, y, "o", color=colour, ms=5, clip_on=False)
     said = f"{value:.3f}".replace("0.", ".") + mark
-    note(axis, said, high, y, right=4, va="center", fontsize=8, bbox=GROUND)
+    note(axis, said, high, y, right=5, va="center", bbox=GROUND)
 
 
 def note(axis, text: str, x: float, y: float, right: float = 0, up: float = 0, **look) -> None:
@@ -76,6 +75,6 @@ def end_labels(axis, x: float, ends: Mapping[str, tuple[float, str]]) -> None:
     free = low  # the lowest height that is not taken yet
     for name, (height, colour) in sorted(ends.items(), key=lambda end: end[1][0]):
         y = max(height, free)
-        look = {"color": colour, "va": "center", "fontsize": 8, "annotation_clip": False}
+        look = {"color": colour, "va": "center", "annotation_clip": False}
         note(axis, name, x, y, right=6, **look)
         free = y + 0.09 * (high - low)
