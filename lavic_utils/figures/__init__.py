@@ -187,11 +187,11 @@ def case_figure(
     names = getattr(dialogue, run.profile.candidates)
     ratios = [0.6, 0.6, *[0.4] * len(answers)]  # pictures, their titles, a row for each method
     grid = {"hspace": 0.7, "wspace": 0.08, "bottom": 0.03, "height_ratios": ratios}
-    inches = 1.5 + 0.75 * len(answers)
+    inches = 1.5 + 0.85 * len(answers)
     fig, axes = _under_dialogue(dialogue, inches, len(ratios), len(names), **grid)
     for axis in axes[1]:
         axis.axis("off")
-    titles = [_short(run.titles[asin], 16) for asin in names]
+    titles = [_short(run.titles[asin], 15) for asin in names]
     down = 1 + max(title.count("\n") for title in titles)
     for i, (axis, asin) in enumerate(zip(axes[0], names, strict=True)):
         axis.set_anchor("S")  # tall and wide pictures stand on one line
@@ -204,7 +204,7 @@ def case_figure(
         for i, (axis, weight) in enumerate(zip(row, answer["probabilities"], strict=True)):
             chosen = answer["recommended"] == names[i]
             axis.bar([0], [weight], color=style.method_colour(method) if chosen else style.PALE)
-            axis.set(ylim=(0, 1), xlim=(-0.6, 0.6), xticks=[], yticks=[], facecolor="none")
+            axis.set(ylim=(0, 1.3), xlim=(-0.6, 0.6), xticks=[], yticks=[], facecolor="none")
             axis.spines["left"].set_visible(False)
             if chosen or weight >= 0.005:
                 style.note(axis, f"{weight:.2f}", 0, weight, up=2, ha="center")
@@ -212,7 +212,7 @@ def case_figure(
                 axis.axhline(before[method]["probabilities"][i], color=style.INK, lw=1, ls=":")
         said = "" if answer["recommended"] in names else ": its answer names no candidate"
         look = {"color": style.method_colour(method), "transform": row[0].transAxes}
-        row[0].text(0, 1.32, method + said, **look)
+        row[0].text(0, 1.2, method + said, **look)
     return fig
 
 
@@ -256,7 +256,7 @@ def measured_figure(metrics: Mapping, methods: Sequence[str]):
         axis.set(title=f"{domain}, n = {n}", xlim=(0, 1.1))
         axis.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
     dropped = "; †: pictures dropped" if set(methods) & set(losses(metrics)) else ""
-    axes[1].set_xlabel(f"HR@1 over conversations (small dots: seeds, n dialogues each{dropped})")
+    axes[1].set_xlabel(f"HR@1 over conversations (dots: seeds, n dialogues each{dropped})")
     fig.tight_layout(w_pad=0.5)
     return fig
 
