@@ -139,6 +139,34 @@ def test_tables_and_sentences_round_alike():
     assert not [name for name, _, source in cells() if re.search(r"\.round\(3\)", source)]
 
 
+def test_prompts_with_drawn_titles_are_an_estimate_and_counts_are_not():
+    tiers = {}
+    for path in (ROOT / "results" / "data").glob("*.json"):
+        tiers[path.stem] = json.loads(path.read_text(encoding="utf-8"))["tier"].partition(":")[0]
+    assert tiers.pop("overflow") == "estimate"
+    with Image.open(ROOT / "figures" / "data" / "context_pressure.png") as image:
+        assert json.loads(image.text["Comment"])["tier"].startswith("estimate")
+    assert set(tiers.values()) == {"counts of the real files"}
+
+
+def shared_columns(page: str) -> list[str]:
+    """Heads of the tables that hold a published and a measured figure, or two forms of them."""
+    heads = re.findall(r"^\| .* \|(?=\n\| ---)", page, re.MULTILINE)
+    return [head for head in heads if "published" in head and "mini run" in head]
+
+
+def test_readme_keeps_published_and_measured_figures_in_tables_of_their_own():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = page.partition("<!-- results: begin -->")[2].partition("<!-- results: end -->")[0]
+    published, measured = block.split("**Measured here**")
+    assert "0.1187" in published and "0.1187" not in measured
+    assert "not asked (" in measured and "| LLaVA-v1.6" not in measured
+    assert "[0." in measured and "[0." not in published  # intervals are of what was run here
+    assert not shared_columns(page)
+    both = "| method | beauty, published | beauty, mini run |\n| --- | --- | --- |\n"
+    assert shared_columns(both)  # negative control
+
+
 def test_a_small_p_value_is_no_zero_in_the_json_beside_a_table():
     compared = 0
     for path in (ROOT / "results" / "audit").glob("*.csv"):

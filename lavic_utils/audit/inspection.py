@@ -136,10 +136,10 @@ def titles(root: Path | str) -> tuple[list[str], str]:
     """Titles to measure prompts with, and where they are from: the catalogue's, or those of stage
     1's validation items (other items of the same shop) where the catalogue is not there."""
     if (Path(root) / CATALOGUE).is_file():
-        items, source = data.read_catalogue(root).values(), "the catalogue's titles"
+        items, source = data.read_catalogue(root).values(), "the catalogue's"
     else:
         items = data.read_stage1_valid(root)
-        source = "titles drawn from stage 1's validation items, as the catalogue is not there"
+        source = "those of stage 1's validation items, as the catalogue is not there"
     return sorted({item.title for item in items}), source
 
 
