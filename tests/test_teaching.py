@@ -47,7 +47,7 @@ def test_token_losses_add_up_to_the_training_loss(run, example):
 
 def test_figures_draw_an_interval_for_every_row():
     rows = [
-        {"domain": d, "LaViC less": m, "difference": 0.1, "low": -0.1, "high": 0.3}
+        {"domain": d, "LaViC minus": m, "difference": 0.1, "low": -0.1, "high": 0.3}
         for m in ("LaViC w/o images", "BM25")
         for d in ("beauty", "fashion", "home")
     ]

@@ -14,9 +14,9 @@ from lavic_utils.figures import panels, style
 def forest_figure(differences: pd.DataFrame):
     """Paired differences with their 95 % intervals, a row for each comparison, by the other method.
 
-    `differences`: columns domain, "LaViC less", difference, low, high.
+    `differences`: columns domain, "LaViC minus", difference, low, high.
     """
-    groups = differences.groupby("LaViC less", sort=False)
+    groups = differences.groupby("LaViC minus", sort=False)
     rows = len(differences) + len(groups)
     fig, axis = plt.subplots(figsize=(6.5, 0.24 * rows + 0.7))
     y, names = 0, {}
