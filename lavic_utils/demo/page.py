@@ -4,6 +4,7 @@ What it shows is computed in `panel`. Every visitor's state is a value of their 
 (`Visit`); the model answers one at a time. Nothing is loaded from elsewhere or reported anywhere.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -41,6 +42,9 @@ CLICK = """element.addEventListener('click', event => {
 NAMES = """() => document.querySelectorAll('fieldset').forEach(group => {
   group.ariaLabel = group.querySelector('[data-testid=block-info]').innerText;
 })"""
+# A choice is sent as text, with what was on the page when it was made: the list may be another by
+# the time it is read.
+PACKED = "(visit, seen, value) => [visit, JSON.stringify([seen, value]), []]"
 NEAR = "() => document.getElementById('%s').scrollIntoView({block: 'nearest'})"
 
 
@@ -52,6 +56,11 @@ class Visit:
     now: cards.Answers
     before: cards.Answers
     item: str
+
+    @property
+    def seen(self) -> str:
+        """What a change of a picture refers to: request, candidates, and the item looked at."""
+        return " ".join([self.case.dialogue.context, *self.case.candidates, self.item])
 
 
 def begin(panel: Panel, case: Case) -> Visit:
@@ -91,15 +100,18 @@ def page(panel: Panel):
             gr.Dropdown(choices=others, value=rival),
             gr.CheckboxGroup(choices=tiles, value=sorted(case.hidden.get(item, ()))),
             said([] if new else [refused], f"Now {now}" if case.altered() else "", "changed"),
+            visit.seen,
         ]
 
+    def first_example(domain: str) -> int:
+        return next(iter(panel.examples(domain).values()), 0)
+
     def examples(domain: str) -> gr.Dropdown:
-        found = panel.examples(domain)
-        first, choices = next(iter(found.values()), 0), list(found.items())
+        choices, first = list(panel.examples(domain).items()), first_example(domain)
         return gr.Dropdown(choices=choices, value=first, label="Example request")
 
     start = "fashion" if "fashion" in panel.domains else panel.domains[0]
-    first = begin(panel, panel.example(start, next(iter(panel.examples(start).values()), 0)))
+    first = begin(panel, panel.example(start, first_example(start)))
     tier, how = panel.run.profile.tier, {"analytics_enabled": False, "delete_cache": (600, 600)}
     with gr.Blocks(title="LaViC: try it", **how) as blocks:
         state = gr.State(first, time_to_live=3600)  # every session begins with a copy
@@ -127,36 +139,49 @@ def page(panel: Panel):
                 taken = f"{', '.join(FORMATS)}; at most {MAX_BYTES // 2**20} MB"
                 gr.HTML(f"<small>{taken}; deleted here within 20 minutes.</small>")
                 back = gr.Button("Put everything back")
-                changed = gr.HTML()
+                changed, seen = gr.HTML(), gr.Textbox(visible="hidden")
 
-        outputs = [state, asked, talk, answer, item, other, tiles, changed]
+        outputs = [state, asked, talk, answer, item, other, tiles, changed, seen]
         private = {"api_visibility": "private"}
         alone = {"outputs": outputs, "concurrency_id": "model", "concurrency_limit": 1, **private}
 
-        def on(event: Callable, ask: Callable[..., Case], *inputs, new=False, again="always_last"):
-            """Show the case that `ask(visit, *inputs)` gives; what it refuses is said instead.
+        def on(event: Callable, ask: Callable[..., Case], *inputs, again="always_last", js=None):
+            """Change the case to what `ask(visit, *inputs)` gives; what it refuses is said instead.
 
-            `again`: what becomes of a click while the one before is still answered. The controls
-            it comes from are not set: a visitor may already have moved them on.
+            `again`: what becomes of a click while the one before is still answered. A click on what
+            another request has replaced by then changes nothing. The control it comes from is not
+            set: a visitor may already have moved it on.
             """
+
+            def handler(visit: Visit, seen: str, *values) -> list:
+                if js:
+                    seen, *values = json.loads(seen)
+                if seen != visit.seen:
+                    return show(visit)
+                try:
+                    case = ask(visit, *values)
+                    after = show(replace(visit, case=case, now=panel.answer(case)))
+                except UserError as error:
+                    after = show(visit, str(error))
+                return [
+                    gr.skip() if part in inputs else value
+                    for part, value in zip(outputs, after, strict=True)
+                ]
+
+            done = event(handler, [state, seen, *inputs], trigger_mode=again, js=js, **alone)
+            done.then(None, js=NEAR % "changed")
+
+        def on_request(events: list[Callable], ask: Callable[..., Case], *inputs, again="multiple"):
+            """Begin with the case that `ask(*inputs)` gives; what it refuses is said instead."""
 
             def handler(visit: Visit, *values) -> list:
                 try:
-                    case = ask(visit, *values)
-                    if new:
-                        seen = show(begin(panel, case))
-                    else:
-                        seen = show(replace(visit, case=case, now=panel.answer(case)))
+                    return show(begin(panel, ask(*values)), new=True)
                 except UserError as error:
-                    seen = show(visit, str(error), new)
-                return [
-                    gr.skip() if part in inputs else value
-                    for part, value in zip(outputs, seen, strict=True)
-                ]
+                    return show(visit, str(error), new=True)
 
-            place = "asked" if new else "changed"
-            done = event(handler, [state, *inputs], trigger_mode=again, **alone)
-            done.then(None, js=NEAR % place)
+            done = gr.on(events, handler, [state, *inputs], trigger_mode=again, **alone)
+            done.then(None, js=NEAR % "asked")
 
         def look(visit: Visit, event: gr.EventData) -> list:  # gradio reads this annotation
             clicked = event._data.get("item")
@@ -165,14 +190,17 @@ def page(panel: Panel):
         blocks.load(None, js=NAMES)
         blocks.load(show, state, **alone)
         answer.click(look, state, trigger_mode="multiple", **alone)  # each click says its item
-        last = {"trigger_mode": "always_last", **private}
-        other_domain = domain.input(examples, domain, example, **last)
-        for event in (other_domain.then, example.input):
-            on(event, lambda _, name, k: panel.example(name, k), domain, example, new=True)
-        for event in (send.click, text.submit):
-            on(event, lambda _, name, words: panel.request(name, words), domain, text, new=True)
-        on(swap.click, lambda visit, name: visit.case.swap(visit.item, name), other, again="once")
-        on(tiles.input, lambda visit, hidden: visit.case.hide(visit.item, hidden), tiles)
+        domain.input(examples, domain, example, trigger_mode="multiple", **private)
+        on_request([domain.input], lambda name: panel.example(name, first_example(name)), domain)
+        on_request([example.input], panel.example, domain, example)
+        # a key held down is Enter many times
+        on_request([send.click, text.submit], panel.request, domain, text, again="always_last")
+
+        def swapped(visit: Visit, name: str) -> Case:
+            return visit.case.swap(visit.item, name)
+
+        on(swap.click, swapped, other, again="once", js=PACKED)
+        on(tiles.input, lambda visit, hidden: visit.case.hide(visit.item, hidden), tiles, js=PACKED)
         on(given.upload, lambda visit, file: visit.case.show(visit.item, read_upload(file)), given)
         on(back.click, lambda visit: visit.case.reset())
     return blocks.queue(max_size=64)

@@ -288,3 +288,56 @@ def test_it_can_be_read_on_a_phone_and_every_control_has_a_name(browser, url):
     assert page.evaluate("[...document.images].every(one => one.alt)")
     Image.open(io.BytesIO(page.screenshot())).verify()
     context.close()
+
+
+RED, HAT = "a red handbag.", "a winter hat."
+SWAP = "Swap the two pictures"
+
+
+def press(page, what: str) -> None:
+    """`Ask: words`, `Enter: words`, `domain: name`, `Hide: tile` or a button's name."""
+    kind, _, words = what.partition(": ")
+    box = page.get_by_label("Or your own request")
+    if kind == "domain":
+        page.get_by_label(words, exact=True).check()
+    elif kind == "Hide":
+        page.get_by_role("group", name="Hide tiles").get_by_role("checkbox").nth(
+            int(words)
+        ).evaluate("one => one.click()")
+    elif kind == "Enter":
+        box.fill(words)
+        box.press("Enter")
+    elif words:
+        box.fill(words)
+        page.get_by_role("button", name=kind).click()
+    else:
+        page.get_by_role("button", name=kind).click()
+
+
+@pytest.mark.parametrize("clicks", [
+    (f"Ask: {HAT}", "Ask: zorp wug", f"Enter: {RED}"),
+    ("domain: home", "domain: fashion", f"Ask: {RED}"),
+    (SWAP, f"Ask: {RED}", SWAP),
+    (f"Ask: {RED}", "Hide: 1"),
+])  # fmt: skip
+def test_of_clicks_while_it_answers_the_last_request_counts(shop, errors, monkeypatch, clicks):
+    """What was clicked on the page before it changes nothing, and nothing is said of it."""
+    from lavic_utils.demo.panel import Panel
+
+    real = Panel.answer
+    monkeypatch.setattr(Panel, "answer", lambda *given: time.sleep(0.7) or real(*given))
+    box = shop.get_by_role("group", name="Hide tiles").get_by_role("checkbox")
+    box.nth(1).wait_for()
+    for what in clicks:
+        press(shop, what)
+        shop.wait_for_timeout(60)
+    shop.wait_for_function(
+        "word => document.querySelector('.talk').innerText.includes(word)", arg=RED
+    )
+    shop.wait_for_timeout(3000)  # whatever else was clicked has been answered, too
+    assert RED in shop.inner_text(".talk") and sum("handbag" in text for text in shown(shop)) == 10
+    assert not any("picture changed" in text for text in shown(shop))
+    assert shop.inner_text("#changed") == "" and shop.locator("#asked .note").count() == 1
+    assert shop.locator(".tiles .gone").count() == 0
+    assert not any(one.is_checked() for one in box.all()) and not errors
+    assert shop.get_by_role("alert").count() == shop.locator(".toast-body").count() == 0
