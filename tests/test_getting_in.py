@@ -33,6 +33,7 @@ PAGES = sorted(
         *(ROOT / "notebooks").glob("*.ipynb"),
     ]
 )
+PROGRAMS = [ROOT / "Makefile", *(ROOT / ".ci").glob("*")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TARGETS = set(
     re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
@@ -80,7 +81,7 @@ def wrong_commands(text: str, targets: set[str] = TARGETS) -> list[str]:
     return problems
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [*PAGES, *PROGRAMS], ids=lambda path: path.name)
 def test_every_command_on_a_page_exists(page):
     assert wrong_commands(text_of(page)) == []
 
