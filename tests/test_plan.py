@@ -434,7 +434,7 @@ def test_memory_measured_on_a_card_is_within_a_twentieth_of_what_is_foreseen(pro
         if case.stage != "inference":  # negative control
             wrong = card.predicted(profile, case._replace(checkpointing=not case.checkpointing))
             assert row["measured_gib"] != pytest.approx(wrong, rel=0.05)
-    assert found["encoding"]["items_at_once"] == card.ITEMS
+    assert found["encoding"]["items_at_once"] == vision.ON_CARD
     if profile is T4:
         most = memory.memories(profile)["inference"]["total"]
         assert found["encoding"]["measured_gib"] < most < 10
