@@ -78,7 +78,7 @@ def test_order_seeds_skipping_and_what_is_written(folder, tmp_path, tiny_profile
     run = partial(reproduce, tiny_profile)
     assert run() == 0
     out = capfd.readouterr().out
-    assert "\x1b" not in out and "00_a (seed 5): done" in out and "peak" in out
+    assert "\x1b" not in out and "00_a (seed 5): done" in out and "in all" in out
     assert (results / "made.json").read_text() == "5;5;"
     copy = nbformat.read(results / "seed5" / "00_a.ipynb", 4)
     assert copy.metadata.lavic.provenance.seed == 5 and str(tmp_path) not in json.dumps(
