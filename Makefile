@@ -33,7 +33,7 @@ quick: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(PY) -m lavic_utils environment --check
-	$(PY) -m lavic_utils readme --check
+	$(PY) docs/readme.py --check
 	$(PY) -m lavic_utils notebooks check
 	$(PY) -m pytest -q tests --ignore tests/browser
 
@@ -78,7 +78,7 @@ notebooks: $(STAMP)
 	$(PY) -m lavic_utils notebooks execute
 
 readme: $(STAMP)
-	$(PY) -m lavic_utils readme
+	$(PY) docs/readme.py
 
 # All plates on one sheet, to look at: docs/_build/gallery.png.
 gallery: $(STAMP)

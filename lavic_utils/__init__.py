@@ -13,11 +13,11 @@ The same, step by step and without anything kept: `cls_tokens`, `full_tokens`, `
 request of your own: `recommend(dialogue, candidates)`.
 
 The package reads from top to bottom, each file importing only files before it: config, provenance,
-hub, data, vision, store, prompts, training, distillation, recommendation, evaluation, retrieval,
-ranking, methods, keeping, experiment, report. Rooms beside it hold what is not the method: mini (a
-rendered world and its model), audit (files, answers, published figures), remote (what comes over a
-network), bench (measuring), figures (plots), demo (a page, and requests of your own), repro (to
-run it all again).
+hub, loading, data, vision, store, prompts, callbacks, training, distillation, recommendation,
+evaluation, retrieval, ranking, methods, keeping, experiment, report. Rooms beside it hold what is
+not the method: mini (a rendered world and its model), audit (files, answers, published figures),
+remote (what comes over a network), bench (measuring), figures (plots), demo (a page, and requests
+of your own), repro (to run it all again).
 """
 
 import importlib

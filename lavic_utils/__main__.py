@@ -213,14 +213,6 @@ def mini_model() -> None:
 
 
 @app.command()
-def readme(check: Check = False) -> None:
-    """Write the generated blocks of README.md and CONTRIBUTING.md."""
-    from lavic_utils.repro.readme import update_readme
-
-    _report(update_readme(check))
-
-
-@app.command()
 def evaluate(
     answers: Annotated[Path, Argument(help="JSONL of answered rows, as the authors' script's.")],
     against: Annotated[Path | None, Option(help="Answers to compare with, on shared rows.")] = None,

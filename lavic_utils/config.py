@@ -156,7 +156,7 @@ class Profile(Section):
     download_gb: float = Field(0, ge=0)
     models: dict[str, Place] = {}  # method -> a folder of yours with its checkpoint, not the hub's
     quantize_4bit: bool = False
-    dtype: Literal["float32", "half"] = "float32"  # half: what `vision.half` says of the card
+    dtype: Literal["float32", "half"] = "float32"  # half: what `loading.half` says of the card
     seed: int = Field(42, ge=0, le=MOST)
     candidates: Literal["candidates_st", "candidates_gpt_large"] = "candidates_st"
     prompts: Prompts

@@ -5,7 +5,6 @@ Nothing is repaired in silence: a row is read as it stands, or `RowError` names 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import StringConstraints as Text
 
 from lavic_utils.config import DOMAINS, Profile, UserError, real_data_dir
-from lavic_utils.provenance import world_dir
+from lavic_utils.provenance import file_hash, key, world_dir
 
 SPLITS = ("train", "valid", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # not every reader of Pillow: one starts Ghostscript
@@ -53,7 +52,7 @@ def check_row(kind: type[AnyRow], row: Any, where: str, **extra: Any) -> AnyRow:
         return kind.model_validate({**row, **extra})
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"]) or "(all)"
         raise RowError(where, field, first["msg"].removeprefix("Value error, ")) from None
 
 
@@ -261,19 +260,13 @@ def open_image(path: Path | str) -> Image.Image | None:
 
 
 def data_hash(root: Path | str) -> str:
-    """12 hex of SHA-256 over names and contents of a data folder's .json and .jsonl files."""
-    files = {}  # name inside the folder -> path
-    for folder in ("", *DOMAINS.values()):
-        for path in Path(root, folder).glob("*.json*"):
-            if path.suffix in (".json", ".jsonl"):
-                files[path.relative_to(root).as_posix()] = path
+    """12 hex digits over names and contents of a data folder's .json and .jsonl files."""
+    folders = [Path(root, name) for name in ("", *DOMAINS.values())]
+    files = [path for folder in folders for path in folder.glob("*.json*")]
+    files = [path for path in files if path.suffix in (".json", ".jsonl")]
     if not files:
         raise UserError(f"{root}: no .json or .jsonl file; {GET_DATA}")
-    digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        content = hashlib.sha256(_read_bytes(path)).hexdigest()
-        digest.update(f"{name}\0{content}\n".encode())
-    return digest.hexdigest()[:12]
+    return key(files={path.relative_to(root).as_posix(): file_hash(path) for path in files})[:12]
 
 
 def profile_data_hash(profile: Profile, seed: int) -> str:

@@ -7,7 +7,6 @@ LoRA on the vision tower and the projector; the language model stays frozen.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TrainerCallback
 
-from lavic_utils import training, vision
+from lavic_utils import callbacks, loading, training, vision
 from lavic_utils.config import Profile, UserError
 from lavic_utils.data import open_image
 from lavic_utils.prompts import describe_prompt, encode, plain
-from lavic_utils.provenance import write_text
 from lavic_utils.training import IGNORE, pad_left, target_loss
 
 # Every linear layer of the vision tower and of the projector (section 4.1). Anchored: "model."
@@ -113,22 +110,6 @@ def describe(
     return texts
 
 
-class Written:
-    """Texts kept in a file as they are written, a line each: a killed run goes on behind them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.texts = path, []
-        if path.is_file():
-            whole = path.read_bytes().rpartition(b"\n")[0].splitlines()  # a kill may cut the last
-            self.texts = [json.loads(line) for line in whole]
-        write_text(path, "".join(json.dumps(text) + "\n" for text in self.texts))
-
-    def add(self, texts: Sequence[str]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(text) + "\n" for text in texts))
-        self.texts += texts
-
-
 class StudentCollator:
     """Title and [CLS] placeholders, then the teacher's description, which alone is scored. What is
     longer than `max_length` is never shortened: UserError."""
@@ -199,7 +180,7 @@ def distil(
         folder / "checkpoints",
         settings,
         seed,
-        vision.dtype(profile),
+        loading.dtype(profile),
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
@@ -219,20 +200,10 @@ def distil(
         eval_dataset=list(valid),
         data_collator=collate,
         args=arguments,
-        callbacks=[_EachEpoch(on_epoch, model)] if on_epoch else None,
+        callbacks=[callbacks.EachEpoch(on_epoch, model)] if on_epoch else None,
     )
     trainer.fit(folder / "adapter")
     return epoch_history(trainer.state.log_history)
-
-
-class _EachEpoch(TrainerCallback):
-    def __init__(self, measure: Callable, model) -> None:
-        self.measure, self.model = measure, model
-
-    def on_evaluate(self, args, state, control, **_):
-        self.model.eval()
-        state.log_history[-1].update(self.measure(self.model))
-        self.model.train()
 
 
 def epoch_history(log: Sequence[dict]) -> list[dict]:

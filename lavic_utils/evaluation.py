@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from scipy.stats import binomtest
 
 from lavic_utils.data import Dialogue
@@ -170,31 +169,3 @@ def sign_flip(differences: Sequence[int], targets: Sequence[Any]) -> float:
         chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2
     far = np.abs(np.arange(-reach, reach + 1)) >= abs(sums.total())
     return min(1.0, float(chance[far].sum()))
-
-
-def summary_by_seed(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """One line a method and domain from rows of `Score.row`: seeds, mean, min and max of HR@1 over
-    conversations, the mean's 95 % interval (`low`, `high`), means of `hit_ratio_scored` (where rows
-    have it), of HR@1 over pairs and of VR, and the conversations of one seed. ValueError: no rows,
-    or a method, domain and seed twice.
-
-    Where each seed has a `world` of its own the seeds' errors are independent and the arms of
-    `ci95` are added in squares; where seeds answer the same dialogues the mean is no surer than
-    one of them, and the arms' mean is taken.
-    """
-    table = pd.DataFrame([dict(row) for row in rows])
-    if table.empty or table.duplicated(["method", "domain", "seed"]).any():
-        raise ValueError("no rows" if table.empty else "a method, domain and seed stand twice")
-    lines = []
-    for (method, domain), part in table.groupby(["method", "domain"], sort=False):
-        ratio = part["hit_ratio_conversations"]
-        arms = np.abs(np.array(part["ci95"].tolist()) - ratio.to_numpy()[:, None])  # (seeds, 2)
-        apart = "world" in part and part["world"].nunique() == len(part)
-        down, up = np.linalg.norm(arms, axis=0) / len(part) if apart else arms.mean(0)
-        line = {"method": method, "domain": domain, "seeds": len(part)}
-        line |= {"mean": ratio.mean(), "min": ratio.min(), "max": ratio.max()}
-        line |= {"low": ratio.mean() - down, "high": ratio.mean() + up}
-        for name in ("hit_ratio_scored", "hit_ratio_pairs", "validity_ratio"):
-            line[name] = pd.to_numeric(part[name]).mean() if name in part else np.nan
-        lines.append(line | {"conversations": int(part["conversations"].min())})
-    return pd.DataFrame(lines)

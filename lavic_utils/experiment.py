@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lavic_utils import data, distillation, methods, recommendation, store, training, vision
+from lavic_utils import (
+    callbacks,
+    data,
+    distillation,
+    loading,
+    methods,
+    recommendation,
+    store,
+    training,
+    vision,
+)
 from lavic_utils.config import (
     DOMAINS,
     Profile,
@@ -35,7 +45,7 @@ from lavic_utils.config import (
     show_progress,
 )
 from lavic_utils.evaluation import Score, hits, score
-from lavic_utils.keeping import Images, made_once
+from lavic_utils.keeping import Images, Written, made_once
 from lavic_utils.provenance import file_hash, folder_hash, key, locked, provenance, world_dir
 
 if TYPE_CHECKING:
@@ -83,7 +93,7 @@ class Experiment:
         force: bool = False,
     ) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
-        if vision.stand_in(self.profile):
+        if loading.stand_in(self.profile):
             self.profile = self.profile.model_copy(update={"tier": "rehearsal"})
         self.seed = self.profile.seed if seed is None else seed
         for method in self.profile.arms:
@@ -234,11 +244,11 @@ class Experiment:
 
     @cached_property
     def processor(self):
-        return vision.load_processor(self.profile)
+        return loading.load_processor(self.profile)
 
     def model(self):
         """A fresh base model: adapters change the object they are put on."""
-        return vision.load_model(self.profile)
+        return loading.load_model(self.profile)
 
     def base(self) -> dict:
         """What of the base model decides a result: its content (or hub revision) and precision."""
@@ -333,8 +343,8 @@ class Experiment:
             self.need_room("teacher")
             model, read = self.model(), distillation.Pictures(self.processor, keep=False)
             rows = [picture for split in splits for picture in self.pictures(split)]
-            written = distillation.Written(folder / "checkpoints" / "descriptions.jsonl")
-            pace = training.Pace("descriptions", len(rows), len(written.texts))
+            written = Written(folder / "checkpoints" / "descriptions.jsonl")
+            pace = callbacks.Pace("descriptions", len(rows), len(written.texts))
             for some in vision.batched(rows[len(written.texts) :], settings.teacher_batch_size):
                 written.add(self._described(model, vision.full_tokens, some, read))
                 pace.at(len(written.texts))
@@ -448,7 +458,7 @@ class Experiment:
             return vision.file_encoder(model, self.processor, vision.TOKENS[kind])
 
         base = profile.model_path, profile.revision, adapter, self.processor
-        name = store.key_of(*base, vision.dtype(profile), kind)
+        name = store.key_of(*base, loading.dtype(profile), kind)
         return store.open_store(self.place / "tokens" / name, paths, encoder)
 
     @once

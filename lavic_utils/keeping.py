@@ -7,12 +7,14 @@ that is made again moves the old one aside, and checkpoints stay until their sta
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lavic_utils.callbacks import Pace
 from lavic_utils.data import open_image
 from lavic_utils.provenance import (
     code_of,
@@ -23,8 +25,8 @@ from lavic_utils.provenance import (
     versions,
     write_card,
     write_kept,
+    write_text,
 )
-from lavic_utils.training import Pace
 from lavic_utils.vision import batched
 
 QUICK = 600  # seconds: a stage that took less is made again when its code has changed
@@ -110,6 +112,22 @@ def finish(folder: Path, wants: Mapping, started: float, result: Mapping, about:
     write_card(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / BEGUN).unlink(missing_ok=True)
+
+
+class Written:
+    """Texts kept in a file as they are written, a line each: a killed run goes on behind them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.texts = path, []
+        if path.is_file():
+            whole = path.read_bytes().rpartition(b"\n")[0].splitlines()  # a kill may cut the last
+            self.texts = [json.loads(line) for line in whole]
+        write_text(path, "".join(json.dumps(text) + "\n" for text in self.texts))
+
+    def add(self, texts: Sequence[str]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(text) + "\n" for text in texts))
+        self.texts += texts
 
 
 class Images:

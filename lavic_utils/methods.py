@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from lavic_utils import prompts, recommendation, retrieval, vision
+from lavic_utils import loading, prompts, recommendation, retrieval, vision
 from lavic_utils.config import Profile, UserError, results_dir
 from lavic_utils.data import Dialogue, image_file
 from lavic_utils.evaluation import parse_answer
@@ -130,14 +130,14 @@ class Base(Method):
 
     def check(self, run):
         super().check(run)
-        vision.source(run.profile)
+        loading.source(run.profile)
 
     def reads(self, run, domain, split):
         return [run.base(), run.visual_reads(self.full, split)]
 
     def answer(self, run, domain, split, dialogues, control=None):
         visual, which = run.visual(self.full, (split,), lambda: model), run.profile.candidates
-        window = vision.context_window(vision.load_config(run.profile)) if self.full else None
+        window = loading.context_window(loading.load_config(run.profile)) if self.full else None
         prompter = run.prompter(visual, window)
         run.need_room("inference", lambda: prompter.longest(dialogues, which))
         model = run.model()
@@ -167,7 +167,7 @@ class Open(Method):
             asins = {asin for dialogue in dialogues for asin in getattr(dialogue, which)}
             paths = {asin: image_file(run.root, asin) for asin in sorted(asins)}
             visual = vision.lazy_full_tokens(lambda: model, processor, run.readable(paths))
-            window = vision.context_window(model.config)
+            window = loading.context_window(model.config)
         tokenizer = getattr(processor, "tokenizer", processor)
         prompter = recommendation.Prompter(tokenizer, profile, run.titles, visual, window)
         return recommendation.generate_answers(model, prompter, dialogues, which)
@@ -181,7 +181,7 @@ def load_open(profile: Profile, source: str, revision: str | None):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if not hasattr(config, "vision_config"):
-        return vision.load(AutoModelForCausalLM, profile, source, revision), tokenizer
+        return loading.load(AutoModelForCausalLM, profile, source, revision), tokenizer
     processor = LlavaProcessor(
         LlavaImageProcessorPil.from_pretrained(source, revision=revision),
         tokenizer,
@@ -189,7 +189,7 @@ def load_open(profile: Profile, source: str, revision: str | None):
         num_additional_image_tokens=1,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
     )
-    return vision.load(AutoModelForImageTextToText, profile, source, revision), processor
+    return loading.load(AutoModelForImageTextToText, profile, source, revision), processor
 
 
 class Proprietary(Method):
@@ -254,7 +254,7 @@ class Trained(Method):
 
     def check(self, run):
         super().check(run)
-        vision.source(run.profile)
+        loading.source(run.profile)
         run.need_training_data()
 
     def reads(self, run, domain, split):

@@ -203,7 +203,9 @@ def provenance(profile: Profile, seed: int, data_hash: str) -> dict[str, Any]:
 def target(path: Path) -> Path:
     """Where a file is to be written, links followed. UserError where that is no file (a folder, a
     device), or its folder cannot be written to."""
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        raise UserError(f"{path}: a link in a circle of links; name another")
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: a folder or a device, not a file; name another")
     path.parent.mkdir(parents=True, exist_ok=True)

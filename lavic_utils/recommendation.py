@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TrainerCallback
 
-from lavic_utils import training, vision
+from lavic_utils import callbacks, loading, training, vision
 from lavic_utils.config import Profile
 from lavic_utils.config import Recommendation as Settings
 from lavic_utils.data import Dialogue
@@ -30,9 +29,6 @@ LANGUAGE_LINEAR = (
     r"(base_model\.model\.)?(llava\.)?model\.language_model\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 )
-
-
-SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a training, where `fine_tune` looks at what is learnt
 
 
 @dataclass(frozen=True)
@@ -165,19 +161,6 @@ class RecommendationTrainer(training.StageTrainer):
         return sampler
 
 
-class Watched(TrainerCallback):
-    """Puts what `on_step` measures SHARES of the way into the log, which a killed run keeps."""
-
-    def __init__(self, model, on_step: Callable[[], dict[str, float]]) -> None:
-        self.model, self.on_step = model, on_step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step in [round(share * state.max_steps) for share in SHARES]:
-            self.model.eval()
-            state.log_history.append({"step": state.global_step, **self.on_step()})
-            self.model.train()
-
-
 def fine_tune(
     profile: Profile,
     model,
@@ -188,18 +171,18 @@ def fine_tune(
     on_step: Callable[[], dict[str, float]] | None = None,
 ) -> list[dict]:
     """Fine-tune one domain's adapter, put into `model` and saved as a standard peft folder,
-    `folder/adapter`. Returns the log: [{"step", "loss"}], and between them, SHARES of the way, the
-    step and what `on_step` measured of `model` as it was then."""
+    `folder/adapter`. Returns the log: [{"step", "loss"}], and between them, `callbacks.SHARES` of
+    the way, the step and what `on_step` measured of `model` as it was then."""
     torch.manual_seed(seed)
     settings = profile.recommendation
     arguments = training.training_arguments(
         folder / "checkpoints",
         settings,
         seed,
-        vision.dtype(profile),
+        loading.dtype(profile),
         logging_steps=2,
         save_total_limit=1,
-        save_strategy="no",  # but by `training.Saves`
+        save_strategy="no",  # but by `callbacks.Saves`
         # rows alike in length, where several make a batch
         train_sampling_strategy="group_by_length" if settings.batch_size > 1 else "random",
     )
@@ -211,7 +194,7 @@ def fine_tune(
         data_collator=prompter.collate,
         args=arguments,
         # rows are ordered by the global random state
-        callbacks=[training.Reseeded(), *([Watched(model, on_step)] if on_step else [])],
+        callbacks=[callbacks.Reseeded(), *([callbacks.Watched(model, on_step)] if on_step else [])],
     )
     trainer.fit(folder / "adapter")
     model.eval()
@@ -234,9 +217,10 @@ def generate_answers(
     asked = [i for i, answer in enumerate(answers) if not answer.refused]
     asked.sort(key=lambda i: len(prompts[i].ids))
     settings = prompter.profile.recommendation
-    pace = training.Pace("answers", len(asked))
+    pace = callbacks.Pace("answers", len(asked))
     for rows in batches([len(prompts[i].ids) for i in asked], settings):
         group = [asked[row] for row in rows]
+        loading.share_cores()
         _answer_batch(model, prompter, [prompts[i] for i in group], [answers[i] for i in group])
         pace.at(rows.stop)
     return answers

@@ -13,11 +13,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, results_dir
 from lavic_utils.data import dialogue_file
-from lavic_utils.evaluation import Score, summary_by_seed
+from lavic_utils.evaluation import Score
 from lavic_utils.methods import METHODS, Trained, find, slug
 from lavic_utils.provenance import kept, locked, newest, target, write_card, write_kept, write_text
 from lavic_utils.ranking import paired_tests, ranking_scores
@@ -172,6 +173,34 @@ def upsert_metrics(
 
 
 # ------------------------------------------------------------ tables
+def summary_by_seed(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """One line a method and domain from rows of `Score.row`: seeds, mean, min and max of HR@1 over
+    conversations, the mean's 95 % interval (`low`, `high`), means of `hit_ratio_scored` (where rows
+    have it), of HR@1 over pairs and of VR, and the conversations of one seed. ValueError: no rows,
+    or a method, domain and seed twice.
+
+    Where each seed has a `world` of its own the seeds' errors are independent and the arms of
+    `ci95` are added in squares; where seeds answer the same dialogues the mean is no surer than
+    one of them, and the arms' mean is taken.
+    """
+    table = pd.DataFrame([dict(row) for row in rows])
+    if table.empty or table.duplicated(["method", "domain", "seed"]).any():
+        raise ValueError("no rows" if table.empty else "a method, domain and seed stand twice")
+    lines = []
+    for (method, domain), part in table.groupby(["method", "domain"], sort=False):
+        ratio = part["hit_ratio_conversations"]
+        arms = np.abs(np.array(part["ci95"].tolist()) - ratio.to_numpy()[:, None])  # (seeds, 2)
+        apart = "world" in part and part["world"].nunique() == len(part)
+        down, up = np.linalg.norm(arms, axis=0) / len(part) if apart else arms.mean(0)
+        line = {"method": method, "domain": domain, "seeds": len(part)}
+        line |= {"mean": ratio.mean(), "min": ratio.min(), "max": ratio.max()}
+        line |= {"low": ratio.mean() - down, "high": ratio.mean() + up}
+        for name in ("hit_ratio_scored", "hit_ratio_pairs", "validity_ratio"):
+            line[name] = pd.to_numeric(part[name]).mean() if name in part else np.nan
+        lines.append(line | {"conversations": int(part["conversations"].min())})
+    return pd.DataFrame(lines)
+
+
 def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
     """The paper's table beside ours: published HR@1 and VR, measured HR@1 over conversations (mean
     over seeds) with its 95 % interval, VR, and HR@1 by likelihood. † marks what `footnote`
@@ -192,7 +221,7 @@ def comparison(metrics: Mapping, table: str) -> pd.DataFrame:
                 line[domain, "published"] = _published_cell(value) if method == name else ""
                 cell = _measured_cell(ours.get((method, domain)), found.get((method, domain)))
                 line[domain, tier] = cell + " †" * (cell != NOT_RUN and method in marked)
-    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("HR@1 / VR")
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("HR@1 / VR (ours: / scored)")
 
 
 def _published_cell(value: Mapping) -> str:
@@ -230,7 +259,7 @@ def tuning_table(run: Experiment) -> pd.DataFrame | None:
 
 
 def losses(metrics: Mapping) -> dict[str, float]:
-    """Methods whose prompts do not fit their window -> pictures dropped a prompt (one or more)."""
+    """Methods whose prompts do not fit their window -> pictures dropped per prompt (at least 1)."""
     found: dict[str, list[float]] = {}
     for row in metrics["rows"]:
         found.setdefault(row["method"], []).append(row.get("dropped_images", 0))
@@ -243,7 +272,7 @@ def footnote(metrics: Mapping) -> str:
     lines = []
     for method, dropped in losses(metrics).items():
         lines.append(
-            f"† {method}: ten pictures do not fit the window; {dropped:.1f} of them a prompt are "
+            f"† {method}: ten pictures do not fit the window; {dropped:.1f} per prompt are "
             "dropped, the last candidates' first, in training and at the test. The row shows what "
             "that costs, not what full tokens are worth."
         )

@@ -35,7 +35,7 @@ def rehearse(kind: str, place: Path) -> dict:
     them."""
     import torch
 
-    from lavic_utils import experiment, vision
+    from lavic_utils import experiment, loading
     from lavic_utils.config import load_profile
 
     os.environ["LAVIC_RESULTS"] = str(place / f"results {kind}")
@@ -71,8 +71,8 @@ def rehearse(kind: str, place: Path) -> dict:
     seconds["answers"] = time.monotonic() - start - sum(seconds.values())
     return {
         "kind": kind,
-        "device": str(vision.device()),
-        "dtype": str(vision.dtype(profile)).removeprefix("torch."),
+        "device": str(loading.device()),
+        "dtype": str(loading.dtype(profile)).removeprefix("torch."),
         "four_bits": profile.quantize_4bit,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "stage 1": [[e["train_loss"], e["valid_loss"]] for e in history],

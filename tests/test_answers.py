@@ -268,7 +268,7 @@ BAD = {
         [],
         "line 1: field recommended_st: String should match",
     ),
-    "None": ({**GOOD, "recommended_st": "None"}, [], "recommended 'None' is neither a candidate"),
+    "None": ({**GOOD, "recommended_st": "None"}, [], "field (all): recommended 'None' is neither"),
     "lower case": ({**GOOD, "recommended_st": "b0test0000"}, [], "10 capitals and digits"),
     "a title": ({**GOOD, "recommended_st": "mug"}, [], "null stands for an answer without an id"),
     "nine": ({**GOOD, "candidates_st": TEN[:9]}, [], "candidates_st: 10 different candidates"),

@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 import pytest
+import readme as blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,6 @@ from lavic_utils.config import DOMAINS, ROOT, UserError, real_data_dir, replicat
 from lavic_utils.evaluation import mcnemar, wilson
 from lavic_utils.methods import BEFORE
 from lavic_utils.provenance import write_kept
-from lavic_utils.repro import readme as readme_blocks
 
 real = pytest.mark.skipif(
     real_data_dir() is None,
@@ -274,9 +274,7 @@ def test_committed_claims_hold_every_published_cell_and_the_mini_run() -> None:
     ) == len(mini), STALE
     assert (ROOT / "results/claims.md").read_text(encoding="utf-8") == claims.markdown(found), STALE
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- claims: begin -->\n")[1]
-    assert readme.split("<!-- claims: end -->")[0] == readme_blocks.claims(), (
-        "run `python -m lavic_utils readme`"
-    )
+    assert readme.split("<!-- claims: end -->")[0] == blocks.claims(), "run `make readme`"
 
 
 @both

@@ -14,8 +14,8 @@ from PIL import Image
 from stand_ins import trainable_names
 
 from lavic_utils import distillation as dist
+from lavic_utils import loading, training, vision
 from lavic_utils import recommendation as rec
-from lavic_utils import training, vision
 from lavic_utils.config import UserError, load_profile
 from lavic_utils.data import Dialogue
 from lavic_utils.mini import words as w
@@ -169,7 +169,7 @@ def placed(model, prompter, prompts, extra: int = 0) -> tuple[torch.Tensor, torc
 @pytest.fixture(scope="module")
 def base():
     """The mini model as it comes: it answers with an id most of the time."""
-    return vision.load_model(PROFILE)
+    return loading.load_model(PROFILE)
 
 
 @torch.inference_mode()

@@ -13,11 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import readme
 import torch
 import yaml
 from PIL import Image
 
-from lavic_utils import data, vision
+from lavic_utils import data, loading, recommendation, training, vision
 from lavic_utils.__main__ import main
 from lavic_utils.bench import reference, speed
 from lavic_utils.config import PACKAGE, ROOT
@@ -130,6 +131,50 @@ def test_sides_are_run_in_turn_and_compared_round_by_round(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("cores", "own", "others", "threads"),
+    [(2, 2.0, 0.0, 2), (2, 1.3, 0.7, 1), (2, 1.0, 1.0, 1), (2, 2.0, 0.3, 2), (2, 0.5, 6.0, 1)]
+    + [(16, 8.0, 3.0, 8), (16, 6.0, 10.0, 6)],
+)
+def test_cores_that_others_keep_busy_are_left_to_them(monkeypatch, cores, own, others, threads):
+    asked, most = [], max(1, cores // 2) if cores > 2 else cores
+    ours, percent = iter([0.0, own, own]), 100 * (own + others) / cores
+    clock = iter([100.0, 101.0, 101.5])
+    monkeypatch.setattr(loading, "THREADS", most)
+    monkeypatch.setattr(loading, "LOOKED", {"at": 0.0, "own": 0.0})
+    monkeypatch.setattr(loading.torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(loading.psutil, "cpu_count", lambda: cores)
+    monkeypatch.setattr(loading.psutil, "cpu_percent", lambda: percent)
+    monkeypatch.setattr(loading.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(loading.time, "process_time", lambda: next(ours))
+    for _ in range(3):
+        loading.share_cores()
+    assert asked[1:] == [threads]  # the third look comes within the second
+
+
+def test_results_do_not_depend_on_the_number_of_threads(sample, tmp_path, monkeypatch):
+    run, found, before = sample.run, [], torch.get_num_threads()
+    for module in (vision, training):
+        monkeypatch.setattr(module, "share_cores", lambda: None)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            paths = [picture.path for picture in sample.pictures]
+            tokens = torch.cat(vision.file_encoder(sample.model, run.processor)(paths))
+            folder, model = tmp_path / str(threads), run.model()
+            recommendation.fine_tune(
+                run.profile, model, sample.prompter, sample.examples, folder, run.seed
+            )
+            adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+            answers = recommendation.generate_answers(
+                model, sample.prompter, sample.dialogues, sample.which
+            )
+            found.append((tokens.numpy().tobytes(), adapter, answers))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
     ("given", "expected"),
     [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
 )
@@ -188,10 +233,10 @@ def test_the_file_holds_what_the_readme_needs(profile, capsys, monkeypatch):
     assert path == speed.result_file(about["machine"], quick=True)
     plate = path.with_suffix(".png")
     assert json.loads(Image.open(plate).text["Comment"])["tier"] == "mini run"
-    block = speed.speed_block(path)
+    block = readme.speed_block(path)
     assert f"](results/bench/{plate.name})" in block
     plate.unlink()  # without its figure the README shows none
-    assert speed.speed_block(path) == re.sub(r"!\[.*\n\n", "", block)
+    assert readme.speed_block(path) == re.sub(r"!\[.*\n\n", "", block)
     direct = figures["evaluation"]["a_second"]["direct"]["median"]
     assert f"| evaluation, dialogues a second | {direct:.3g} |" in block and "| 10 |" in block
     assert "Beside a busy process stage 2 training takes " in block
@@ -216,7 +261,7 @@ def test_the_committed_files_are_read():
     assert paths
     for path in paths:
         ratios = json.loads(path.read_text(encoding="utf-8"))["ratios"]
-        assert all(f"| {ratios[part]:.3g} (" in speed.speed_block(path) for part in speed.PARTS)
+        assert all(f"| {ratios[part]:.3g} (" in readme.speed_block(path) for part in speed.PARTS)
 
 
 def test_the_command_line(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import readme
 import torch
 from test_plan import Peak
 
@@ -16,7 +17,6 @@ from lavic_utils.__main__ import main
 from lavic_utils.bench import card as bench_gpu
 from lavic_utils.bench import memory
 from lavic_utils.config import load_profile
-from lavic_utils.repro import readme
 
 PAPER, T4 = load_profile("paper"), load_profile("t4")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from stand_ins import COUNTS, SENTENCEPIECE, data_folder, llava_15, llava_next, vicuna
 
-from lavic_utils import data, experiment, methods, vision
+from lavic_utils import data, experiment, loading, methods, vision
 from lavic_utils.config import DOMAINS, UserError, load_profile
 
 TEXT = "ID: B00HO5EE9W\nTitle: a red lamp"
@@ -35,7 +35,7 @@ def test_the_rehearsals_data_is_of_the_published_form_and_as_odd(tmp_path):
 def test_the_stand_in_has_the_hubs_layout_and_the_true_tiles(tmp_path, results):
     llava_next(tmp_path / "model")
     profile = load_profile("paper").model_copy(update={"model": str(tmp_path / "model")})
-    model, processor = vision.load_model(profile), vision.load_processor(profile)
+    model, processor = loading.load_model(profile), loading.load_processor(profile)
     assert model.config.vision_config.image_size == 336
     assert [vision.tile_count(model, size) for size in ((500, 500), (250, 500))] == [5, 3]
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == 32000
@@ -45,7 +45,7 @@ def test_the_stand_in_has_the_hubs_layout_and_the_true_tiles(tmp_path, results):
     small = profile.model_copy(update={"download_gb": 0.01})
     assert experiment.Experiment(small).profile.tier == "full run"
     with pytest.raises(UserError):
-        vision.load_model(profile.model_copy(update={"model": str(tmp_path)}))
+        loading.load_model(profile.model_copy(update={"model": str(tmp_path)}))
 
 
 def test_vicunas_slow_tokenizer_opens(tmp_path):

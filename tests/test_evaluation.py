@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavic_utils import evaluation as ev
+from lavic_utils import report
 from lavic_utils.config import PACKAGE
 from lavic_utils.data import Dialogue
 
@@ -272,7 +273,7 @@ def test_summary_by_seed() -> None:
         answers = [truth[0] if i < right else None for i, truth in enumerate(truths)]
         rows.append(ev.score(answers, truths, lists).row("LaViC", "home", seed))
         rows.append(ev.score(answers, truths).row("BM25", "home", seed))
-    table = ev.summary_by_seed(rows).set_index("method")
+    table = report.summary_by_seed(rows).set_index("method")
     line = table.loc["LaViC"]
     assert (line["seeds"], line["conversations"]) == (3, 300)
     assert (line["mean"], line["min"], line["max"]) == pytest.approx((0.25, 0.2, 0.3))
@@ -281,12 +282,12 @@ def test_summary_by_seed() -> None:
     together = np.mean([np.diff(row["ci95"])[0] for row in rows if row["method"] == "LaViC"])
     assert line["high"] - line["low"] == pytest.approx(together)  # the same dialogues each time
     worlds = [row | {"world": row["seed"], "hit_ratio_scored": 0.5} for row in rows]
-    apart = ev.summary_by_seed(worlds).set_index("method").loc["LaViC"]
+    apart = report.summary_by_seed(worlds).set_index("method").loc["LaViC"]
     assert apart["high"] - apart["low"] == pytest.approx(together / 3**0.5, rel=0.01)
     assert apart["hit_ratio_scored"] == 0.5
     for wrong in ([], [rows[0], rows[0]]):
         with pytest.raises(ValueError):
-            ev.summary_by_seed(wrong)
+            report.summary_by_seed(wrong)
 
 
 def dialogue(gt: list[str], ten: list[str]) -> Dialogue:

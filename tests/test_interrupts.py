@@ -19,7 +19,7 @@ import torch
 import yaml
 from transformers import TrainerState
 
-from lavic_utils import experiment, keeping, training
+from lavic_utils import callbacks, experiment, keeping
 from lavic_utils.__main__ import main
 from lavic_utils.config import World, load_profile
 from lavic_utils.mini.world import make_world
@@ -275,6 +275,6 @@ def test_only_checkpoints_with_a_whole_state_are_kept(tmp_path):
         (tmp_path / name).mkdir()
         if text:
             (tmp_path / name / "trainer_state.json").write_text(text)
-    training.remove_broken(tmp_path)
+    callbacks.remove_broken(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
-    training.remove_broken(tmp_path / "nowhere")
+    callbacks.remove_broken(tmp_path / "nowhere")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlavaNextForConditionalGeneration
 
-from lavic_utils import vision
+from lavic_utils import loading, vision
 from lavic_utils.config import PACKAGE, load_profile
 from lavic_utils.evaluation import parse_answer
 from lavic_utils.mini import abilities, recipe
@@ -96,7 +96,7 @@ def pool() -> recipe.Pool:
 def learner(pool) -> recipe.Learner:
     """With the shipped weights, and pictures it never saw."""
     made = recipe.Learner()
-    made.model, made.pool = vision.load_model(load_profile("mini")), pool
+    made.model, made.pool = loading.load_model(load_profile("mini")), pool
     return made
 
 

@@ -9,9 +9,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import readme
 
 from lavic_utils.config import PACKAGE, ROOT, UserError
-from lavic_utils.repro import environment, notebooks, readme
+from lavic_utils.repro import environment, notebooks
 
 SITTING = (
     "config data vision store prompts training distillation recommendation evaluation".split()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaNextForConditionalGeneration
 
 from lavic_utils import distillation as dist
-from lavic_utils import experiment, methods, training, vision
+from lavic_utils import experiment, loading, methods, training, vision
 from lavic_utils import recommendation as rec
 from lavic_utils.__main__ import main
 from lavic_utils.bench import card, memory, plan
@@ -193,7 +193,7 @@ def test_memory_of_a_real_mini_step_is_within_a_quarter(stage):
 
 
 def test_weights_and_adapters_are_counted_to_the_byte():
-    model = vision.load_model(MINI)
+    model = loading.load_model(MINI)
     bytes_ = sum(p.nbytes for p in model.parameters())
     parts = memory.memory(
         model.config, memory.count(memory.skeleton(MINI.model_path)), 10, MINI, "recommendation"
@@ -258,7 +258,7 @@ def has_memory(monkeypatch, gib: float) -> None:
 def test_a_stage_is_refused_before_anything_is_loaded(monkeypatch, stage, place, gib, refused):
     """On a card, or without one in main memory, that is too small; not on a large one (control)."""
     (has_card if place == "Small" else has_memory)(monkeypatch, gib)
-    monkeypatch.setattr(vision, "load_model", lambda profile: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda profile: pytest.fail("loaded"))
     if not refused:
         assert plan.refuse_here(MINI, (stage,)) is None
         return
@@ -312,7 +312,7 @@ def test_entire_tokens_fit_a_large_card_and_are_refused_with_numbers_on_a_small_
     assert plan.refuse(PAPER, plan.CARDS["a100"], LONG) is None  # a control
     has_card(monkeypatch, 14.6, "Tesla T4")
     monkeypatch.setattr(plan, "four_bits", lambda profile: None)
-    monkeypatch.setattr(methods.vision, "source", lambda profile: None)
+    monkeypatch.setattr(methods.loading, "source", lambda profile: None)
     run = SimpleNamespace(profile=T4, need_training_data=lambda: None)
     why = methods.find(ENTIRE).reason(run)
     assert re.search(r"entire tokens, training needs 2[0-9.]+ GiB \(weights 4\.9, .*activ", why)

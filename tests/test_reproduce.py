@@ -223,6 +223,9 @@ def test_files_go_where_a_link_leads_and_never_onto_a_folder_or_a_device(tmp_pat
         with pytest.raises(UserError, match="a folder or a device, not a file"):
             provenance.write_text(tmp_path / name, "new")
     assert (tmp_path / "fifo").is_fifo()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="a link in a circle of links"):
+        provenance.write_text(tmp_path / "loop", "new")
 
 
 def test_dead_kernel_is_a_failure_not_a_crash(folder, tmp_path, tiny_profile, results, capfd):

@@ -13,7 +13,7 @@ from stand_ins import trainable_names
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lavic_utils import training, vision
+from lavic_utils import loading, training, vision
 from lavic_utils.bench import memory
 from lavic_utils.config import Lora, load_profile
 from lavic_utils.distillation import VISION_LINEAR
@@ -104,7 +104,7 @@ def test_unanchored_patterns_hit_the_other_side():
 
 def test_four_bits_hold_the_language_models_layers_and_nothing_else():
     linear = [name for name, m in bare().named_modules() if isinstance(m, torch.nn.Linear)]
-    quantised = {name for name in linear if should_convert_module(name, list(vision.UNQUANTISED))}
+    quantised = {name for name in linear if should_convert_module(name, list(loading.UNQUANTISED))}
     assert quantised == {
         name for name in linear if re.match(r"model\.language_model\.layers\.", name)
     }

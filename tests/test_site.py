@@ -7,16 +7,14 @@ import base64
 import io
 import json
 import re
-import sys
 from pathlib import Path
 
+import build
+import pages
 import pytest
 from PIL import Image, PngImagePlugin
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
-import build  # noqa: E402
-import pages  # noqa: E402
 
 SITE = {
     "index.md",

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from stand_ins import trainable_names
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from lavic_utils import callbacks, loading, provenance, training, vision
 from lavic_utils import distillation as dist
-from lavic_utils import provenance, training, vision
 from lavic_utils import recommendation as rec
 from lavic_utils.config import PACKAGE, ROOT, Lora, UserError, load_profile
 from lavic_utils.mini import model as minimodel
@@ -330,7 +330,7 @@ def test_worker_processes_change_no_loss(processor, tmp_path):
 def test_checkpoints_come_by_minutes_with_a_log_but_not_where_an_epoch_ends(monkeypatch):
     def saved(minutes: float | None, logging_steps: int = 1) -> list[int]:
         one = SimpleNamespace(gather=lambda flag: flag, device="cpu")
-        saves, now, steps = training.Saves(minutes, one), [0.0], []
+        saves, now, steps = callbacks.Saves(minutes, one), [0.0], []
         monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
         saves.on_train_begin(None, TrainerState(), None)
         for step in range(1, 21):  # half a minute each; 10 an epoch
@@ -359,7 +359,7 @@ def test_a_stopped_run_ends_with_the_log_and_adapter_of_a_whole_one(
 ):
     """Four steps an epoch, a log every three: one of them would span the checkpoint at step 4."""
     if not logged:  # negative control
-        monkeypatch.setattr(training.Saves, "on_epoch_end", lambda *_, **__: None)
+        monkeypatch.setattr(callbacks.Saves, "on_epoch_end", lambda *_, **__: None)
 
     def fit(folder, *callbacks) -> list[float]:
         folder.mkdir(exist_ok=True)
@@ -411,7 +411,7 @@ def test_how_far_a_stage_is_stands_in_the_log_and_nowhere_else(
 
 
 def guard(skipped: bool):
-    return training.Finite(SimpleNamespace(optimizer_step_was_skipped=skipped))
+    return callbacks.Finite(SimpleNamespace(optimizer_step_was_skipped=skipped))
 
 
 def test_a_broken_run_stops_with_one_line():
@@ -456,7 +456,7 @@ def test_float32_on_a_card_trains_without_autocast(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(training, "TrainingArguments", lambda **options: SimpleNamespace(**options))
     profile = load_profile(name)
-    found = training.training_arguments(tmp_path, profile.distillation, 0, vision.dtype(profile))
+    found = training.training_arguments(tmp_path, profile.distillation, 0, loading.dtype(profile))
     assert (found.bf16, found.fp16) == precision and found.use_cpu is (capability is None)
 
 
@@ -497,7 +497,7 @@ def test_the_7b_profiles_name_a_pinned_model_and_the_papers_batch(name):
 
 def test_a_model_that_cannot_be_had_is_one_line_with_size_and_command(monkeypatch):
     monkeypatch.setattr("lavic_utils.hub.HubModel.cached", lambda self: False)
-    for load in (vision.load_model, vision.load_processor):
+    for load in (loading.load_model, loading.load_processor):
         with pytest.raises(UserError, match=r"15.1 GB.*hf download .*52320fb52229"):
             load(load_profile("paper"))
 
@@ -505,7 +505,7 @@ def test_a_model_that_cannot_be_had_is_one_line_with_size_and_command(monkeypatc
 def test_four_bits_without_a_card_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"requirements-gpu\.lock"):
-        vision.load_model(load_profile("t4"))
+        loading.load_model(load_profile("t4"))
 
 
 @pytest.mark.parametrize(
@@ -514,7 +514,7 @@ def test_four_bits_without_a_card_is_one_line(monkeypatch):
 def test_half_precision_follows_the_card(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert vision.half() == dtype
+    assert loading.half() == dtype
 
 
 def test_the_mini_profile_keeps_its_settings():

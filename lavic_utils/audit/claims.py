@@ -18,11 +18,11 @@ import pandas as pd
 from lavic_utils.audit import published
 from lavic_utils.audit.answer_files import evaluate, read_replications
 from lavic_utils.config import DOMAINS, ROOT, UserError
-from lavic_utils.evaluation import summary_by_seed, wilson
+from lavic_utils.evaluation import wilson
 from lavic_utils.methods import find
 from lavic_utils.provenance import write_json, write_text
 from lavic_utils.ranking import holm
-from lavic_utils.report import read_metrics
+from lavic_utils.report import read_metrics, summary_by_seed
 
 # Published method -> what a third party's model saw that got the same inputs
 BESIDE = {"LaViC": "title+image", "LaViC w/o images": "title"}

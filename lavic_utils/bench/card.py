@@ -11,7 +11,6 @@ through `recommendation.read`. Each peak stands beside what `memory` foresees.
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 import time
 from functools import partial
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LlavaNextForConditionalGeneration, TrainerCallback
 
-from lavic_utils import training, vision
+from lavic_utils import loading, training, vision
 from lavic_utils.bench.memory import GIB, SCORED, TITLE, full_tokens, memories, skeleton
 from lavic_utils.bench.plan import ASSUMED
 from lavic_utils.bench.speed import result_file, spread, synchronize, timed
@@ -91,18 +90,18 @@ def predicted(profile: Profile, case: Case) -> float:
 
 # ---------------------------------------------------------------- model and inputs
 def random_model(profile: Profile) -> LlavaNextForConditionalGeneration:
-    """What `vision.load` makes of the profile's checkpoint (dtype, 4 bits), with random weights."""
-    bare, dtype = skeleton(profile.model_path), vision.dtype(profile)
+    """What `loading.load` makes of the profile's checkpoint (dtype, 4 bits), its weights random."""
+    bare, dtype = skeleton(profile.model_path), loading.dtype(profile)
     weights = {}
     for name, parameter in bare.named_parameters():
-        values = torch.randn(parameter.shape, dtype=dtype, device=vision.device()).mul_(0.02)
+        values = torch.randn(parameter.shape, dtype=dtype, device=loading.device()).mul_(0.02)
         if "norm" in name and name.endswith("weight"):
             values.add_(1)
         weights[name] = values.cpu()
     given = {"config": copy.deepcopy(bare.config), "state_dict": weights}
     load = partial(LlavaNextForConditionalGeneration.from_pretrained, **given)
     kind = SimpleNamespace(from_pretrained=lambda _, **options: load(None, **options))
-    return vision.load(kind, profile, "random weights", None)
+    return loading.load(kind, profile, "random weights", None)
 
 
 def prompts(config, rows: int, case: Case) -> dict[str, Any]:
@@ -157,7 +156,7 @@ def train(tuned, profile: Profile, case: Case, steps: int) -> list[float]:
                 Path(folder),
                 stage,
                 profile.seed,
-                vision.dtype(profile),
+                loading.dtype(profile),
                 max_steps=steps,
                 save_strategy="no",
             ),
@@ -205,7 +204,7 @@ def measure(tuned, profile: Profile, case: Case) -> dict[str, Any]:
             found["measured_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
     except torch.OutOfMemoryError:
         pass
-    vision.free()  # a trainer holds itself in a circle
+    loading.free()  # a trainer holds itself in a circle
     return found
 
 
@@ -247,29 +246,9 @@ def measure_all(profile: Profile) -> Path:
 
     student = training.add_adapter(Student(model), profile.distillation.lora, VISION_LINEAR)
     measure_stage(student, ONE)
-    model.set_attn_implementation("sdpa")  # as `vision.load` asks for it
+    model.set_attn_implementation("sdpa")  # as `loading.load` asks for it
     student.unload()
     tuned = training.add_adapter(Recommender(model), profile.recommendation.lora, LANGUAGE_LINEAR)
     measure_stage(tuned, TWO)
     measure_stage(model.eval(), ANSWERS)
     return path
-
-
-def gpu_block(path: Path) -> str:
-    """The README's lines on a card, in Markdown, from a file that `bench_gpu` wrote."""
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    about = found["provenance"]
-    lines = ["| step or batch | rows x tokens | seconds (range) | peak, GiB | foreseen |"]
-    lines.append("| --- | --- | --- | --- | --- |")
-    for row in found["steps"]:
-        took = "out of memory"
-        if row["seconds"]:
-            took = "{median:.3g} ({low:.3g} to {high:.3g})".format(**row["seconds"])
-        peak = "–" if row["measured_gib"] is None else f"{row['measured_gib']:.1f}"
-        size = f"{row['rows']} x {row['tokens']}"
-        lines.append(f"| {row['name']} | {size} | {took} | {peak} | {row['predicted_gib']:.1f} |")
-    return "\n".join(lines) + (
-        f"\n\n*Random weights: speed and memory only. Profile {about['profile']}, "
-        f"{found['card'] or 'no card'}; 4 bits: {found['four_bits']}; "
-        f"torch {about['versions']['torch']}; content hash of the code {about['code_hash'][:7]}.*\n"
-    )

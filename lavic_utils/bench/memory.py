@@ -16,9 +16,9 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from lavic_utils.config import PACKAGE, Lora, Profile
 from lavic_utils.distillation import VISION_LINEAR
+from lavic_utils.loading import UNQUANTISED
 from lavic_utils.methods import ENTIRE, LONG
 from lavic_utils.recommendation import LANGUAGE_LINEAR
-from lavic_utils.vision import UNQUANTISED
 
 GIB = 2**30
 RESERVE = 1.0  # GiB for the CUDA context and the allocator's gaps

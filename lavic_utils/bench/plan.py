@@ -18,8 +18,8 @@ from lavic_utils.bench import memory
 from lavic_utils.bench.memory import RESERVE, count, memories, number_bytes, skeleton, trainables
 from lavic_utils.config import DOMAINS, Profile, UserError
 from lavic_utils.experiment import Experiment
+from lavic_utils.loading import four_bits, free, source, stand_in
 from lavic_utils.methods import ENTIRE, LONG
-from lavic_utils.vision import four_bits, free, source, stand_in
 
 
 class Card(NamedTuple):

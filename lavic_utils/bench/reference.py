@@ -18,7 +18,7 @@ from peft import get_peft_model
 from PIL import Image
 from torch import Tensor
 
-from lavic_utils import data, vision
+from lavic_utils import data, loading, vision
 from lavic_utils.data import Dialogue
 from lavic_utils.distillation import VISION_LINEAR, Picture
 from lavic_utils.experiment import Experiment
@@ -132,7 +132,7 @@ def train(
     optimizer = torch.optim.AdamW(weights, lr=stage.learning_rate, weight_decay=stage.weight_decay)
     for step in steps:
         half = torch.cuda.is_available() and tuned.dtype != torch.float32
-        with torch.autocast("cuda", dtype=vision.half(), enabled=half):
+        with torch.autocast("cuda", dtype=loading.half(), enabled=half):
             loss = loss_of(run, tuned, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -7,7 +7,6 @@ does every third. And what another busy process costs our own training (`busy_ma
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -244,34 +243,3 @@ def drawn(figures: dict[str, Any]) -> Figure:
     axis.set_xlabel("a dot: one round; the line: their median; the triangle: the goal")
     axis.margins(y=0.3)
     return figure
-
-
-def speed_block(path: Path) -> str:
-    """The README's lines on speed, in Markdown, from a file that `bench` wrote."""
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    about, figures = found["provenance"], found["figures"]
-    lines = ["| | released loop | ours | times (range) | goal |", "| --- | --- | --- | --- | --- |"]
-    for part, (label, unit, _) in PARTS.items():
-        speeds, ratio = figures[part]["a_second"], figures[part]["ratio"]
-        sides = f"{speeds['direct']['median']:.3g} | {speeds['ours']['median']:.3g}"
-        times = "{median:.3g} ({low:.3g} to {high:.3g})".format(**ratio)
-        lines.append(f"| {label}, {unit} | {sides} | {times} | {figures[part]['goal']} |")
-    store, machine, versions = figures["store"], about["machine"], about["versions"]
-    busy = ""
-    if found := figures.get("busy_machine"):
-        took = "{median:.3g} times the seconds ({low:.3g} to {high:.3g})".format(**found["ratio"])
-        busy = f"Beside a busy process stage 2 training takes {took}; goal: {found['goal']}.\n"
-    plate = path.with_suffix(".png")
-    shown = f"\n![{ALT}](results/bench/{plate.name})\n" if plate.is_file() else ""
-    where = about["card"] or f"{machine['processor']}, {machine['cores']} cores"
-    return "\n".join(lines) + (
-        f"\n{shown}\nEncoding an item's image once: "
-        f"{store['items_a_second']['median']:.3g} items a second; with that counted in, "
-        f"stage 2 training is "
-        f"{store['train']['ratio_with_encoding']:.3g} times and evaluation "
-        f"{store['test']['ratio_with_encoding']:.3g} times as fast.\n{busy}"
-        f"Medians of {about['rounds']} interleaved runs with equal losses and answers on both "
-        f"sides.\n*{about['tier']}, profile {about['profile']}, {where}; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}; "
-        f"content hash of the code {about['code_hash'][:7]}.*\n"
-    )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import Tensor
 
-from lavic_utils import data, figures, methods, retrieval, training, vision
+from lavic_utils import data, figures, loading, methods, retrieval, training, vision
 from lavic_utils.config import DOMAINS, UserError
 from lavic_utils.distillation import describe
 from lavic_utils.prompts import encode
@@ -266,7 +266,7 @@ def prepare(run: Experiment, say: Callable[[str], None] = print) -> None:
     missing = [folder for folder in stages if not (folder / "result.json").is_file()]
     if missing:
         run.need_training_data()
-        vision.source(run.profile)
+        loading.source(run.profile)
         plan = f"for how long, see python -m lavic_utils plan --profile {run.profile.name}"
         takes = "at most 6 minutes on 2 cores" if run.profile.world else plan
         say(f"training what is not there yet, {len(missing)} of {len(stages)} parts ({takes}):")

@@ -17,11 +17,11 @@ from PIL import Image
 
 from lavic_utils import data, vision
 from lavic_utils.config import DOMAINS, ROOT, Profile, UserError, results_dir
-from lavic_utils.evaluation import summary_by_seed, wilson
+from lavic_utils.evaluation import wilson
 from lavic_utils.figures import style
 from lavic_utils.mini import world
 from lavic_utils.provenance import save_figure
-from lavic_utils.report import losses, published, published_rows
+from lavic_utils.report import losses, published, published_rows, summary_by_seed
 
 if TYPE_CHECKING:
     from lavic_utils.experiment import Experiment

@@ -22,8 +22,8 @@ METHODS = {
     "Entire tokens (5x577)": PURPLE,
     "LLaVA-v1.6 (title)": GREEN,
     "LLaVA-v1.6 (title+image)": "#66C2A4",
-    "BM25": PALE,
-    "SBERT": GRAY,
+    "BM25": ORANGE,
+    "SBERT": "#3D348B",
 }
 CAUSES = ("#8A7F6A", "#C9BE9F")  # of misses, where neither methods nor domains are meant
 DOMAINS = {"beauty": INK, "fashion": "#6E6E6E", "home": "#A3A3A3"}
@@ -52,13 +52,20 @@ def method_colour(name: str) -> str:
 
 
 def interval(
-    axis, y: float, low: float, value: float, high: float, colour: str, mark: str = ""
+    axis,
+    y: float,
+    low: float,
+    value: float,
+    high: float,
+    colour: str,
+    mark: str = "",
+    at: float | None = None,
 ) -> None:
-    """A dot with its interval from `low` to `high`, and its value beside it."""
+    """A dot with its interval from `low` to `high`, and its value beside it (or from `at` on)."""
     axis.plot([low, high], [y, y], color=colour, lw=2)
     axis.plot(value, y, "o", color=colour, ms=5, clip_on=False)
     said = f"{value:.3f}".replace("0.", ".") + mark
-    note(axis, said, high, y, right=5, va="center", bbox=GROUND)
+    note(axis, said, high if at is None else at, y, right=5, va="center", bbox=GROUND)
 
 
 def note(axis, text: str, x: float, y: float, right: float = 0, up: float = 0, **look) -> None:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lavic_utils import experiment, methods, recommendation, report, training, vision
+from lavic_utils import experiment, loading, methods, recommendation, report, training, vision
 from lavic_utils.config import results_dir
 from lavic_utils.data import Dialogue
 from lavic_utils.experiment import Experiment
@@ -47,7 +47,7 @@ class Longer(methods.Trained):
 
     def answer(self, run, domain, split, dialogues, control=None):
         model, profile = run.tuned(self.of, domain), run.profile.arm(self.of)
-        window = {"max_length": vision.context_window(model.config)}
+        window = {"max_length": loading.context_window(model.config)}
         settings = profile.recommendation.model_copy(update=window)
         wide = profile.model_copy(update={"recommendation": settings})
         prompter = run.prompter(self.visual(run, split), profile=wide)

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lavic_utils import vision
+from lavic_utils import loading, vision
 from lavic_utils.mini import words
 from lavic_utils.mini.drawing import draw_product
 from lavic_utils.mini.model import PATCH, TILE, WIDTH, build_model, build_processor, known_words
@@ -364,7 +364,7 @@ def train(folder: Path, phases: Sequence[Phase] = PHASES, keep: int = 200) -> Le
     every `keep` steps, so a killed run goes on to the same weights."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)  # sums, and so the weights, depend on it
-    file, learner = folder / "state.pt", Learner().to(vision.device())
+    file, learner = folder / "state.pt", Learner().to(loading.device())
     state = {"phase": 0, "step": 0, "seconds": 0.0}
     if file.is_file():
         state = torch.load(file, weights_only=True)

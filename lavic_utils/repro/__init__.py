@@ -1,1 +1,1 @@
-"""Making it again: the driver of the notebooks, their stamps, the README, the environment."""
+"""Making it again: the driver of the notebooks, their stamps, the lock, the doctor."""

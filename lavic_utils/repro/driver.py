@@ -186,7 +186,7 @@ def _run_all(jobs: list[Job], profile: config.Profile, force: bool) -> int:
     if any(job.trains for job in todo):
         from lavic_utils.bench.memory import STAGES
         from lavic_utils.bench.plan import refuse_here
-        from lavic_utils.vision import source
+        from lavic_utils.loading import source
 
         refuse_here(profile, STAGES)
         source(profile)

@@ -1,4 +1,4 @@
-"""The generated blocks of README.md and CONTRIBUTING.md: results, claims, speed, maps of the code.
+"""`make readme`: the generated blocks of README.md and CONTRIBUTING.md: figures, claims, maps.
 
 Written from the files under results/ and the modules' first sentences alone, and checked.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -66,14 +67,64 @@ def claims() -> str:
 
 def speed() -> str:
     """What `make bench` and `bench gpu` measured, for each machine whose file is committed."""
-    from lavic_utils.bench.card import gpu_block
-    from lavic_utils.bench.speed import speed_block
-
     found = sorted((ROOT / "results" / "bench").glob("*.json"))
     cards = [path for path in found if path.stem.endswith("-gpu")]
     ours = [path for path in found if not path.stem.endswith(("-gpu", "-rehearsal"))]
     blocks = [speed_block(path) for path in ours] or ["not measured yet\n"]
     return "\n".join(blocks + [gpu_block(path) for path in cards])
+
+
+def speed_block(path: Path) -> str:
+    """A file that `bench` wrote."""
+    from lavic_utils.bench.speed import ALT, PARTS
+
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    about, figures = found["provenance"], found["figures"]
+    lines = ["| | released loop | ours | times (range) | goal |", "| --- | --- | --- | --- | --- |"]
+    for part, (label, unit, _) in PARTS.items():
+        speeds, ratio = figures[part]["a_second"], figures[part]["ratio"]
+        sides = f"{speeds['direct']['median']:.3g} | {speeds['ours']['median']:.3g}"
+        times = "{median:.3g} ({low:.3g} to {high:.3g})".format(**ratio)
+        lines.append(f"| {label}, {unit} | {sides} | {times} | {figures[part]['goal']} |")
+    store, machine, versions = figures["store"], about["machine"], about["versions"]
+    busy = ""
+    if found := figures.get("busy_machine"):
+        took = "{median:.3g} times the seconds ({low:.3g} to {high:.3g})".format(**found["ratio"])
+        busy = f"Beside a busy process stage 2 training takes {took}; goal: {found['goal']}.\n"
+    plate = path.with_suffix(".png")
+    shown = f"\n![{ALT}](results/bench/{plate.name})\n" if plate.is_file() else ""
+    where = about["card"] or f"{machine['processor']}, {machine['cores']} cores"
+    return "\n".join(lines) + (
+        f"\n{shown}\nEncoding an item's image once: "
+        f"{store['items_a_second']['median']:.3g} items a second; with that counted in, "
+        f"stage 2 training is "
+        f"{store['train']['ratio_with_encoding']:.3g} times and evaluation "
+        f"{store['test']['ratio_with_encoding']:.3g} times as fast.\n{busy}"
+        f"Medians of {about['rounds']} interleaved runs with equal losses and answers on both "
+        f"sides.\n*{about['tier']}, profile {about['profile']}, {where}; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"content hash of the code {about['code_hash'][:7]}.*\n"
+    )
+
+
+def gpu_block(path: Path) -> str:
+    """A file that `bench gpu` wrote."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    about = found["provenance"]
+    lines = ["| step or batch | rows x tokens | seconds (range) | peak, GiB | foreseen |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for row in found["steps"]:
+        took = "out of memory"
+        if row["seconds"]:
+            took = "{median:.3g} ({low:.3g} to {high:.3g})".format(**row["seconds"])
+        peak = "–" if row["measured_gib"] is None else f"{row['measured_gib']:.1f}"
+        size = f"{row['rows']} x {row['tokens']}"
+        lines.append(f"| {row['name']} | {size} | {took} | {peak} | {row['predicted_gib']:.1f} |")
+    return "\n".join(lines) + (
+        f"\n\n*Random weights: speed and memory only. Profile {about['profile']}, "
+        f"{found['card'] or 'no card'}; 4 bits: {found['four_bits']}; "
+        f"torch {about['versions']['torch']}; content hash of the code {about['code_hash'][:7]}.*\n"
+    )
 
 
 def first_sentence(path: Path) -> str:
@@ -154,3 +205,7 @@ def update_readme(check: bool = False) -> list[str]:
         elif fresh != text:
             write_text(ROOT / page, fresh)
     return stale
+
+
+if __name__ == "__main__":
+    sys.exit("\n".join(update_readme("--check" in sys.argv[1:])))
