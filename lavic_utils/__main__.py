@@ -132,11 +132,12 @@ def run(
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what it takes and costs.")] = False,
 ) -> None:
     """Answer a split with one method; writes an answers file that `evaluate` reads."""
+    from lavic_utils.audit.answer_files import run_method
     from lavic_utils.bench.plan import foreseen
     from lavic_utils.experiment import Experiment
     from lavic_utils.methods import find
     from lavic_utils.remote.chat_api import OPENAI, Settings
-    from lavic_utils.report import metrics_path, record, run_method
+    from lavic_utils.report import metrics_path, record
 
     settings = Settings(base_url=base_url or OPENAI, served=served, max_usd=max_usd)
     chosen = find(method)

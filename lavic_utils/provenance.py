@@ -65,18 +65,6 @@ def folder_hash(folder: Path | str) -> list[tuple[str, str | None]]:
     return [(p.name, file_hash(p)) for p in files]
 
 
-def tree_hash(folder: Path | None) -> str:
-    """16 hex over names, sizes and times of the JSON files and pictures below a folder; 'unset' or
-    'absent' where there is none."""
-    if folder is None or not folder.is_dir():
-        return "unset" if folder is None else "absent"
-    files = []
-    for path in sorted(p for kind in ("*.json*", "*.jpg") for p in folder.rglob(kind)):
-        about = path.stat()
-        files.append((path.relative_to(folder).as_posix(), about.st_size, about.st_mtime_ns))
-    return key(files=files)
-
-
 def world_dir(profile: Profile, seed: int) -> Path:
     """Folder of a seed's rendered world: data/<profile>/seed<seed>/, or under LAVIC_WORLD."""
     place = Path(os.environ.get("LAVIC_WORLD") or ROOT / "data")

@@ -17,10 +17,9 @@ import numpy as np
 import pandas as pd
 
 from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError, results_dir
-from lavic_utils.data import dialogue_file
 from lavic_utils.evaluation import Score
-from lavic_utils.methods import METHODS, Trained, find, slug
-from lavic_utils.provenance import kept, locked, newest, target, write_card, write_kept, write_text
+from lavic_utils.methods import METHODS, Trained, find
+from lavic_utils.provenance import kept, locked, newest, write_card, write_kept
 from lavic_utils.ranking import paired_tests, ranking_scores
 
 if TYPE_CHECKING:
@@ -302,48 +301,3 @@ def table_rows(run: Experiment, table: str) -> list[dict[str, str]]:
                 row |= {"ours": line[domain, tier], "tier of ours": tier, "note": note}
             rows.append(row)
     return rows
-
-
-# ------------------------------------------------------------ an answers file
-def run_method(
-    run: Experiment,
-    method: str,
-    domain: str,
-    split: str = "test",
-    order: int = 0,
-    limit: int | None = None,
-    out: Path | None = None,
-) -> str:
-    """Answer a split with one method, write the answers file, and say where it is ("" in all but
-    the first of several processes). UserError where the method cannot run here.
-
-    The file holds each row as published, with `recommended_<key>`, `response_<key>` and
-    `candidates_<key>`; the key is "st" or "gpt_large", or the name of a method that ranks them all.
-    """
-    chosen, out = find(method), out and target(out)
-    dialogue_file("", domain, split)  # says which domains and splits there are
-    if why := chosen.reason(run):
-        raise UserError(f"{chosen.name}: {why}")
-    found = run.answered(chosen.name, domain, split, order=order, limit=limit)
-    if run.rank:
-        return ""
-    label, rows, lines = chosen.row(run)["method"], found["rows"], []
-    name = slug(label)
-    suffix = run.profile.candidates.removeprefix("candidates_") if chosen.chooses else name
-    for dialogue, answer in zip(run.dialogues(domain, split)[: len(rows)], rows, strict=True):
-        row = dialogue.model_dump(exclude={"domain", "split", "line"})
-        for field in ("candidates", "recommended", "response"):
-            row[f"{field}_{suffix}"] = answer[field]
-        lines.append(json.dumps(row) + "\n")
-    part = f"_order{order}" if order else ""
-    part += f"_first{limit}" if limit else ""
-    file = f"{name}_{domain}_{split}{part}_seed{run.seed}.jsonl"
-    out = out or run.place / "answers" / file
-    write_text(out, "".join(lines))
-    lost, cost = unanswered(rows), found["cost"]
-    count = len(lines) - refused(rows) - sum(lost.values())
-    said = f"{label}, {domain}/{split}: {count} answers in {cost['seconds']:g} s, {refused(rows)} "
-    said += "prompts refused as too long"
-    said += "".join(f", {count} not answered ({why})" for why, count in lost.items())
-    said += f", ${cost['usd']:.4f} by the list price" if cost["usd"] else ""
-    return f"{said}\n{out}\nscore them: python -m lavic_utils evaluate {out}"

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lavic_utils import report
 from lavic_utils.__main__ import main
+from lavic_utils.audit import answer_files
 from lavic_utils.config import UserError
 from lavic_utils.experiment import Experiment
 from lavic_utils.provenance import save_figure
@@ -174,7 +174,7 @@ def test_a_figure_or_checkpoint_on_a_full_disk_is_one_line(
         with full_disk(100):
             torch.save(torch.zeros(10_000), tmp_path / "optimizer.pt")
 
-    monkeypatch.setattr(report, "run_method", train)
+    monkeypatch.setattr(answer_files, "run_method", train)
     assert lavic("run", "BM25", "--domain", "home", "--data", folder) == 2
     said = capsys.readouterr().err
     assert "a checkpoint cannot be written whole" in said and said.count("\n") == 1

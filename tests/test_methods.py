@@ -232,7 +232,7 @@ def test_a_new_method_is_one_class_and_one_entry(run, monkeypatch, capsys):
             return [recommendation.Answer(f"{names[-1]}", names[-1], names) for names in lists]
 
     monkeypatch.setitem(methods.METHODS, "Last candidate", Last("Last candidate"))
-    said = report.run_method(run, "last candidate", "home")
+    said = answers.run_method(run, "last candidate", "home")
     path = Path(said.split("\n")[1])
     assert main(["evaluate", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -260,7 +260,7 @@ def test_a_new_method_is_one_class_and_one_entry(run, monkeypatch, capsys):
     ],
 )
 def test_open_rows_run_and_evaluate_reads_them(run, name):
-    path = Path(report.run_method(run, name, "beauty", limit=6).split("\n")[1])
+    path = Path(answers.run_method(run, name, "beauty", limit=6).split("\n")[1])
     rows, method = answers.read_answers(path), methods.find(name)
     assert len(rows) == 6
     key = "st" if method.chooses else methods.slug(name)
@@ -280,7 +280,7 @@ def test_open_rows_run_and_evaluate_reads_them(run, name):
 def test_a_profile_that_names_a_folder_without_a_model_says_so(run, tmp_path):
     run.profile = run.profile.model_copy(update={"models": {"Vicuna-v1.5": str(tmp_path)}})
     with pytest.raises(UserError, match=r"no config.json in it.*`models`"):
-        report.run_method(run, "Vicuna-v1.5", "beauty")
+        answers.run_method(run, "Vicuna-v1.5", "beauty")
 
 
 # ---------------------------------------------------------------- prompts: golden
@@ -457,7 +457,7 @@ def test_the_order_of_candidates_is_seeded_recorded_and_changes_nothing_else(run
     assert [d.candidates_st for d in plain] != [d.candidates_st for d in again]
     for a, b in zip(plain, again, strict=True):
         assert sorted(a.candidates_st) == sorted(b.candidates_st) and a.context == b.context
-    path = Path(report.run_method(run, "LLaVA-v1.6 (title)", "home", order=1).split("\n")[1])
+    path = Path(answers.run_method(run, "LLaVA-v1.6 (title)", "home", order=1).split("\n")[1])
     assert [tuple(line["candidates_st"]) for line in read(path)] == [d.candidates_st for d in again]
     assert read(path)[0]["gt_items"] == list(plain[0].gt_items)
 
@@ -536,7 +536,7 @@ def test_proprietary_rows_ask_a_service_once(run, service, name):
     run.api = endpoint.Settings(
         max_usd=1.0, base_url=f"http://127.0.0.1:{service.server_port}/v1", served="tiny"
     )
-    path = Path(report.run_method(run, name, "home", limit=3).split("\n")[1])
+    path = Path(answers.run_method(run, name, "home", limit=3).split("\n")[1])
     assert [line["recommended_st"] for line in read(path)] == [row.candidates_st[2]] * 3
     asked = service.asked[0]["messages"][0]["content"]
     text = asked if isinstance(asked, str) else asked[0]["text"]
@@ -549,9 +549,9 @@ def test_proprietary_rows_ask_a_service_once(run, service, name):
         a["model"] for a in service.asked
     } == {"tiny"}
     before = len(service.asked)
-    report.run_method(afresh(run), name, "home", limit=3)
+    answers.run_method(afresh(run), name, "home", limit=3)
     assert len(service.asked) == before == 3
-    report.run_method(
+    answers.run_method(
         run, name, "home", limit=3, order=1
     )  # negative control: another order is another question
     assert len(service.asked) > before
@@ -568,7 +568,7 @@ def test_another_model_stands_beside_the_papers_row_and_no_failure_is_kept(run, 
         run.answers(name, "home")
     url, service.say = f"http://127.0.0.1:{service.server_port}/v1", say
     run.api = endpoint.Settings(base_url=url, served="tiny")
-    said = report.run_method(run, name, "home").split("\n")[0]
+    said = answers.run_method(run, name, "home").split("\n")[0]
     label, by = f"tiny at 127.0.0.1:{service.server_port} (title)", said.split(" (")[0]
     assert said.startswith(f"{label}, home/test: 11 answers in ") and "$" not in said
     assert said.endswith(", 1 not answered (no text (stop))")
@@ -586,9 +586,9 @@ def test_another_model_stands_beside_the_papers_row_and_no_failure_is_kept(run, 
     rows = {row["method"]: row for row in report.table_rows(run, "proprietary")}
     assert rows[label]["note"] == "" != rows[name]["note"]
     service.say = lambda asked: "none of them"
-    assert "12 answers" in report.run_method(afresh(run), name, "home")
+    assert "12 answers" in answers.run_method(afresh(run), name, "home")
     assert len(service.asked) == 13  # only what had no answer
-    report.run_method(afresh(run), name, "home")
+    answers.run_method(afresh(run), name, "home")
     assert len(service.asked) == 13
 
 

@@ -21,7 +21,8 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
     what it was told."""
     from peft import get_peft_model_state_dict
 
-    from lavic_utils import experiment, report, training
+    from lavic_utils import experiment, training
+    from lavic_utils.audit import answer_files
     from lavic_utils.config import World, load_profile
 
     os.environ |= {"LAVIC_RESULTS": str(results), "LAVIC_WORLD": str(place)}
@@ -78,7 +79,7 @@ def work(place: Path, results: Path, batch: int, what: str) -> None:
     training.StageTrainer.fit = watched
     results.mkdir(exist_ok=True)
     run = experiment.Experiment(load_profile("mini").model_validate(profile)).prepare()
-    told = {"said": bool(report.run_method(run, "LaViC", "beauty"))} if what == "run" else {}
+    told = {"said": bool(answer_files.run_method(run, "LaViC", "beauty"))} if what == "run" else {}
     told |= {
         "history": run.distil()["history"],
         "log": run.tune("LaViC", "beauty")["log"] if what != "distil" else [],

@@ -8,11 +8,12 @@ once.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,13 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from lavic_utils import evaluation
 from lavic_utils.config import DOMAINS, UserError
-from lavic_utils.data import Filled, Id, Row, Ten, check_row, read_rows
+from lavic_utils.data import Filled, Id, Row, Ten, check_row, dialogue_file, read_rows
+from lavic_utils.methods import find, slug
+from lavic_utils.provenance import target, write_text
+from lavic_utils.report import refused, unanswered
+
+if TYPE_CHECKING:
+    from lavic_utils.experiment import Experiment
 
 CODE = re.compile("[A-Z0-9]{10}")  # also of an invented id
 # What the model of a replication saw -> end of its files' names
@@ -277,3 +284,48 @@ def show(found: dict[str, Any]) -> None:
         print(f"p {one['p_value']:.2g} (McNemar).")
         names = ("matched", "only_a", "only_b", "other_candidates", "unmatched_a", "unmatched_b")
         print(pd.Series({name: one[name] for name in names}).to_string())
+
+
+# ------------------------------------------------------------ written
+def run_method(
+    run: Experiment,
+    method: str,
+    domain: str,
+    split: str = "test",
+    order: int = 0,
+    limit: int | None = None,
+    out: Path | None = None,
+) -> str:
+    """Answer a split with one method, write the answers file, and say where it is ("" in all but
+    the first of several processes). UserError where the method cannot run here.
+
+    The file holds each row as published, with `recommended_<key>`, `response_<key>` and
+    `candidates_<key>`; the key is "st" or "gpt_large", or the name of a method that ranks them all.
+    """
+    chosen, out = find(method), out and target(out)
+    dialogue_file("", domain, split)  # says which domains and splits there are
+    if why := chosen.reason(run):
+        raise UserError(f"{chosen.name}: {why}")
+    found = run.answered(chosen.name, domain, split, order=order, limit=limit)
+    if run.rank:
+        return ""
+    label, rows, lines = chosen.row(run)["method"], found["rows"], []
+    name = slug(label)
+    suffix = run.profile.candidates.removeprefix("candidates_") if chosen.chooses else name
+    for dialogue, answer in zip(run.dialogues(domain, split)[: len(rows)], rows, strict=True):
+        row = dialogue.model_dump(exclude={"domain", "split", "line"})
+        for field in ("candidates", "recommended", "response"):
+            row[f"{field}_{suffix}"] = answer[field]
+        lines.append(json.dumps(row) + "\n")
+    part = f"_order{order}" if order else ""
+    part += f"_first{limit}" if limit else ""
+    file = f"{name}_{domain}_{split}{part}_seed{run.seed}.jsonl"
+    out = out or run.place / "answers" / file
+    write_text(out, "".join(lines))
+    lost, cost = unanswered(rows), found["cost"]
+    count = len(lines) - refused(rows) - sum(lost.values())
+    said = f"{label}, {domain}/{split}: {count} answers in {cost['seconds']:g} s, {refused(rows)} "
+    said += "prompts refused as too long"
+    said += "".join(f", {count} not answered ({why})" for why, count in lost.items())
+    said += f", ${cost['usd']:.4f} by the list price" if cost["usd"] else ""
+    return f"{said}\n{out}\nscore them: python -m lavic_utils evaluate {out}"

@@ -26,6 +26,18 @@ INDEX = "index.json"  # file below the results -> its content when a notebook la
 UNTOLD = {".log", ".lock", ".sqlite", "run.json", INDEX, "README.md"}
 
 
+def tree_hash(folder: Path | None) -> str:
+    """16 hex over names, sizes and times of the JSON files and pictures below a folder; 'unset' or
+    'absent' where there is none."""
+    if folder is None or not folder.is_dir():
+        return "unset" if folder is None else "absent"
+    files = []
+    for path in sorted(p for kind in ("*.json*", "*.jpg") for p in folder.rglob(kind)):
+        about = path.stat()
+        files.append((path.relative_to(folder).as_posix(), about.st_size, about.st_mtime_ns))
+    return origin.key(files=files)
+
+
 @dataclass
 class Job:
     """One notebook with one seed. `record`: how its last run went, as run.json has it."""
@@ -71,12 +83,12 @@ def plan(profile: config.Profile, given: list[dict], only: Sequence[str] = ()) -
     """
     chosen, jobs = nbs.find_notebooks(only), []
     books = {path: nbs.read_notebook(path) for path in nbs.find_notebooks()}
-    data = [origin.tree_hash(config.real_data_dir()), origin.tree_hash(config.replications_dir())]
+    data = [tree_hash(config.real_data_dir()), tree_hash(config.replications_dir())]
     common = [nbs.code_stamp(), profile.model_dump(mode="json"), origin.versions(), data]
     for wanted in [*given[1:], given[0]]:
         out = config.results_dir(profile) / f"seed{wanted['seed']}"
         records, earlier = read_run(out), []
-        world = origin.tree_hash(origin.world_dir(profile, wanted["seed"]))
+        world = tree_hash(origin.world_dir(profile, wanted["seed"]))
         for path, nb in books.items():
             about, record = nb.metadata.get("lavic", {}), records.get(path.stem, {})
             trains = bool(about.get("per_seed"))
@@ -142,7 +154,7 @@ def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
     record |= {
         "seconds": round(time.time() - start, 1),
         "made": list(left),
-        "world": origin.tree_hash(origin.world_dir(profile, seed)),  # the first to ask makes it
+        "world": tree_hash(origin.world_dir(profile, seed)),  # the first to ask makes it
     }
     records = {**read_run(job.out.parent), job.path.stem: record}
     origin.write_kept(job.out.with_name("run.json"), {"provenance": about, "notebooks": records})
