@@ -22,10 +22,18 @@ of your own), repro (to run it all again).
 
 import importlib
 import os
+import sys
 
-# Threads that spin while they wait make a step ten times as long where another process is busy.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch; kernels inherit it
+import psutil
+
+# OpenMP's threads spin while they wait for one another. Where another process is busy that makes a
+# step ten times as long: there they sleep, which on an idle machine would cost a third. Chosen anew
+# for each process, before torch comes; results do not depend on it.
+_IDLE, _BUSY = "10000", "1"
+_ours = os.environ.get("GOMP_SPINCOUNT", _IDLE) in (_IDLE, _BUSY)  # or another's: not the user's
+if _ours and "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
+    _cores = psutil.cpu_percent(0.1) / 100 * psutil.cpu_count()  # that work now; we sleep meanwhile
+    os.environ["GOMP_SPINCOUNT"] = _BUSY if _cores > 0.5 else _IDLE
 
 _PLACES = {
     "load_profile": "config",

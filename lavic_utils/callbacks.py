@@ -16,7 +16,6 @@ import torch
 from transformers import TrainerCallback
 
 from lavic_utils.config import UserError
-from lavic_utils.loading import share_cores
 
 log = logging.getLogger(__name__)
 QUIET = 30  # seconds between two lines on how far a stage is
@@ -84,9 +83,6 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self.steps = Pace(f"{self.name}, steps", state.max_steps, state.global_step)
-
-    def on_step_begin(self, *_, **__):
-        share_cores()
 
     def on_log(self, args, state, control, logs, **_):
         if "loss" in logs and state.is_world_process_zero:

@@ -1,13 +1,11 @@
-"""The profile's model: where it comes from, in which precision, on which device and cores."""
+"""The profile's model: where it comes from, in which precision, on which device."""
 
 from __future__ import annotations
 
 import gc
 import os
-import time
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.models import llava_next
@@ -19,25 +17,10 @@ from lavic_utils.hub import HubModel
 logging.disable_progress_bar()  # loading bars would stand in every notebook's output
 # Kept out of the 4 bits; the names replace transformers' default list, and are whole prefixes.
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
-THREADS = torch.get_num_threads()  # torch's own choice, or OMP_NUM_THREADS
-LOOKED = {"at": 0.0, "own": 0.0}  # `share_cores`: when it looked, and our own seconds until then
 
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def share_cores() -> None:
-    """Leave other processes the cores that they keep busy: a thread without a core of its own holds
-    up all the others at every product. Results do not depend on the number of threads. Called
-    before each batch; looks once a second."""
-    now, own, cores = time.monotonic(), time.process_time(), psutil.cpu_count()
-    if (passed := now - LOOKED["at"]) < 1:
-        return
-    busy = psutil.cpu_percent() / 100 * cores  # cores at work since the last look, ours too
-    others = busy - (own - LOOKED["own"]) / passed
-    torch.set_num_threads(max(1, min(THREADS, cores - round(others))))
-    LOOKED.update(at=now, own=own)
 
 
 def free() -> None:

@@ -220,7 +220,6 @@ def generate_answers(
     pace = callbacks.Pace("answers", len(asked))
     for rows in batches([len(prompts[i].ids) for i in asked], settings):
         group = [asked[row] for row in rows]
-        loading.share_cores()
         _answer_batch(model, prompter, [prompts[i] for i in group], [answers[i] for i in group])
         pace.at(rows.stop)
     return answers

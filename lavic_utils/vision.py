@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers.models import llava_next
 
 from lavic_utils.data import open_image
-from lavic_utils.loading import share_cores
 
 # Images encoded at once on a card: 64 of the 7B model's take 9.4 GiB, and are no faster (H200).
 ON_CARD = 16
@@ -118,7 +117,6 @@ def file_encoder(model, processor, how=cls_tokens) -> Callable:
     def encode_files(files: Sequence[Path]) -> list[Tensor | None]:
         found: dict[Path, Tensor] = {}
         for group in batched(files, ON_CARD if model.device.type == "cuda" else len(files)):
-            share_cores()
             opened = {path: open_image(path) for path in group}
             images = {path: image for path, image in opened.items() if image is not None}
             if images:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lavic_utils import data, loading, recommendation, training, vision
+from lavic_utils import data, vision
 from lavic_utils.__main__ import main
 from lavic_utils.bench import reference, speed
 from lavic_utils.config import PACKAGE, ROOT
@@ -130,58 +130,25 @@ def test_sides_are_run_in_turn_and_compared_round_by_round(monkeypatch):
     assert found["a_second"]["direct"]["low"] == pytest.approx(2 / 9, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("cores", "own", "others", "threads"),
-    [(2, 2.0, 0.0, 2), (2, 1.3, 0.7, 1), (2, 1.0, 1.0, 1), (2, 2.0, 0.3, 2), (2, 0.5, 6.0, 1)]
-    + [(16, 8.0, 3.0, 8), (16, 6.0, 10.0, 6)],
-)
-def test_cores_that_others_keep_busy_are_left_to_them(monkeypatch, cores, own, others, threads):
-    asked, most = [], max(1, cores // 2) if cores > 2 else cores
-    ours, percent = iter([0.0, own, own]), 100 * (own + others) / cores
-    clock = iter([100.0, 101.0, 101.5])
-    monkeypatch.setattr(loading, "THREADS", most)
-    monkeypatch.setattr(loading, "LOOKED", {"at": 0.0, "own": 0.0})
-    monkeypatch.setattr(loading.torch, "set_num_threads", asked.append)
-    monkeypatch.setattr(loading.psutil, "cpu_count", lambda: cores)
-    monkeypatch.setattr(loading.psutil, "cpu_percent", lambda: percent)
-    monkeypatch.setattr(loading.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(loading.time, "process_time", lambda: next(ours))
-    for _ in range(3):
-        loading.share_cores()
-    assert asked[1:] == [threads]  # the third look comes within the second
-
-
-def test_results_do_not_depend_on_the_number_of_threads(sample, tmp_path, monkeypatch):
-    run, found, before = sample.run, [], torch.get_num_threads()
-    for module in (vision, training):
-        monkeypatch.setattr(module, "share_cores", lambda: None)
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            paths = [picture.path for picture in sample.pictures]
-            tokens = torch.cat(vision.file_encoder(sample.model, run.processor)(paths))
-            folder, model = tmp_path / str(threads), run.model()
-            recommendation.fine_tune(
-                run.profile, model, sample.prompter, sample.examples, folder, run.seed
-            )
-            adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-            answers = recommendation.generate_answers(
-                model, sample.prompter, sample.dialogues, sample.which
-            )
-            found.append((tokens.numpy().tobytes(), adapter, answers))
-    finally:
-        torch.set_num_threads(before)
-    assert found[0] == found[1]
+IDLE, BUSY = "10000", "1"
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+    ("percent", "given", "expected"),
+    [
+        (5, {}, IDLE),
+        (60, {}, BUSY),
+        (5, {"GOMP_SPINCOUNT": BUSY}, IDLE),  # another process's choice, at another time
+        (60, {"GOMP_SPINCOUNT": IDLE}, BUSY),
+        (60, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (60, {"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
 )
-def test_threads_do_not_wait_long_unless_the_user_says_so(given, expected):
+def test_threads_sleep_where_the_machine_is_busy_unless_the_user_says_how(percent, given, expected):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "OMP_"))} | given
-    code = "import os, sys, lavic_utils; e = os.environ.get('GOMP_SPINCOUNT')\n"
-    code += "print(e, 'torch' in sys.modules)"
+    code = f"import os, sys, psutil; psutil.cpu_percent = lambda seconds: {percent}\n"
+    code += "psutil.cpu_count = lambda: 2\nimport lavic_utils\n"
+    code += "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.split() == [expected, "False"]  # before torch, or it would be too late
@@ -192,23 +159,24 @@ def test_the_busy_process_is_there_for_half_of_the_turns_and_ends(monkeypatch):
     real = subprocess.Popen
 
     def popen(command):
-        started.append(real(command))
-        return started[-1]
+        started.append((command[-1], real(command)))
+        return started[-1][1]
 
-    def work(model):
-        there.append(bool(started) and started[-1].poll() is None)
+    def run(command, **how):
+        assert command[1:] == ["-m", "lavic_utils.bench.speed", "mini", "240"]
+        there.append(started[-1][0] != "" and started[-1][1].poll() is None)
         if len(there) == 4:
             raise RuntimeError("the work failed")
+        return SimpleNamespace(stdout=f"a line of a library\n{len(there)}.0\n")
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    monkeypatch.setattr(speed, "timed", lambda work, model: (work(model), len(there))[1])
-    run = SimpleNamespace(model=lambda: None)
-    found = speed.busy_machine(run, 1, work)
+    monkeypatch.setattr(subprocess, "run", run)
+    found = speed.busy_machine("mini", 240, 1)
     assert there == [False, True] and found["ratio"]["median"] == 2
     assert found["seconds"]["alone"]["runs"] == [1] and found["seconds"]["busy"]["runs"] == [2]
     with pytest.raises(RuntimeError, match="the work failed"):
-        speed.busy_machine(run, 1, work)
-    assert len(started) == 2 and all(process.poll() is not None for process in started)
+        speed.busy_machine("mini", 240, 1)
+    assert len(started) == 4 and all(process.poll() is not None for _, process in started)
 
 
 # ---------------------------------------------------------------- the whole

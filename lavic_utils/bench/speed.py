@@ -152,20 +152,24 @@ def compare(run: Experiment, rounds: int, sides: Sides) -> dict[str, Any]:
     }
 
 
-def busy_machine(run: Experiment, rounds: int, work: Callable[[Any], None]) -> dict[str, Any]:
-    """Seconds of one training alone and beside a process that never rests, in turn; their ratio."""
+def busy_machine(name: str, count: int, rounds: int) -> dict[str, Any]:
+    """Seconds of stage 2 on `count` examples, in a process of its own as a notebook has one, alone
+    and beside a process that never rests, in turn; their ratio."""
+    training = [sys.executable, "-m", "lavic_utils.bench.speed", name, str(count)]
     seconds: dict[str, list[float]] = {"alone": [], "busy": []}
     for _ in range(rounds):
-        seconds["alone"].append(timed(work, run.model()))
-        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        try:
-            seconds["busy"].append(timed(work, run.model()))
-        finally:
-            other.kill()
-            other.wait()
+        for how, found in seconds.items():
+            never = ["-c", "while True: pass"] if how == "busy" else ["-c", ""]
+            other = subprocess.Popen([sys.executable, *never])
+            try:
+                done = subprocess.run(training, stdout=subprocess.PIPE, text=True, check=True)
+            finally:
+                other.kill()
+                other.wait()
+            found.append(float(done.stdout.split()[-1]))
     pairs = zip(seconds["busy"], seconds["alone"], strict=True)
-    found: dict[str, Any] = {"goal": BUSY, "ratio": spread([busy / alone for busy, alone in pairs])}
-    return found | {"seconds": {name: spread(values) for name, values in seconds.items()}}
+    found = {"goal": BUSY, "ratio": spread([busy / alone for busy, alone in pairs])}
+    return found | {"seconds": {how: spread(values) for how, values in seconds.items()}}
 
 
 def encoding(sample: Sample, figures: dict[str, Any], most: int) -> dict[str, Any]:
@@ -209,13 +213,11 @@ def bench(quick: bool = False, name: str = "mini") -> Path:
         figures[part] = {"unit": unit, "goal": goal} | compare(run, size["rounds"], both[part])
         times = "{median} times ({low} to {high})".format(**figures[part]["ratio"])
         print(f"{label}: {times}", file=sys.stderr, flush=True)
-    tune = both["stage2_training"]["ours"][1]
-    figures["busy_machine"] = busy_machine(run, size["rounds"], tune)
+    figures["busy_machine"] = busy_machine(name, size["count"], size["rounds"])
     figures["store"] = encoding(sample, figures, size["encoded"])
     about = provenance(run.profile, run.seed, run.data_hash)
     about |= {"quick": quick, "rounds": size["rounds"], "threads": torch.get_num_threads()}
     about["card"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    about["spin"] = os.environ.get("GOMP_SPINCOUNT")
     ratios = {part: figures[part]["ratio"]["median"] for part in (*PARTS, "busy_machine")}
     path = result_file(about["machine"], quick)
     write_json(path, {"provenance": about, "ratios": ratios, "figures": figures})
@@ -243,3 +245,8 @@ def drawn(figures: dict[str, Any]) -> Figure:
     axis.set_xlabel("a dot: one round; the line: their median; the triangle: the goal")
     axis.margins(y=0.3)
     return figure
+
+
+if __name__ == "__main__":  # one training, for `busy_machine`
+    few = Sample(Experiment(sys.argv[1]).prepare(), int(sys.argv[2]))
+    print(timed(sides(few)["stage2_training"]["ours"][1], few.run.model()))
