@@ -331,7 +331,7 @@ def test_checkpoints_come_by_minutes_with_a_log_but_not_where_an_epoch_ends(monk
     def saved(minutes: float | None, logging_steps: int = 1) -> list[int]:
         one = SimpleNamespace(gather=lambda flag: flag, device="cpu")
         saves, now, steps = callbacks.Saves(minutes, one), [0.0], []
-        monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
         saves.on_train_begin(None, TrainerState(), None)
         for step in range(1, 21):  # half a minute each; 10 an epoch
             now[0] += 30
@@ -396,7 +396,7 @@ def test_how_far_a_stage_is_stands_in_the_log_and_nowhere_else(
         trainer.evaluate()
         return [record.getMessage() for record in caplog.records if "left" in record.getMessage()]
 
-    monkeypatch.setattr(training, "QUIET", 0)
+    monkeypatch.setattr(callbacks, "QUIET", 0)
     caplog.set_level(logging.WARNING, "lavic_utils")  # as in a notebook
     assert lines() == [] and "left" not in "".join(capfd.readouterr())
     with caplog.at_level(logging.INFO, "lavic_utils"):
@@ -404,7 +404,7 @@ def test_how_far_a_stage_is_stands_in_the_log_and_nowhere_else(
     assert len(found) == 5 and found[0].startswith(f"{tmp_path.parent.name}/{tmp_path.name}, ")
     assert "steps: 2 of 4, loss " in found[1] and found[3].endswith("0:00:00 left")
     assert "validation: 1 of 1, 0:00:00 left" in found[4]
-    monkeypatch.setattr(training, "QUIET", 60)
+    monkeypatch.setattr(callbacks, "QUIET", 60)
     caplog.clear()
     with caplog.at_level(logging.INFO, "lavic_utils"):
         assert lines() == []  # not more often than that
