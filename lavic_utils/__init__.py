@@ -32,7 +32,7 @@ import psutil
 _IDLE, _BUSY = "10000", "1"
 _ours = os.environ.get("GOMP_SPINCOUNT", _IDLE) in (_IDLE, _BUSY)  # or another's: not the user's
 if _ours and "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
-    _cores = psutil.cpu_percent(0.1) / 100 * psutil.cpu_count()  # that work now; we sleep meanwhile
+    _cores = psutil.cpu_percent(0.2) / 100 * psutil.cpu_count()  # that work now; we sleep meanwhile
     os.environ["GOMP_SPINCOUNT"] = _BUSY if _cores > 0.5 else _IDLE
 
 _PLACES = {

@@ -377,7 +377,7 @@ def test_every_arm_is_searched_over_the_same_rates_and_the_best_is_kept(results,
     rows = kept(path)["rows"]
     chosen = {row["arm"]: row["setting"]["learning_rate"] for row in rows if row["chosen"]}
     lowest = min(tuning.RATES)
-    assert chosen == dict.fromkeys(tuning.ARMS, lowest) | best and len(rows) == 16
+    assert chosen == dict.fromkeys(tuning.ARMS, lowest) | best and len(rows) == 20
     assert {row["steps"] for row in rows} == {7} and rows[0]["conversations"] == 4
     assert "LaViC w/o images: 0.004 is chosen" in "".join(said)
     table = report.tuning_table(experiment.Experiment("mini"))

@@ -13,7 +13,7 @@ from lavic_utils.config import Profile, UserError, results_dir
 from lavic_utils.experiment import Experiment
 from lavic_utils.provenance import write_kept
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 DOMAIN = "beauty"  # one of three: what it chooses holds for all
 ARMS = ("LaViC", "LaViC w/o self-distillation", "LaViC w/o images", "Entire tokens (5x577)")
 RULE = (
