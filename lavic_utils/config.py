@@ -108,8 +108,7 @@ class Stage(Section):
     max_new_tokens: Count = Field(ge=4)
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0, le=MOST)
-    # a checkpoint every so many minutes, so that a kill loses no more; None: stage 1 has one an
-    # epoch, stage 2 begins an adapter again
+    # between checkpoints; None: stage 1 has one an epoch, stage 2 begins an adapter again
     save_minutes: float | None = Field(None, gt=0)
 
     def steps(self, rows: int) -> int:
@@ -129,8 +128,7 @@ class Distillation(Stage):
 
     teacher_batch_size: Count = 48  # images described at once
     eval_batch_size: Count = 64
-    # written by the base model now, or as they stand in the data
-    descriptions: Literal["write", "published"] = "write"
+    descriptions: Literal["write", "published"] = "write"  # by the base model now, or the data's
     images_per_item: Count | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
     keep_pixels: bool = False  # in memory, instead of decoding every image in every epoch
@@ -140,8 +138,7 @@ class Distillation(Stage):
 class Recommendation(Stage):
     """Stage 2 (method: recommendation fine-tuning) and inference."""
 
-    # prompts answered at once, where none is longer than `max_length`
-    eval_batch_size: Count
+    eval_batch_size: Count  # prompts answered at once, where none is longer than `max_length`
 
     def at_once(self, tokens: int) -> int:
         """Prompts of so many tokens in a batch: no more tokens than in a full one, but a prompt."""
@@ -163,8 +160,7 @@ class Profile(Section):
     world: World | None = None
     distillation: Distillation
     recommendation: Recommendation
-    # method -> settings of its own in stage 2, instead of those in `recommendation`
-    arms: dict[str, dict[str, Any]] = {}
+    arms: dict[str, dict[str, Any]] = {}  # method -> stage 2's settings where it has its own
 
     @model_validator(mode="after")
     def _known(self) -> Profile:

@@ -23,8 +23,7 @@ from lavic_utils.data import open_image
 from lavic_utils.prompts import describe_prompt, encode, plain
 from lavic_utils.training import IGNORE, pad_left, target_loss
 
-# Every linear layer of the vision tower and of the projector (section 4.1). Anchored: "model."
-# keeps the language model's layers, whose names end alike, out.
+# Every linear layer of tower and projector (section 4.1); "model." keeps the language model's out.
 VISION_LINEAR = (
     r"(base_model\.model\.)?(llava\.)?model\."
     r"(vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)|"

@@ -1,7 +1,6 @@
 """Scoring: the id that an answer names, HR@1 over both denominators, VR, intervals, paired tests.
 
 Dialogues about one target item stand or fall together: intervals and tests draw whole items anew.
-
 An invalid or missing answer is a miss, in every denominator; a truth given twice counts once.
 """
 

@@ -184,4 +184,4 @@ def test_a_hue_means_a_method():
     hues = {colour for colour in style.METHODS.values()} - greys
     tiers = {colour for _, colour in style.TIERS.values()}
     others = {*style.DOMAINS.values(), *tiers, *style.CAUSES}
-    assert len(hues) == len(style.METHODS) - 2 and not hues & others  # retrieval's two are greys
+    assert len(hues) == len(style.METHODS) and not hues & others
