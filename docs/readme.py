@@ -208,4 +208,4 @@ def update_readme(check: bool = False) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit("\n".join(update_readme("--check" in sys.argv[1:])))
+    sys.exit("\n".join(update_readme("--check" in sys.argv[1:])) or 0)

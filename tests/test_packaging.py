@@ -130,6 +130,9 @@ def test_committed_notebooks_are_executed_and_current():
 
 def test_the_pages_blocks_are_current():
     assert readme.update_readme(check=True) == []
+    command = [sys.executable, ROOT / "docs" / "readme.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_stale_block_is_found_and_written(tmp_path, monkeypatch):
