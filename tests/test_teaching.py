@@ -185,3 +185,16 @@ def test_a_hue_means_a_method():
     tiers = {colour for _, colour in style.TIERS.values()}
     others = {*style.DOMAINS.values(), *tiers, *style.CAUSES}
     assert len(hues) == len(style.METHODS) and not hues & others
+
+
+def test_what_texts_say_of_the_extended_run_is_what_it_gave():
+    found = json.loads((ROOT / "results" / "mini" / "extended.json").read_text(encoding="utf-8"))
+    table = pd.DataFrame(found["rows"]).groupby("method")["hit_ratio_conversations"].mean()
+    lavic, mean = table["LaViC"], table["LaViC w/o self-distillation, mean of patches"]
+    others = table[["LaViC, mean of patches", "LaViC, one [CLS]", "LaViC, 20 candidates"]]
+    said = [f"{value:.3f}".lstrip("0") for value in (mean, lavic, *others)]
+    notebook = (ROOT / "notebooks" / "05_ablations.ipynb").read_text(encoding="utf-8")
+    meant = notebook.split("**What it means.** In the committed run")[1].split("## Common")[0]
+    assert mean > lavic and [one for one in said if one not in meant] == []
+    page = (ROOT / "docs" / "reviewer.md").read_text(encoding="utf-8")
+    assert f"HR@1 {said[0]} against {said[1]} (one seed," in page
