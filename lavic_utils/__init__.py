@@ -20,11 +20,10 @@ remote (what comes over a network), bench (measuring), figures (plots), demo (a 
 of your own), repro (to run it all again).
 """
 
+import contextlib
 import importlib
 import os
 import sys
-
-import psutil
 
 # OpenMP's threads spin while they wait for one another. Where another process is busy that makes a
 # step ten times as long: there they sleep, which on an idle machine would cost a third. Chosen anew
@@ -32,8 +31,11 @@ import psutil
 _IDLE, _BUSY = "10000", "1"
 _ours = os.environ.get("GOMP_SPINCOUNT", _IDLE) in (_IDLE, _BUSY)  # or another's: not the user's
 if _ours and "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
-    _cores = psutil.cpu_percent(0.2) / 100 * psutil.cpu_count()  # that work now; we sleep meanwhile
-    os.environ["GOMP_SPINCOUNT"] = _BUSY if _cores > 0.5 else _IDLE
+    with contextlib.suppress(ModuleNotFoundError):  # nothing is installed: the command line says so
+        import psutil
+
+        _cores = psutil.cpu_percent(0.2) / 100 * psutil.cpu_count()  # that work; we sleep meanwhile
+        os.environ["GOMP_SPINCOUNT"] = _BUSY if _cores > 0.5 else _IDLE
 
 _PLACES = {
     "load_profile": "config",

@@ -61,6 +61,14 @@ def test_figures_draw_an_interval_for_every_row():
     ]
 
 
+def test_the_frontier_draws_each_value_in_its_own_row():
+    values = {"hit_ratio_conversations": [0.3, 0.7], "accuracy": [float("nan"), 0.9]}
+    means = pd.DataFrame(values | {"tokens": [0, 1]}, index=["LaViC w/o images", "LaViC"])
+    for axis, wanted in zip(comparisons.frontier_figure(means).axes, values.values(), strict=True):
+        drawn = {line.get_ydata()[0]: line.get_xdata()[0] for line in axis.lines}
+        assert [drawn[y] for y in (0, 1)] == pytest.approx(wanted, nan_ok=True)
+
+
 def test_a_kept_figure_says_its_tier_provenance_and_what_is_seen(run, results):
     shown = figures.keep(plt.figure(), "plain", run, seeds=[1, 2], alt="Nothing is seen.")
     figures.keep(plt.figure(), "other", run, "published", alt="Nothing either.")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from lavic_utils import methods
 from lavic_utils.config import DOMAINS
 from lavic_utils.figures import panels, style
 
@@ -59,25 +60,23 @@ def controls_figure(scores: pd.DataFrame, without: Mapping[str, float]):
     return fig
 
 
-def frontier_figure(rows: pd.DataFrame):
-    """HR@1 and the share of descriptions with all looks right, by visual tokens for each image.
-
-    `rows`: those of `mini.beyond`; means over domains and seeds, small dots the single ones.
-    """
-    measured = {"hit_ratio_conversations": "HR@1 over conversations", "accuracy": "looks described"}
-    fig, axes = plt.subplots(1, 2, figsize=(6.5, 2.8))
-    for axis, (value, label) in zip(axes, measured.items(), strict=True):
-        shown = rows[rows["tokens"].notna() & rows[value].notna()]
-        for method, part in shown.groupby("method"):
-            colour, x, y = style.method_colour(method), part["tokens"].mean(), part[value].mean()
-            axis.plot(part["tokens"], part[value], ".", ms=3, alpha=0.4, color=colour)
-            axis.plot(x, y, "o", ms=6, color=colour)
-            name = method.removeprefix("LaViC").strip(", ") or "LaViC"
-            style.note(axis, name, x, y, right=6, va="center")
-        axis.set(xlabel="visual tokens per image", ylabel=label, ylim=(0, 1.02))
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(right=8 * shown["tokens"].max())
-    fig.tight_layout(w_pad=1)
+def frontier_figure(means: pd.DataFrame):
+    """HR@1 and the share of descriptions with all looks right, a row for each variant, fewest
+    visual tokens at the bottom. `means`: of `mini.beyond`'s rows, by method, in that order."""
+    measured = {"hit_ratio_conversations": "HR@1 over conversations", "accuracy": "all looks right"}
+    fig, axes = plt.subplots(1, 2, figsize=(6.5, 2.7), sharey=True)
+    for axis, (name, label) in zip(axes, measured.items(), strict=True):
+        for y, (method, value) in enumerate(means[name].items()):
+            said = "" if pd.isna(value) else f"{value:.3f}".replace("0.", ".")
+            axis.plot(value, y, "o", color=style.method_colour(method), clip_on=False)
+            style.note(axis, said, 0 if pd.isna(value) else value, y, right=6, va="center")
+        axis.set(xlim=(0, 1.2), title=label)
+        axis.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+    rows = zip(means.index, means["tokens"], strict=True)
+    short = methods.RAW.replace("LaViC ", "")
+    names = [f"{method.replace(methods.RAW, short)}: {count:.1f}" for method, count in rows]
+    axes[0].set_yticks(range(len(names)), names)
+    fig.tight_layout(w_pad=1.5)
     return fig
 
 
@@ -87,17 +86,20 @@ def lists_figure(rows: pd.DataFrame):
     fig, axis = plt.subplots(figsize=(6.5, 2.6))
     ends = {}
     for method, part in rows.groupby("of"):
-        means = part.groupby("candidates")[["hit_ratio_conversations", "dropped_images"]].mean()
-        heights, colour = means["hit_ratio_conversations"], style.method_colour(method)
+        means, colour = (
+            part.groupby("candidates").mean(numeric_only=True),
+            style.method_colour(method),
+        )
+        heights = means["hit_ratio_conversations"]
         axis.plot(part["candidates"], part["hit_ratio_conversations"], ".", ms=3, color=colour)
         axis.plot(heights.index, heights, "o-", ms=5, color=colour)
-        for count, row in means.iterrows():
-            if row["dropped_images"] >= 0.05:
-                text = f"{row['dropped_images']:.1f} pictures dropped"
-                style.note(axis, text, count, row.iloc[0], up=7, ha="center")
         ends[method] = (heights.iloc[-1], colour)
-    axis.set(xlabel="candidates", ylabel="HR@1 over conversations", ylim=(0, 1))
-    axis.set_xticks(sorted(rows["candidates"].dropna().unique()))
+    names = []
+    for count, lost in rows.groupby("candidates")["dropped_images"].max().items():
+        names.append(f"{count:.0f}" + (f"\n({lost:.0f} do not fit)" if lost >= 0.5 else ""))
+    axis.set(xlabel="candidates (and pictures that do not fit)", ylim=(0, 1))
+    axis.set(ylabel="HR@1 over conversations")
+    axis.set_xticks(sorted(rows["candidates"].unique()), names)
     style.end_labels(axis, rows["candidates"].max(), ends)
     fig.tight_layout()
     return fig
