@@ -24,7 +24,7 @@ def results() -> str:
     metrics = json.loads((ROOT / "results" / "mini" / "metrics.json").read_text(encoding="utf-8"))
     tier, names = metrics["provenance"]["tier"], ("open_source", "proprietary", "ablation")
     frames = {name.replace("_", " "): comparison(metrics, name) for name in names}
-    lines = ["**Published**: HR@1 / VR of 7B models on Reddit-Amazon, as the paper prints them.\n"]
+    lines = ["**Published**: HR@1 / VR on Reddit-Amazon, as the paper prints them (Vicuna, LLaVA and LaViC have 7B parameters).\n"]
     for name, frame in frames.items():
         paper = frame.xs("published", axis=1, level=1)
         if name == "open source":
@@ -100,8 +100,8 @@ def speed_block(path: Path) -> str:
         f"stage 2 training is "
         f"{store['train']['ratio_with_encoding']:.3g} times and evaluation "
         f"{store['test']['ratio_with_encoding']:.3g} times as fast.\n{busy}"
-        f"Medians of {about['rounds']} interleaved runs with equal losses and answers on both "
-        f"sides.\n*{about['tier']}, profile {about['profile']}, {where}; "
+        f"Medians of {about['rounds']} interleaved runs (encoding: one run) with equal losses and "
+        f"answers on both sides.\n*{about['tier']}, profile {about['profile']}, {where}; "
         f"torch {versions['torch']}, transformers {versions['transformers']}; "
         f"content hash of the code {about['code_hash'][:7]}.*\n"
     )

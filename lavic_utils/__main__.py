@@ -207,7 +207,7 @@ def tune(profile: Profile = "mini") -> None:
 
 @app.command("mini-model")
 def mini_model() -> None:
-    """Train the mini vision-language model (hours on 2 cores; resumable)."""
+    """Train the mini vision-language model (over an hour on 2 cores; resumable)."""
     from lavic_utils.mini.abilities import main as train
 
     train()

@@ -232,7 +232,7 @@ def _measured_cell(found: Mapping | None, row: Mapping | None) -> str:
     if found is None or row is None:
         return NOT_RUN
     if row.get("refused") and not found["validity_ratio"]:
-        return f"not asked ({row['refused']} refused)"
+        return f"not asked ({row['refused']} of {row['conversations']} refused)"
     text = f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
     if not pd.isna(found["validity_ratio"]):
         text += f" / {found['validity_ratio']:.3f}"
