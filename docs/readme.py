@@ -24,7 +24,7 @@ def results() -> str:
     metrics = json.loads((ROOT / "results" / "mini" / "metrics.json").read_text(encoding="utf-8"))
     tier, names = metrics["provenance"]["tier"], ("open_source", "proprietary", "ablation")
     frames = {name.replace("_", " "): comparison(metrics, name) for name in names}
-    lines = ["**Published**: HR@1 / VR on Reddit-Amazon, as the paper prints them (Vicuna, LLaVA and LaViC have 7B parameters).\n"]
+    lines = ["**Published**: HR@1 / VR on Reddit-Amazon, as the paper prints them.\n"]
     for name, frame in frames.items():
         paper = frame.xs("published", axis=1, level=1)
         if name == "open source":

@@ -20,8 +20,7 @@ remote (what comes over a network), bench (measuring), figures (plots), demo (a 
 of your own), repro (to run it all again).
 """
 
-import contextlib
-import importlib
+import importlib.util
 import os
 import sys
 
@@ -30,12 +29,11 @@ import sys
 # for each process, before torch comes; results do not depend on it.
 _IDLE, _BUSY = "10000", "1"
 _ours = os.environ.get("GOMP_SPINCOUNT", _IDLE) in (_IDLE, _BUSY)  # or another's: not the user's
-if _ours and "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
-    with contextlib.suppress(ModuleNotFoundError):  # nothing is installed: the command line says so
-        import psutil
-
-        _cores = psutil.cpu_percent(0.2) / 100 * psutil.cpu_count()  # that work; we sleep meanwhile
-        os.environ["GOMP_SPINCOUNT"] = _BUSY if _cores > 0.5 else _IDLE
+_ours &= "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules
+if _ours and importlib.util.find_spec("psutil"):  # without packages the command line says so
+    psutil = importlib.import_module("psutil")
+    _cores = psutil.cpu_percent(0.2) / 100 * psutil.cpu_count()  # that work now; we sleep meanwhile
+    os.environ["GOMP_SPINCOUNT"] = _BUSY if _cores > 0.5 else _IDLE
 
 _PLACES = {
     "load_profile": "config",

@@ -162,14 +162,20 @@ def test_colab_keeps_its_torch_and_its_kernel():
     names = {re.split(r"[^\w.-]", line)[0] for line in colab.wanted()}
     assert {"transformers", "peft", "papermill"} <= names and not names & colab.STAY
     assert names | colab.STAY == {re.split(r"[^\w.-]", line)[0] for line in PROJECT["dependencies"]}
-    assert len(colab.CELL.splitlines()) <= 8
 
 
-def test_every_notebook_begins_with_the_cell():
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-        assert first.strip() == colab.CELL.strip(), path.name
+def first_cell(path: Path) -> str:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+CELL = first_cell(ROOT / "notebooks" / "00_start_here.ipynb") + "\n"
+
+
+def test_every_notebook_begins_with_the_same_short_cell():
+    assert len(CELL.splitlines()) <= 8 and "colab.py" in CELL
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert first_cell(path).strip() == CELL.strip(), path.name
 
 
 @pytest.fixture
@@ -213,13 +219,13 @@ def test_the_first_cell_clones_and_installs_where_nothing_is_installed(bare, tmp
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
         subprocess.run([*git, *command], check=True)
     told = "\nimport lavic_utils.config as c\nprint('at', os.path.relpath(c.ROOT, os.getcwd()))\n"
-    failed = bare(colab.CELL + told, LAVIC_REPOSITORY=f"file://{tmp_path}/nowhere")
+    failed = bare(CELL + told, LAVIC_REPOSITORY=f"file://{tmp_path}/nowhere")
     assert (
         failed.returncode
         and "colab.py` not found" in failed.stdout.replace("'", "")
         and "not appear to be" in failed.stderr
     )
-    done = bare(colab.CELL + told, LAVIC_REPOSITORY=f"file://{source}", PIP_NO_INDEX="1")
+    done = bare(CELL + told, LAVIC_REPOSITORY=f"file://{source}", PIP_NO_INDEX="1")
     assert done.returncode == 0 and done.stdout.strip() == "at .", done.stdout + done.stderr
     stub = (
         tmp_path / "stub" / "pip" / "__main__.py"
@@ -227,14 +233,14 @@ def test_the_first_cell_clones_and_installs_where_nothing_is_installed(bare, tmp
     stub.parent.mkdir(parents=True)
     (stub.parent / "__init__.py").touch()
     stub.write_text("import sys; print(sys.argv[1])", encoding="utf-8")
-    again = bare(colab.CELL + told, PYTHONPATH=str(tmp_path / "stub"))
+    again = bare(CELL + told, PYTHONPATH=str(tmp_path / "stub"))
     assert again.returncode == 0 and again.stdout.split() == ["install", "at", "."], (
         again.stdout + again.stderr
     )
 
 
 def test_the_first_cell_does_nothing_where_lavic_utils_can_be_imported(bare):
-    done = bare(colab.CELL + "\nprint(os.listdir('.'))", PYTHONPATH=str(ROOT), PATH="")
+    done = bare(CELL + "\nprint(os.listdir('.'))", PYTHONPATH=str(ROOT), PATH="")
     assert (
         done.returncode == 0 and "'env'" in done.stdout and "lavic-companion" not in done.stdout
     ), done.stdout + done.stderr

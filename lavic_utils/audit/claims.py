@@ -41,11 +41,6 @@ SHOWN = ("published", "95 % by test size", "counts that print it", "ceiling", "o
 Figures = dict[tuple[str, str, str], dict[str, Any]]  # (method, domain, metric) -> `_figure`
 
 
-def results_root() -> Path:
-    """`results/`, or LAVIC_RESULTS where it is set."""
-    return Path(os.environ.get("LAVIC_RESULTS") or ROOT / "results")
-
-
 def _figure(tier: str, value: float, n: int, bounds: Sequence[float]) -> dict[str, Any]:
     low, high = (round(bound, 4) for bound in bounds)
     return {"tier": tier, "value": round(float(value), 4), "n": n, "low": low, "high": high}
@@ -229,8 +224,8 @@ def explain(found: Mapping[str, Any], method: str, domain: str) -> str:
 
 
 def write_claims(data: Path, replications: Path) -> dict[str, Any]:
-    """Write claims.json and claims.md below `results_root()`; returns what claims.json holds."""
-    root = results_root()
+    """Write claims.json and claims.md to `results/` (or LAVIC_RESULTS); returns the former."""
+    root = Path(os.environ.get("LAVIC_RESULTS") or ROOT / "results")
     found = claims(data, replications, root)
     write_json(root / "claims.json", found)
     write_text(root / "claims.md", markdown(found))

@@ -53,17 +53,6 @@ def present(root: Path | str) -> list[tuple[str, str]]:
     return found
 
 
-def image_report(paths: Iterable[Path]) -> dict[str, Any]:
-    """Decode every image, once: how many are `present`; names of `missing` and `corrupt` ones."""
-    found: dict[str, Any] = {"present": 0, "missing": [], "corrupt": []}
-    for path in dict.fromkeys(paths):
-        if data.open_image(path) is not None:
-            found["present"] += 1
-        else:
-            found["corrupt" if path.is_file() else "missing"].append(path.name)
-    return found
-
-
 def facts(root: Path | str) -> pd.DataFrame:
     """One row a dialogue of every split present (FACTS): `truths` (distinct), `repeats_truth`,
     `names_truth` (an id of the ground truth stands in the dialogue), `repeats_context` (an earlier

@@ -14,16 +14,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STAY = {"ipykernel", "ipywidgets", "jupyterlab", "nbval", "torch"}  # no notebook needs nbval there
-CELL = """\
-import importlib.util
-import os
-
-if importlib.util.find_spec("lavic_utils") is None:  # Colab: clone and install; elsewhere nothing
-    if not os.path.isdir("lavic-companion"):
-        address = os.environ.get("LAVIC_REPOSITORY") or input("Repository, as for git clone: ")
-        !git clone --quiet --depth 1 "{address}" lavic-companion
-    %run lavic-companion/lavic_utils/repro/colab.py
-"""
 
 
 def wanted(root: Path = ROOT) -> list[str]:
