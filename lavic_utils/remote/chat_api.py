@@ -42,19 +42,25 @@ KEY = "OPENAI_API_KEY"  # the key comes from there alone, and is taken out of al
 OPENAI = "https://api.openai.com/v1"
 # https, or this machine (its name is group 1); no user, password or query, which may be secrets
 SERVICE = re.compile(
-    r"(?:https?://(localhost|127(?:\.\d+){3}|\[::1\])|https://[\w.-]+)(?::\d{1,5})?(?:/[\w.~/-]*)?"
-)
-OVERFLOW = re.compile(
-    r"context.?(length|window|size)|(prompt|input) is too long|reduce the length"
-    r"|exceeds? the maximum number of tokens|max_new_tokens` must be",
+    r"(?:https?://(localhost|127(?:\.\d+){3}|\[::1\])|https://[a-z\d-]{1,63}(?:\.[a-z\d-]{1,63})*)"
+    r"(?::[1-9]\d{0,4})?(?:/[\w.~/-]*)?",
     re.IGNORECASE,
 )
+OVERFLOW = re.compile(
+    r"context.?(length|window|size)|(prompt|input) is too long|reduce the length|too many tokens"
+    r"|exceeds? the maximum number of tokens|max_new_tokens` must be|max(imum |_)model.len",
+    re.IGNORECASE,
+)
+THOUGHT = "(?:think(?:ing)?|thought|reasoning|analysis|reflection)"
+OPENED = rf"[<[◁]\|?(?:begin_of_|seed:)?{THOUGHT}\|?[>\]▷]"
+CLOSED = rf"[<[◁]\|?(?:/|/seed:|end_of_){THOUGHT}\|?[>\]▷]"
 REASONING = re.compile(  # marked, also where it is cut; or all that stands before its end
-    r"[<[◁]WORD[>\]▷].*?(?:[<[◁]/WORD[>\]▷]|\Z)|.*[<[◁]/WORD[>\]▷]".replace(
-        "WORD", "(?:think(?:ing)?|thought|reasoning)"
-    ),
+    rf"{OPENED}.*?(?:{CLOSED}|\Z)|.*{CLOSED}"
+    r"|<\|channel\|>.*?(?:<\|channel\|>final<\|message\|>|\Z)"  # gpt-oss
+    r"|here(?:'s| is) my thought process:.*?(?:here(?:'s| is) my response:|\Z)",  # Granite
     re.DOTALL | re.IGNORECASE,
 )
+LONGEST_NAME = 100  # characters of a served model's name
 LONGEST_TOKEN = 12  # characters, on average: where fewer tokens were read, the prompt was cut
 GIVE_UP = 20  # requests in a row that brought nothing: all are wrong, not one dialogue
 SCHEMA = """CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, input_tokens
@@ -117,11 +123,14 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.cap < math.inf:  # nan would unset the cap
             raise UserError(f"max_usd {self.max_usd}: give a number of dollars from 0 on")
-        if not SERVICE.fullmatch(self.base_url):
+        port = re.search(r":(\d+)(/|$)", self.base_url)
+        if not SERVICE.fullmatch(self.base_url) or (port and int(port[1]) >= 2**16):
             raise UserError(
                 "base_url has to be https://HOST/PATH, or http://127.0.0.1:PORT/PATH on this "
                 f"machine, with no user, password or query in it; the key belongs in {KEY}"
             )
+        if len(self.served or "") > LONGEST_NAME:
+            raise UserError(f"served: a model's name has at most {LONGEST_NAME} characters")
 
     @property
     def cap(self) -> float:
@@ -131,9 +140,10 @@ class Settings:
     def row(self, method: str) -> dict[str, str]:
         """What a row of a table says beside its figures. A model or a service that is not the
         paper's stands under a name of its own, `beside` the paper's `method`."""
-        model = MODELS[method].served
-        by = f"{self.served or model} at {urlsplit(self.base_url).netloc}"
-        if self.base_url == OPENAI and self.served in (None, model):
+        model, service = MODELS[method].served, urlsplit(self.base_url.rstrip("/").lower())
+        asked = self.served or model
+        by = f"{asked} at {service.netloc}{service.path.removesuffix('/v1')}"
+        if service == urlsplit(OPENAI) and asked == model:
             return {"method": method, "answered_by": by}
         return {"method": f"{by} {method.partition(' ')[2]}", "answered_by": by, "beside": method}
 
@@ -242,13 +252,30 @@ class Endpoint:
             with self.lock:
                 self.spent += reply.usd - need
                 self.dearer = max(self.dearer, reply.usd / (most or 1))
-            return replace(reply, usd=reply.usd + lost)
+            return reply
 
-        return attempt()
+        try:
+            reply = attempt()
+        except openai.APIStatusError as error:
+            if error.status_code < 500:
+                raise Permanent(self.words(error)) from None
+            reply = self.refusal(error, tokens)  # this prompt's fault, for all that is known
+        return replace(reply, usd=reply.usd + lost)
+
+    def words(self, error: openai.APIStatusError) -> str:
+        """What the service said, short, without the key."""
+        body = error.body
+        said = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
+        said = " ".join(f"{said or body or error.message} {error.code or ''}".split())
+        return f"HTTP {error.status_code}: {self.scrub(said[:300])}"
+
+    def refusal(self, error: openai.APIStatusError, tokens: int) -> Reply:
+        """The reply to a request that is refused for what it holds."""
+        why = self.words(error)
+        return Reply(None, tokens, error=why, refused=OVERFLOW.search(why) is not None)
 
     def _once(self, messages: Messages, tokens: int) -> Reply:
-        """One attempt. TimeoutError and APIStatusError: asking again may help. A request that is
-        refused for what it holds is a reply without text."""
+        """One attempt. TimeoutError and APIStatusError: asking again may help."""
         try:
             got = self.client.chat.completions.with_raw_response.create(
                 model=self.served,
@@ -260,30 +287,30 @@ class Endpoint:
         except openai.APIConnectionError as error:
             raise TimeoutError(f"no answer from the service ({type(error).__name__})") from None
         except openai.APIStatusError as error:
-            code, body = error.status_code, error.body
-            said = body.get("message") if isinstance(body, dict) else body
-            said = self.scrub(" ".join(f"{said or error.message} {error.code or ''}".split())[:300])
+            code, said = error.status_code, self.words(error)
             if code in (400, 413, 422):
-                refused = OVERFLOW.search(said) is not None
-                return Reply(None, tokens, error=f"HTTP {code}: {said}", refused=refused)
+                return self.refusal(error, tokens)
             if code < 400:
                 said = "it redirects, which is not followed: give the address it means as base_url"
             elif code in (401, 403):  # their texts like to quote the key, or half of it
                 said = f"the service does not take the key in {KEY} for {self.served}"
             elif crawl.again(error) and error.code != "insufficient_quota":
                 raise
-            raise Permanent(f"HTTP {code}: {said}") from None
+            raise Permanent(said if said.startswith("HTTP") else f"HTTP {code}: {said}") from None
 
     def _read(self, body: bytes, messages: Messages, tokens: int) -> Reply:
         """What HTTP 200 brought: a text is an answer, cut at max_tokens or not, if all of the
         prompt was read. Without usage it counts as the most it can have cost."""
-        answer, text, finish = None, "", "no chat answer"
+        answer, text = None, ""
+        finish = f"no chat answer: {' '.join(body[:300].decode(errors='replace').split())}"
         with suppress(Exception):
             answer = json.loads(body)
             choice = answer["choices"][0]
             finish = choice.get("finish_reason")
             said = choice["message"].get("content") or choice["message"]["refusal"]
-            text = REASONING.sub("", said).strip()
+            if isinstance(said, list):  # in parts; those of its reasoning are of another type
+                said = "".join(part["text"] for part in said if part["type"] == "text")
+            text = answer_of(said)
         used = [tokens, self.settings.max_tokens]
         with suppress(Exception):
             counts = [answer["usage"][name] for name in ("prompt_tokens", "completion_tokens")]
@@ -291,10 +318,15 @@ class Endpoint:
         usd, size = self.model.usd(*used), sum(map(len, texts(messages)))
         if not text:
             return Reply(None, *used, usd, self.scrub(f"no text ({finish})")[:300])
-        if used[0] * LONGEST_TOKEN < size:
+        if 0 < used[0] * LONGEST_TOKEN < size:
             why = f"prompt cut ({used[0]} tokens of {size} characters): raise the model's context"
             return Reply(None, *used, usd, why, refused=True)
         return Reply(self.scrub(text), *used, usd)
+
+
+def answer_of(text: str) -> str:
+    """A text without its reasoning; empty where that never ended."""
+    return REASONING.sub("", text).strip()
 
 
 def check(model: ApiModel, settings: Settings) -> None:
@@ -387,8 +419,8 @@ def ask_all(
             key = key_of(messages=messages, **asked)  # of all that is sent, images too
             keys.append(key)
             row = base.execute("SELECT * FROM answers WHERE key = ?", (key,)).fetchone()
-            if row and row[1]:
-                found[key] = Reply(*row[1:5], cached=True)
+            if row and (text := answer_of(row[1] or "")):
+                found[key] = Reply(text, *row[2:5], cached=True)
             elif key not in todo:
                 todo[key] = index, most_tokens(messages, model)
                 most += price.usd(todo[key][1], settings.max_tokens)
@@ -404,14 +436,17 @@ def ask_all(
             try:
                 endpoint.check(most)
                 _ask_new(requests, todo, found, endpoint, base)
-            except (Permanent, TimeoutError, openai.APIStatusError, sqlite3.Error) as error:
+            except (Permanent, TimeoutError, sqlite3.Error) as error:
                 problem = crawl.one_line(error)
             paid = f"this run has cost at most {endpoint.spent:.6f} USD, " if endpoint.spent else ""
     kept = sum(key in found and found[key].text is not None for key in keys)
     if keys and not kept and not problem:
         problem = f"none of {len(keys)} requests brought an answer"
-    reasons = Counter(reply.error for reply in found.values() if reply.error)
-    unanswered = "".join(f"{count} x {why}; " for why, count in reasons.most_common(3))
+    reasons: dict[str, list[str]] = {}  # alike but for numbers, such as a request's own
+    for why in (reply.error for reply in found.values() if reply.error):
+        reasons.setdefault(why[:9] + re.sub(r"\w*\d\w*", "", why[9:]), []).append(why)
+    often = sorted(reasons.values(), key=len, reverse=True)[:3]
+    unanswered = "".join(f"{len(same)} x {same[0]}; " for same in often)
     if problem:
         raise UserError(
             f"{problem}; {unanswered}{kept} of {len(keys)} answers are kept in {cache}, {paid}and "
