@@ -172,7 +172,39 @@ class Chat(Handler):
         self.fail(429, "insufficient_quota")
 
     def down(self, first: bool) -> None:
-        self.fail(503)
+        self.fail(503, "try later")
+
+    def crashes(self, first: bool) -> None:
+        self.fail(500, "CUDA out of memory")
+
+    def window(self, first: bool) -> None:
+        self.fail(500, "the request exceeds the available context size")
+
+    def decoder(self, first: bool) -> None:
+        self.fail(400, "The decoder prompt is longer than the maximum model length of 256.")
+
+    def gateway(self, first: bool) -> None:
+        if first:
+            Chat.usd += MINI.usd(len(self.prompt) // 4 + 8, 6)  # passed on, answered and paid for
+        self.fail(504) if first else self.good(first)
+
+    def provider(self, first: bool) -> None:
+        self.say({"error": {"message": "model overloaded", "code": 502}})
+
+    def detail(self, first: bool) -> None:
+        self.say({"detail": [{"msg": "extra fields not permitted"}]}, 422)
+
+    def parts(self, first: bool) -> None:
+        thought = {"type": "thinking", "thinking": [{"type": "text", "text": "B01"}]}
+        self.answer({"content": [thought, {"type": "text", "text": "B02"}]})
+
+    def zero(self, first: bool) -> None:
+        none = {"prompt_tokens": 0, "completion_tokens": 0}
+        self.say({"choices": [{"message": {"content": "B0"}}], "usage": none})
+
+    def float(self, first: bool) -> None:
+        used = {"prompt_tokens": 2e5, "completion_tokens": "6"}
+        self.say({"choices": [{"message": {"content": "B0"}}], "usage": used})
 
 
 @pytest.fixture
@@ -287,12 +319,19 @@ def test_no_text_from_any_request_is_an_error_with_the_services_words(
         "[THINK]B01[/THINK]B02",
         "<thought>B01\n</thought>B02",
         "◁think▷B01◁/think▷B02",
+        "<seed:think>B01</seed:think>B02",
+        "<|begin_of_thought|>B01<|end_of_thought|>B02",
+        "<|think|>B01</|think|>B02",
+        "<analysis>B01</analysis> B02",
+        "<|channel|>analysis<|message|>B01<|end|><|start|>assistant<|channel|>final<|message|>B02",
+        "Here is my thought process: B01. Here is my response: B02",
         "B02",
     ],
 )
 def test_reasoning_is_no_answer(said: str):
     assert REASONING.sub("", said).strip() == "B02"
-    assert REASONING.sub("", "<think>B01\n") == REASONING.sub("", "<thinking>B01</thinking>") == ""
+    cut = ("<think>B01\n", "<thinking>B01</thinking>", "<|channel|>analysis<|message|>B01")
+    assert {REASONING.sub("", one) for one in cut} == {""}
 
 
 def test_a_prompt_that_the_service_has_cut_is_refused(server: Server, tmp_path: Path):
@@ -311,6 +350,64 @@ def test_many_requests_in_a_row_that_bring_nothing_stop(server: Server, tmp_path
     # prompts that are too long are those dialogues' own
     with pytest.raises(UserError, match="none of 60"):
         ask_all(numbered(60, "toolong"), MINI, settings(server), tmp_path / "a.sqlite")
+
+
+@pytest.mark.parametrize(
+    ("word", "said", "refused"),
+    [
+        ("crashes", "HTTP 500: .*CUDA out of memory", False),
+        ("window", "HTTP 500: .*context size", True),
+        ("decoder", "HTTP 400: .*maximum model length", True),
+        ("provider", "no chat answer: .*model overloaded", False),
+        ("detail", "HTTP 422: .*extra fields not permitted", False),
+    ],
+)
+def test_one_prompts_failure_is_that_prompts_alone_with_the_services_words(
+    server: Server, tmp_path: Path, word: str, said: str, refused: bool
+):
+    replies = ask_all(asks("good 1", word, "good 2"), MINI, settings(server), tmp_path / "a")
+    assert [reply.text is None for reply in replies] == [False, True, False]
+    assert re.search(said, replies[1].error) and replies[1].refused == refused
+
+
+def test_answers_in_parts_and_usage_in_other_forms_are_read(server: Server, tmp_path: Path):
+    long = "zero " * 200
+    asked = asks("parts", long, "float")
+    parts, zero, jumped = ask_all(asked, MINI, settings(server), tmp_path / "a")
+    assert (parts.text, zero.text, jumped.text) == ("B02", "B0", "B0")
+    assert zero.usd == worst(asks(long))  # a count of nothing is no count
+    assert jumped.usd == MINI.usd(200_000, 6)
+
+
+def test_reasoning_that_an_earlier_version_kept_is_no_answer(server: Server, tmp_path: Path):
+    cache = tmp_path / "a.sqlite"
+    ask_all(asks("good", "good 2"), MINI, settings(server), cache)
+    base = sqlite3.connect(cache)
+    base.execute("UPDATE answers SET text = '<think>B01' WHERE text = 'answer to good'")
+    base.execute("UPDATE answers SET text = '<think>B01</think>B02' WHERE text LIKE '%2'")
+    base.commit()
+    base.close()
+    again = ask_all(asks("good", "good 2"), MINI, settings(server), cache)
+    assert [reply.text for reply in again] == ["answer to good", "B02"]
+    assert server.asked() == {"good": 2, "good 2": 1}
+
+
+def test_reasons_that_differ_in_numbers_alone_are_counted_together(server, tmp_path, caplog):
+    long = asks(*("cutprompt " * count for count in (80, 90, 95)), "good")
+    ask_all(long, MINI, settings(server), tmp_path / "a")
+    assert "3 x prompt cut (34 tokens of" in caplog.text
+
+
+def test_what_a_gateway_gave_up_waiting_for_may_have_been_paid(server: Server, tmp_path: Path):
+    one = worst(asks("gateway 1"))
+    replies = ask_all(
+        numbered(9, "gateway"), MINI, settings(server, max_usd=20 * one), tmp_path / "b"
+    )
+    assert Chat.usd <= sum(reply.usd for reply in replies)
+    server.log.clear()
+    with pytest.raises(UserError, match="max_usd"):
+        few = settings(server, max_usd=9.5 * one)
+        ask_all(numbered(9, "gateway"), MINI, few, tmp_path / "c")
 
 
 def test_order_is_kept_equal_requests_are_asked_once_and_the_limit_holds(server, tmp_path: Path):
@@ -483,9 +580,12 @@ def test_what_is_under_way_when_a_run_stops_still_arrives(server: Server, tmp_pa
 def test_a_service_that_is_down_ends_the_run_and_keeps_what_came(server: Server, tmp_path: Path):
     cache = tmp_path / "a.sqlite"
     mixed = [*numbered(3), *asks("down"), *numbered(3, "good x")]
-    with pytest.raises(UserError, match=r"HTTP 503; [3-6] of 7 answers are kept .* goes on"):
-        ask_all(mixed, MINI, settings(server), cache)
+    found = ask_all(mixed, MINI, settings(server), cache)  # it may be that prompt's fault
+    assert [reply.text is None for reply in found] == [False] * 3 + [True] + [False] * 3
+    assert found[3].error.startswith("HTTP 503: no: ") and "try later" in found[3].error
     assert server.asked()["down"] == 4
+    with pytest.raises(UserError, match=r"20 requests in a row .*20 x HTTP 503.* 6 of 66 answers"):
+        ask_all([*mixed, *numbered(59, "down")], MINI, settings(server, concurrency=1), cache)
     nobody = settings(server, base_url="http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="no answer from the service"):
         ask_all(numbered(1), MINI, nobody, cache)
@@ -575,6 +675,19 @@ def test_only_the_papers_model_at_its_service_stands_in_the_papers_row():
         assert other.row(both)["beside"] == both != other.row(both)["method"]
 
 
+def test_services_are_told_apart_by_more_than_their_host():
+    title = "GPT-4o-mini (title)"
+    for same in ("https://api.openai.com/v1/", "https://API.openai.com/v1"):
+        assert Settings(base_url=same, served="").row(title) == Settings().row(title)
+    rows = {
+        Settings(base_url=f"http://127.0.0.1:1/{path}").row(title)["method"]
+        for path in ("v1", "a/v1", "b/v1")
+    }
+    assert len(rows) == 3
+    with pytest.raises(UserError, match="served: a model's name has at most 100 characters"):
+        Settings(served="x" * 101)
+
+
 def test_a_dry_run_says_what_asking_would_cost(server: Server, tmp_path: Path, capsys):
     ask_all(numbered(2), MINI, settings(server), tmp_path / "a.sqlite")
     said = f"asking: 2 requests to gpt-4o-mini-2024-07-18 at {server.address}/v1, at most 0.0"
@@ -623,6 +736,9 @@ def test_a_proxy_that_cannot_be_used_is_named(kind: str, server: Server, tmp_pat
         "localhost:8000",
         "http://127.0.0.1:port/v1",
         "https://",
+        "https://api..openai.com/v1",
+        f"https://{'a' * 64}.org/v1",
+        "https://example.org:99999/v1",
     ],
 )
 def test_addresses_that_hold_or_would_show_a_secret_are_refused(bad: str):

@@ -62,8 +62,8 @@ def recommend(
     (answer,) = recommendation.generate_answers(model, prompter, [asked], "candidates")
     if answer.dropped_dialogue_tokens or answer.dropped_images:
         most = run.profile.recommendation.max_length
-        lost = f"{answer.dropped_dialogue_tokens} of its tokens and {answer.dropped_images} pictures"
-        raise UserError(f"dialogue: {lost} are more than the model's {most} tokens; shorten it")
+        lost = f"{answer.dropped_dialogue_tokens} tokens, {answer.dropped_images} pictures"
+        raise UserError(f"dialogue: too long by {lost} for the model's {most} tokens; shorten it")
     return sorted(zip(ids, answer.probabilities, strict=True), key=lambda pair: -pair[1])
 
 

@@ -18,7 +18,6 @@ import os
 import re
 import sqlite3
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -53,7 +52,7 @@ OVERFLOW = re.compile(
 )
 THOUGHT = "(?:think(?:ing)?|thought|reasoning|analysis|reflection)"
 OPENED = rf"[<[◁]\|?(?:begin_of_|seed:)?{THOUGHT}\|?[>\]▷]"
-CLOSED = rf"[<[◁]\|?(?:/|/seed:|end_of_){THOUGHT}\|?[>\]▷]"
+CLOSED = rf"[<[◁](?:\|?/\|?(?:seed:)?|\|end_of_){THOUGHT}\|?[>\]▷]"
 REASONING = re.compile(  # marked, also where it is cut; or all that stands before its end
     rf"{OPENED}.*?(?:{CLOSED}|\Z)|.*{CLOSED}"
     r"|<\|channel\|>.*?(?:<\|channel\|>final<\|message\|>|\Z)"  # gpt-oss
@@ -62,6 +61,7 @@ REASONING = re.compile(  # marked, also where it is cut; or all that stands befo
 )
 LONGEST_NAME = 100  # characters of a served model's name
 LONGEST_TOKEN = 12  # characters, on average: where fewer tokens were read, the prompt was cut
+GAVE_UP = (408, 499, 502, 504, *range(520, 525))  # a gateway did not wait for what it passed on
 GIVE_UP = 20  # requests in a row that brought nothing: all are wrong, not one dialogue
 SCHEMA = """CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT, input_tokens
 INTEGER NOT NULL, output_tokens INTEGER NOT NULL, usd REAL NOT NULL, seconds REAL NOT NULL);"""
@@ -242,12 +242,13 @@ class Endpoint:
                 self.spent += need
             try:
                 reply = self._once(messages, tokens)
-            except TimeoutError:
-                lost += need  # the service may have answered
-                raise
-            except (Permanent, openai.APIStatusError):
-                with self.lock:
-                    self.spent -= need
+            except (Permanent, TimeoutError, openai.APIStatusError) as error:
+                gave_up = crawl.status_code(error) in GAVE_UP
+                if gave_up or isinstance(error, TimeoutError):
+                    lost += need  # the model may have answered
+                else:
+                    with self.lock:
+                        self.spent -= need
                 raise
             with self.lock:
                 self.spent += reply.usd - need
@@ -314,11 +315,12 @@ class Endpoint:
         used = [tokens, self.settings.max_tokens]
         with suppress(Exception):
             counts = [answer["usage"][name] for name in ("prompt_tokens", "completion_tokens")]
-            used = counts if all(type(n) is int and 0 <= n < 2**40 for n in counts) else used
+            counts = [int(float(n)) for n in counts]  # also 2e5 and "200000"
+            used = counts if 0 < counts[0] < 2**40 and 0 <= counts[1] < 2**40 else used
         usd, size = self.model.usd(*used), sum(map(len, texts(messages)))
         if not text:
             return Reply(None, *used, usd, self.scrub(f"no text ({finish})")[:300])
-        if 0 < used[0] * LONGEST_TOKEN < size:
+        if used[0] * LONGEST_TOKEN < size:
             why = f"prompt cut ({used[0]} tokens of {size} characters): raise the model's context"
             return Reply(None, *used, usd, why, refused=True)
         return Reply(self.scrub(text), *used, usd)
