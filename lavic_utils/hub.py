@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from lavic_utils.config import UserError
+
+WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class Unavailable(UserError):
@@ -18,12 +22,37 @@ def check_proxies() -> None:
     """UserError that names the variable of a proxy which no HTTP client here can use."""
     usable = ("http", "https", *(("socks5", "socks5h") if find_spec("socksio") else ()))
     for name, value in os.environ.items():
+        if name.lower() not in ("http_proxy", "https_proxy", "all_proxy") or not value.strip():
+            continue
         kind = value.partition("://")[0].lower() if "://" in value else "http"
-        if name.lower() in ("http_proxy", "https_proxy", "all_proxy") and kind not in usable:
+        if kind not in usable:
             raise UserError(
                 f"{name} names a proxy of kind {kind}://, which cannot be used here: give it as "
                 f"http://HOST:PORT, or unset {name} (for socks5:// install the package socksio)"
             )
+        try:
+            address = urlsplit(value if "://" in value else f"http://{value}")
+            good = address.hostname and address.port != 0 and value.isprintable()
+        except ValueError:  # of its port, or of an IPv6 address
+            good = False
+        if not good:
+            why = "is no address of a proxy: give it as http://HOST:PORT, or unset it"
+            raise UserError(f"{name} {why}")
+
+
+def whole(folder: Path) -> bool:
+    """Are all weights of a checkpoint, and its tokenizer's words, in its folder? A download that
+    broke off has its small files first; without words a tokenizer would be an empty one."""
+    if not any((folder / name).is_file() for name in WORDS):
+        return False
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return all((folder / shard).is_file() for shard in shards)
+        if (folder / name).is_file():
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -54,17 +83,16 @@ class HubModel:
                 raise UserError(f"{folder}: {why}; correct the profile's `models`")
             return folder, None
         if self.cached():
-            check_proxies()  # the hub is asked whether files that are not here exist
             return self.id, self.revision
-        why = "which is not in the local cache; nothing is downloaded unasked"
+        why = "which is not in the local cache, or not whole; nothing is downloaded unasked"
         raise Unavailable(f"needs {self}, {why}. With a network: {self.command}")
 
     def cached(self) -> Path | None:
-        """Its folder in the local cache; None where it is not there."""
+        """Its folder in the local cache; None where it is not there with all its weights."""
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.id, "config.json", revision=self.revision)
-        return Path(found).parent if isinstance(found, str) else None
+        return Path(found).parent if isinstance(found, str) and whole(Path(found).parent) else None
 
     def stand_in(self, folder: str) -> bool:
         """Are the weights in `folder` (no folder: in the cache) less than a tenth of this model's?
@@ -72,6 +100,6 @@ class HubModel:
         if not self.gigabytes:
             return False
         place = Path(folder) if Path(folder).is_dir() else self.cached()
-        files = place.iterdir() if place else ()
+        files = place.iterdir() if place and whole(place) else ()
         size = sum(one.stat().st_size for one in files if one.suffix in (".safetensors", ".bin"))
         return 0 < size < self.gigabytes * 1e8

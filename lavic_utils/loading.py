@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.models import llava_next
 from transformers.utils import is_bitsandbytes_available, logging
@@ -59,8 +60,9 @@ def stand_in(profile: Profile) -> bool:
 def load_processor(profile: Profile) -> llava_next.LlavaNextProcessor:
     """The PIL image processor (the plain one needs torchvision) and the checkpoint's tokenizer."""
     path, revision = source(profile)
-    images = llava_next.LlavaNextImageProcessorPil.from_pretrained(path, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    here = {"revision": revision, "local_files_only": True}
+    images = llava_next.LlavaNextImageProcessorPil.from_pretrained(path, **here)
+    tokenizer = AutoTokenizer.from_pretrained(path, **here)
     patch = load_config(profile).vision_config.patch_size
     options = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return llava_next.LlavaNextProcessor(images, tokenizer, patch, **options)
@@ -69,7 +71,7 @@ def load_processor(profile: Profile) -> llava_next.LlavaNextProcessor:
 def load_config(profile: Profile):
     """The configuration of the profile's model."""
     path, revision = source(profile)
-    return AutoConfig.from_pretrained(path, revision=revision)
+    return AutoConfig.from_pretrained(path, revision=revision, local_files_only=True)
 
 
 def load_model(profile: Profile) -> llava_next.LlavaNextForConditionalGeneration:
@@ -83,15 +85,18 @@ def load(kind, profile: Profile, path: str, revision: str | None):
     """A checkpoint (folder or hub id) of the class `kind` as the profile wants it (dtype, 4 bits),
     in eval mode and without gradients. UserError where files are missing."""
     free()
-    options: dict = {"dtype": dtype(profile), "attn_implementation": "sdpa", "revision": revision}
+    options: dict = {"dtype": dtype(profile), "attn_implementation": "sdpa"}
     if profile.quantize_4bit:
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
         options["quantization_config"] = four_bits(profile)
-    try:
-        model = kind.from_pretrained(path, **options)
+    try:  # from its folder: a hub id would be asked for, and a broken download completed
+        if not Path(folder := path).is_dir():
+            folder = snapshot_download(path, revision=revision, local_files_only=True)
+        model = kind.from_pretrained(folder, **options)
     except OSError as error:
         why = str(error).splitlines()[0]
         raise UserError(f"model {path!r} cannot be loaded ({why}); download it whole") from None
+    model.name_or_path = model.config.name_or_path = path  # what adapters name as their base
     if not profile.quantize_4bit:  # those are on the card already
         model = model.to(device())
     return model.eval().requires_grad_(False)
@@ -102,7 +107,8 @@ def four_bits(profile: Profile):
     if not torch.cuda.is_available() or not is_bitsandbytes_available():
         raise UserError(
             f"profile {profile.name} holds its weights in 4 bits, which needs a CUDA card and "
-            "bitsandbytes: pip install -r requirements-gpu.lock, or use another profile"
+            "bitsandbytes: pip install bitsandbytes (in a checkout with --no-deps -r "
+            "requirements-gpu.lock), or use another profile"
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -26,7 +26,7 @@ from lavic_utils import loading, prompts, recommendation, retrieval, vision
 from lavic_utils.config import Profile, UserError, results_dir
 from lavic_utils.data import Dialogue, image_file
 from lavic_utils.evaluation import parse_answer
-from lavic_utils.hub import HubModel
+from lavic_utils.hub import HubModel, Unavailable
 from lavic_utils.provenance import folder_hash
 from lavic_utils.recommendation import Answer
 
@@ -64,10 +64,14 @@ class Method:
         """UserError where it cannot run here and now: why, and the command that helps."""
         from lavic_utils.bench.plan import refuse_here
 
+        folder = run.profile.models.get(self.name)
+        if self.hub and run.profile.world and not folder:
+            why = "the mini world asks no model of the hub. For another profile"
+            raise Unavailable(f"needs {self.hub}; {why}: {self.hub.command}")
         if self.stages:
             refuse_here(run.profile, self.stages)  # before a download is asked for
         if self.hub:
-            self.hub.source(run.profile.models.get(self.name))
+            self.hub.source(folder)
 
     def reason(self, run: Experiment) -> str | None:
         """What `check` says; None where the method can run."""
@@ -176,14 +180,15 @@ class Open(Method):
 def load_open(profile: Profile, source: str, revision: str | None):
     """(model, processor) of a LLaVA 1.5, (model, tokenizer) of a language model; `source` a folder
     or a hub id."""
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    here = {"revision": revision, "local_files_only": True}
+    config = AutoConfig.from_pretrained(source, **here)
+    tokenizer = AutoTokenizer.from_pretrained(source, **here)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if not hasattr(config, "vision_config"):
         return loading.load(AutoModelForCausalLM, profile, source, revision), tokenizer
     processor = LlavaProcessor(
-        LlavaImageProcessorPil.from_pretrained(source, revision=revision),
+        LlavaImageProcessorPil.from_pretrained(source, **here),
         tokenizer,
         patch_size=config.vision_config.patch_size,
         num_additional_image_tokens=1,

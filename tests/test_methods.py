@@ -4,6 +4,9 @@ ones are not here."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import stand_ins
 import torch
+from server import Handler, serving
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     CLIPVisionConfig,
@@ -24,7 +29,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from lavic_utils import experiment, methods, prompts, recommendation, report, vision
+from lavic_utils import experiment, hub, methods, prompts, recommendation, report, vision
 from lavic_utils.__main__ import main
 from lavic_utils.audit import answer_files as answers
 from lavic_utils.bench import plan
@@ -193,7 +198,9 @@ def test_methods_lists_what_can_run_and_why_the_rest_cannot(capsys, monkeypatch)
         "LaViC",
     }
     assert all((row["reason"] is None) == row["runnable"] for row in rows.values())
-    assert "hf download lmsys/vicuna-7b-v1.5 --revision 3321f76e" in rows["Vicuna-v1.5"]["reason"]
+    said = methods.METHODS["Vicuna-v1.5"].hub
+    assert said.command.startswith("hf download lmsys/vicuna-7b-v1.5 --revision 3321f76e")
+    assert "the mini world asks no model of the hub" in rows["Vicuna-v1.5"]["reason"]
     assert (
         "13.5 GB" in rows["Vicuna-v1.5"]["reason"]
         and endpoint.KEY in rows["GPT-4o (title)"]["reason"]
@@ -211,7 +218,7 @@ def test_methods_lists_what_can_run_and_why_the_rest_cannot(capsys, monkeypatch)
 def test_a_method_that_cannot_run_is_one_line_and_exit_2(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("LAVIC_RESULTS", str(tmp_path))
     for name, domain, said in (
-        ("Vicuna-v1.5", "home", "hf download lmsys"),
+        ("Vicuna-v1.5", "home", "the mini world asks no model of the hub"),
         ("GPT-4o (title)", "home", endpoint.KEY),
         ("Vicuna-v9", "home", "no method 'Vicuna-v9'"),
         ("bm25", "shoes", "shoes/test"),
@@ -220,6 +227,62 @@ def test_a_method_that_cannot_run_is_one_line_and_exit_2(capsys, monkeypatch, tm
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and said in error
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+LOADING = """from lavic_utils import methods
+from lavic_utils.config import UserError, load_profile
+try:
+    source = methods.METHODS["Vicuna-v1.5"].hub.source()
+    methods.load_open(load_profile("mini"), *source)
+    print("loaded")
+except (UserError, OSError) as error:
+    print(error)
+"""
+
+
+def test_a_download_that_broke_off_is_not_completed_unasked(tmp_path):
+    class Hub(Handler):
+        def do_GET(self):
+            self.behave(self.path, "absent")
+
+        do_HEAD = do_GET
+
+        def absent(self, first):
+            self.send(b"", 404)
+
+    place = tmp_path / "hub" / "models--lmsys--vicuna-7b-v1.5" / "snapshots"
+    place = place / methods.VICUNA_7B.revision
+    stand_ins.vicuna(place)
+    (shard, *_) = sorted(place.glob("pytorch_model-*.bin"))
+    with serving(Hub) as hub:
+        given = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.address}
+        given |= {"HF_HUB_OFFLINE": "0"}
+
+        def loaded(**more: str) -> str:
+            command = [sys.executable, "-c", LOADING]
+            done = subprocess.run(
+                command, env=given | more, capture_output=True, text=True, timeout=200
+            )
+            assert not done.returncode and not hub.log, (done.stderr[-2000:], hub.log)
+            return done.stdout
+
+        assert loaded(ALL_PROXY="socks://127.0.0.1:9") == "loaded\n"  # negative control
+        shard.rename(shard.with_suffix(".incomplete"))
+        assert "or not whole" in loaded() and "hf download lmsys/vicuna-7b-v1.5" in loaded()
+        shard.with_suffix(".incomplete").rename(shard)
+        (place / "tokenizer.model").unlink()
+        assert "or not whole" in loaded()
+
+
+def test_a_model_that_is_there_in_part_is_no_stand_in(tmp_path, monkeypatch):
+    model = hub.HubModel("me/model", None, 15.0)
+    for name in ("config.json", "tokenizer.json", "model-00002-of-00002.safetensors"):
+        (tmp_path / name).write_text("{}")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not model.stand_in(str(tmp_path))
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("{}")
+    assert model.stand_in(str(tmp_path))  # negative control
 
 
 def test_a_new_method_is_one_class_and_one_entry(run, monkeypatch, capsys):
