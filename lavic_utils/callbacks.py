@@ -16,19 +16,26 @@ import torch
 from transformers import TrainerCallback
 
 from lavic_utils.config import UserError
+from lavic_utils.provenance import folder_hash, kept, write_kept
 
 log = logging.getLogger(__name__)
+HASHES = "hashes.json"  # of a checkpoint's files
 QUIET = 30  # seconds between two lines on how far a stage is
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a training, where `Watched` looks at what is learnt
 
 
 def remove_broken(folder: Path) -> None:
-    """Remove the checkpoints that a kill left half-written: those without a whole
-    trainer_state.json, which is written last."""
-    for path in folder.glob("checkpoint-*"):
+    """Remove the checkpoints that a kill left half-written, those without a whole
+    trainer_state.json, which is written last; those that were damaged since; and all later ones,
+    which may name one of them as the best."""
+    broken = False
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            broken |= (path / HASHES).is_file() and kept(path / HASHES) is None
         except (OSError, ValueError):
+            broken = True
+        if broken:
             shutil.rmtree(path)
 
 
@@ -45,8 +52,11 @@ class Saves(TrainerCallback):
         if state.best_global_step:  # the Trainer keeps the path that the first run had
             state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.best_global_step}"
 
-    def on_save(self, *_, **__):
+    def on_save(self, args, state, control, **_):
         self.last = time.monotonic()
+        if state.is_world_process_zero:
+            place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_kept(place / HASHES, {"files": dict(folder_hash(place))})
 
     def on_step_end(self, args, state, control, **_):
         epoch_ends = state.global_step % max(1, state.max_steps // state.num_train_epochs) == 0

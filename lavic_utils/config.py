@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 PACKAGE = Path(__file__).resolve().parent
 # The checkout; for a package installed from a wheel the folder where it is run.
 ROOT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
+MOST_BYTES = 200_000  # of a profile's file
 MOST = 2**32 - 1  # numpy's largest seed; no size is larger
 DOMAINS = {"beauty": "all_beauty", "fashion": "amazon_fashion", "home": "amazon_home"}
 
@@ -26,11 +28,23 @@ class UserError(Exception):
 Share = Annotated[float, Field(ge=0, le=1)]
 Some = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+AtLeast4 = Annotated[int, Field(ge=4, le=MOST, strict=True)]
+AtLeast16 = Annotated[int, Field(ge=16, le=MOST, strict=True)]
 Place = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f][^\x00-\x1f]*$")]  # a path, or a hub id
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, given: Any) -> Any:
+        """YAML reads `yes` and `on` as true, which pydantic takes for 1."""
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields:
+                if cls.model_fields[name].annotation is not bool:
+                    raise ValueError(f"{name}: {value} is neither a number nor a text")
+        return given
 
 
 def _holds(*names: str) -> AfterValidator:
@@ -41,6 +55,7 @@ def _holds(*names: str) -> AfterValidator:
         if sorted(found, key=str) != sorted([(name, "", None) for name in names], key=str):
             wanted = ", ".join(f"{{{name}}}" for name in names)
             raise ValueError(f"{wanted} must stand in it once each, and no other field")
+        text.encode()  # a ValueError where it holds half of a character
         return text
 
     return AfterValidator(check)
@@ -66,8 +81,8 @@ class World(Section):
     seed: int = Field(7, ge=0, le=MOST)
     image_side: int = Field(144, ge=48, le=4096)
     train_shards: Count = 2
-    shard_items: Count = Field(256, ge=64)
-    stage1_valid_items: Count = Field(170, ge=10)
+    shard_items: Annotated[int, Field(ge=64, le=100_000, strict=True)] = 256
+    stage1_valid_items: Annotated[int, Field(ge=10, le=100_000, strict=True)] = 170
     train_dialogues: Count = 2400
     valid_dialogues: Count = 150
     test_dialogues: Count = 400
@@ -79,6 +94,12 @@ class World(Section):
     p_extra_image: Share = 0.5
     missing_images: int = Field(6, ge=0, le=MOST)
     corrupt_images: int = Field(6, ge=0, le=MOST)
+
+    @model_validator(mode="after")
+    def _spoils_what_there_is(self) -> World:
+        if self.missing_images + self.corrupt_images > self.shard_items:
+            raise ValueError("missing_images and corrupt_images are more than shard_items")
+        return self
 
     def of(self, seed: int) -> World:
         """The world of a run's seed: other items, pictures and dialogues, of the same kind."""
@@ -104,8 +125,8 @@ class Stage(Section):
     batch_size: Count
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
-    max_length: Count = Field(ge=16)
-    max_new_tokens: Count = Field(ge=4)
+    max_length: AtLeast16
+    max_new_tokens: AtLeast4
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0, le=MOST)
     # between checkpoints; None: stage 1 has one an epoch, stage 2 begins an adapter again
@@ -187,8 +208,8 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader, but a key that stands twice is refused; the last one would have counted."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        if twice := [name for name in names if names.count(name) > 1]:
+        names = Counter(str(key.value) for key, _ in node.value)
+        if twice := [name for name, count in names.items() if count > 1]:
             raise yaml.YAMLError(f"{twice[0]} stands twice from line {node.start_mark.line + 1} on")
         return super().construct_mapping(node, deep)
 
@@ -201,11 +222,14 @@ def load_profile(name: str = "mini") -> Profile:
         raise UserError(
             f"profile {name!r} not found at {path}; use one of {known}, or a .yaml file"
         )
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path}: over {MOST_BYTES} bytes, so no profile; name another file")
     try:
         return Profile.model_validate(yaml.load(path.read_bytes().decode("utf-8"), _Loader))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        field = field if field.isprintable() else ascii(field)
         problem = f"field {field}: {first['msg'].removeprefix('Value error, ')}"
     except Exception as error:  # YAML's constructors raise anything: "2020-99-99", "!!int abc"
         problem = f"not valid YAML ({type(error).__name__}: {' '.join(str(error).split())})"

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic import StringConstraints as Text
@@ -21,6 +23,7 @@ from lavic_utils.provenance import file_hash, key, world_dir
 SPLITS = ("train", "valid", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")  # not every reader of Pillow: one starts Ghostscript
 MIN_SIDE = 16  # pixels
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
 TURN = re.compile(r"<(submission|comment)>(.*?)</\1>", re.DOTALL)
 TAG = re.compile(r"</?(?:submission|comment)>")
 SPEAKERS = {"submission": "seeker", "comment": "helper"}  # who wrote a turn of this tag
@@ -241,11 +244,13 @@ def image_file(root: Path | str, asin: str, k: int = 0) -> Path:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """The image decoded, in RGB: what is transparent becomes white, 16 bits of grey become 8."""
-    if image.has_transparency_data:
+    if image.mode.startswith("I"):
+        grey = np.asarray(image.convert("I"))
+        grey = np.where(grey == image.info.get("transparency", -1), 2**16 - 1, grey) // 256
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda grey: grey / 256).convert("L")
     return image.convert("RGB")
 
 
@@ -255,8 +260,15 @@ def open_image(path: Path | str) -> Image.Image | None:
     try:
         with Image.open(path, formats=FORMATS) as image:
             return as_rgb(image) if min(image.size) >= MIN_SIDE else None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
+    except BROKEN:
         return None
+
+
+def is_placeholder(path: Path | str) -> bool:
+    """Has the image a side under MIN_SIDE pixels, as what shops show in place of a picture?"""
+    with suppress(*BROKEN), Image.open(path, formats=FORMATS) as image:
+        return min(image.size) < MIN_SIDE
+    return False
 
 
 def data_hash(root: Path | str) -> str:

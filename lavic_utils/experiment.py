@@ -96,10 +96,11 @@ class Experiment:
         if loading.stand_in(self.profile):
             self.profile = self.profile.model_copy(update={"tier": "rehearsal"})
         self.seed = self.profile.seed if seed is None else seed
-        for method in self.profile.arms:
-            if (known := methods.find(method).name) != method:
-                where = f"profile {self.profile.name}, arms"
-                raise UserError(f"{where}: write {known!r}, not {method!r}")
+        for field in ("arms", "models"):
+            for method in getattr(self.profile, field):
+                if (known := methods.find(method).name) != method:
+                    where = f"profile {self.profile.name}, {field}"
+                    raise UserError(f"{where}: write {known!r}, not {method!r}")
         self.data_folder, self.api, self.force = data_folder, api, force
         self.rank, self.processes = _process()
         self._remembered: dict[tuple, Any] = {}
@@ -108,11 +109,12 @@ class Experiment:
     def prepare(self) -> Experiment:
         """Render the mini world if it is not there, seed torch, and choose this process's card."""
         if self.world:
-            from lavic_utils.mini.world import make_world
+            from lavic_utils.mini.world import make_world, stands
 
             place = world_dir(self.profile, self.seed)
-            with locked(place):
-                make_world(place, self.world)
+            if not stands(place, self.world):  # no lock: others' worlds may be read-only
+                with locked(place):
+                    make_world(place, self.world)
         if torch.cuda.is_available() and self.processes > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.manual_seed(self.seed)
@@ -646,7 +648,9 @@ def kind_of(tokens: str) -> str:
 def _process() -> tuple[int, int]:
     """(this process's rank, number of processes), as `accelerate launch` sets them."""
     rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+    launched = count == "1" or {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"} <= set(os.environ)
+    named = rank.isdecimal() and count.isdecimal() and int(rank) < int(count) < 2**16
+    if not (named and launched):
         why = f"RANK={rank!r} and WORLD_SIZE={count!r} are of no `accelerate launch`"
         raise UserError(f"{why}; unset both, or start with it")
     return int(rank), int(count)

@@ -38,6 +38,9 @@ def check_proxies() -> None:
         if not good:
             why = "is no address of a proxy: give it as http://HOST:PORT, or unset it"
             raise UserError(f"{name} {why}")
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if (place := os.environ.get(name)) and not Path(place).exists():
+            raise UserError(f"{name}: there is no {place}; correct it, or unset it")
 
 
 def whole(folder: Path) -> bool:
@@ -80,7 +83,7 @@ class HubModel:
         if folder:
             if not (Path(folder) / "config.json").is_file():
                 why = f"no config.json in it, so no checkpoint of {self.id}"
-                raise UserError(f"{folder}: {why}; correct the profile's `models`")
+                raise UserError(f"{folder}: {why}; correct the profile's `model` or `models`")
             return folder, None
         if self.cached():
             return self.id, self.revision

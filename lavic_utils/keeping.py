@@ -21,6 +21,7 @@ from lavic_utils.provenance import (
     file_hash,
     folder_hash,
     kept,
+    key,
     locked,
     versions,
     write_card,
@@ -115,39 +116,59 @@ def finish(folder: Path, wants: Mapping, started: float, result: Mapping, about:
 
 
 class Written:
-    """Texts kept in a file as they are written, a line each: a killed run goes on behind them."""
+    """Texts kept in a file as they are written, a line each with its hash: a killed run goes on
+    behind them, and from a damaged line on they are written again."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.texts = path, []
         if path.is_file():
             whole = path.read_bytes().rpartition(b"\n")[0].splitlines()  # a kill may cut the last
-            self.texts = [json.loads(line) for line in whole]
-        write_text(path, "".join(json.dumps(text) + "\n" for text in self.texts))
+            for number, line in enumerate(whole, 1):
+                text = self._text(line)
+                if text is None:
+                    print(
+                        f"{path.name}: damaged from line {number} on, so written again", flush=True
+                    )
+                    break
+                self.texts.append(text)
+        write_text(path, "".join(map(self._line, self.texts)))
+
+    @staticmethod
+    def _line(text: str) -> str:
+        return json.dumps([text, key(text=text)]) + "\n"
+
+    @staticmethod
+    def _text(line: bytes) -> str | None:
+        try:
+            text, check = json.loads(line)
+            return text if check == key(text=text) else None
+        except (ValueError, TypeError):
+            return None
 
     def add(self, texts: Sequence[str]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(text) + "\n" for text in texts))
+            file.write("".join(map(self._line, texts)))
         self.texts += texts
 
 
 class Images:
     """Which image files can be read, and their hashes, kept in `file`: an image is looked at again
-    only where its size or time has changed, or the code that opens it."""
+    only where its size, times or place on the disk have changed, or the code that opens it."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.code, old = file, code_of("data"), kept(file)
-        # "folder/name" -> [[size, time], sha256 or None]
+        # "folder/name" -> [[size, times, inode], sha256 or None]
         self.known: dict[str, list] = old["images"] if old and old["code"] == self.code else {}
 
     def hashes(self, paths: Iterable[Path]) -> dict[Path, str | None]:
         """sha256 of each file; None for one that is missing, or that `open_image` cannot read."""
         found: dict[Path, str | None] = dict.fromkeys(paths)
         names: dict[Path, str] = {}  # of the files that are there
-        new: dict[Path, list[int]] = {}  # those to look at -> [size, time]
+        new: dict[Path, list[int]] = {}  # those to look at -> [size, times, inode]
         for path in found:
             if path.is_file():
                 names[path], about = f"{path.parent.name}/{path.name}", path.stat()
-                mark = [about.st_size, about.st_mtime_ns]
+                mark = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
                 if self.known.get(names[path], [None])[0] != mark:
                     new[path] = mark
 

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lavic_utils import vision
-from lavic_utils.data import as_rgb, open_image
+from lavic_utils.data import as_rgb, is_placeholder, open_image
 from lavic_utils.provenance import file_hash, folder_hash, key, plain_code, versions, write_bytes
 
 log = logging.getLogger(__name__)
@@ -52,14 +52,18 @@ def key_of(
 
 class Store(vision.Lazy):
     """Items' visual tokens, {item id: (tokens, hidden size)} float32, mapped from their files.
-    `missing`, `corrupt`: items that have none, since there is no image file or it cannot be
-    decoded; `counted`: how many there are of each."""
+    `missing`, `corrupt`: items that have none, since there is no image file, or a placeholder, or it
+    cannot be decoded; `counted`: how many there are of each."""
 
-    def __init__(self, shards: Shards, items: Mapping[str, str | None]) -> None:
+    def __init__(
+        self, shards: Shards, items: Mapping[str, str | None], paths: Mapping[str, Path]
+    ) -> None:
         images = {item: image for item, image in items.items() if image}
         counts = {item: shards[image][1] for item, image in images.items()}
-        self.missing = [item for item in items if item not in images]
-        self.corrupt = [item for item, count in counts.items() if count == 0]
+        bare = [item for item, count in counts.items() if count == 0]
+        small = [item for item in bare if is_placeholder(paths[item])]
+        self.missing = [item for item in items if item not in images or item in small]
+        self.corrupt = [item for item in bare if item not in small]
         mapped = functools.cache(lambda path: safe_open(path, "pt"))
 
         def read(item: str) -> Tensor:
@@ -92,7 +96,7 @@ def open_store(folder: Path, paths: Mapping[str, Path], encoder: Callable[[], En
                 write_shard(folder, tokens)
             state.wait_for_everyone()  # once a chunk: no wait is long enough to be given up
         shards = read_shards(folder)
-    store = Store(shards, items)
+    store = Store(shards, items, paths)
     log.info("images: %s", store.counted)
     return store
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from lavic_utils import evaluation
 from lavic_utils.config import DOMAINS, UserError
 from lavic_utils.data import Filled, Id, Row, Ten, check_row, dialogue_file, read_rows
 from lavic_utils.methods import find, slug
-from lavic_utils.provenance import target, write_text
+from lavic_utils.provenance import key, target, write_text
 from lavic_utils.report import refused, unanswered
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class Answer(Row):
     @model_validator(mode="after")
     def _names_an_id(self) -> Answer:
         """A text that is no id would count as a miss in silence: "None", a title, "b00ho5ee9w"."""
+        ids = {*self.candidates, *self.gt_items, *([self.recommended] if self.recommended else ())}
+        if len({one.upper() for one in ids}) < len(ids):
+            raise ValueError(
+                "ids that differ in the case of letters alone; write all as the data do"
+            )
         read = self.recommended
         if read not in (None, *self.candidates, *self.gt_items) and not CODE.fullmatch(read):
             why = "is neither a candidate nor an ASIN (10 capitals and digits)"
@@ -311,6 +317,8 @@ def run_method(
         return ""
     label, rows, lines = chosen.row(run)["method"], found["rows"], []
     name = slug(label)
+    if label != chosen.name:  # a service's: other names may make the same file name
+        name = f"{name[:60]}_{key(label=label)[:6]}"
     suffix = run.profile.candidates.removeprefix("candidates_") if chosen.chooses else name
     for dialogue, answer in zip(run.dialogues(domain, split)[: len(rows)], rows, strict=True):
         row = dialogue.model_dump(exclude={"domain", "split", "line"})
@@ -328,4 +336,4 @@ def run_method(
     said += "prompts refused as too long"
     said += "".join(f", {count} not answered ({why})" for why, count in lost.items())
     said += f", ${cost['usd']:.4f} by the list price" if cost["usd"] else ""
-    return f"{said}\n{out}\nscore them: python -m lavic_utils evaluate {out}"
+    return f"{said}\n{out}\nscore them: python -m lavic_utils evaluate {shlex.quote(str(out))}"

@@ -26,7 +26,7 @@ from lavic_utils.config import DOMAINS, UserError, World
 from lavic_utils.data import SPLITS, read_dialogues
 from lavic_utils.mini import words
 from lavic_utils.mini.drawing import draw_product
-from lavic_utils.provenance import write_json, write_text
+from lavic_utils.provenance import file_hash, kept, write_json, write_kept, write_text
 from lavic_utils.retrieval import bm25_rank, cosine_rank, sbert_embed
 
 FACTS = "mini_facts.json"  # what is true of every item and dialogue
@@ -301,20 +301,28 @@ def world_key(world: World) -> str:
     return digest.hexdigest()[:16]
 
 
+def stands(root: Path, world: World) -> bool:
+    """Is this very world in the folder, with every file as it was written?"""
+    found = kept(root / KEY)
+    return found is not None and found["key"] == world_key(world)
+
+
 def make_world(root: Path | str, world: World) -> Path:
     """Write the world to `root` unless it stands there; returns `root`. Replaces no other data."""
-    root, key = Path(root), world_key(world)
-    finished = (root / FACTS).is_file()
-    if finished and (root / KEY).is_file() and (root / KEY).read_text() == key:
+    root = Path(root)
+    if stands(root, world):
         return root
-    if not finished and (root.is_file() or root.is_dir() and any(root.iterdir())):
+    ours = any((root / name).is_file() for name in (KEY, FACTS))
+    if not ours and (root.is_file() or root.is_dir() and any(root.iterdir())):
         raise UserError(f"{root}: holds other files; choose an empty folder for the mini world")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         fresh, old = Path(scratch) / "new", Path(scratch) / "old"
         fresh.mkdir()
         _fill(fresh, world)
-        (fresh / KEY).write_text(key)
+        names = [path.relative_to(fresh).as_posix() for path in fresh.rglob("*") if path.is_file()]
+        files = {name: file_hash(fresh / name) for name in sorted(names)}
+        write_kept(fresh / KEY, {"key": world_key(world), "files": files})
         if root.exists():
             root.replace(old)
         fresh.replace(root)

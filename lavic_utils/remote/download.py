@@ -19,7 +19,14 @@ import httpx
 from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lavic_utils.config import DOMAINS, ROOT, UserError, real_data_dir
-from lavic_utils.data import SPLITS, Dialogue, dialogue_file, image_file, read_dialogues
+from lavic_utils.data import (
+    SPLITS,
+    Dialogue,
+    dialogue_file,
+    image_file,
+    is_placeholder,
+    read_dialogues,
+)
 from lavic_utils.provenance import write_text
 from lavic_utils.remote import crawl
 
@@ -143,7 +150,7 @@ def verify(root: Path) -> tuple[list[str], bool]:
     that cannot be read is reported and left out of the counts."""
 
     def image_state(path: Path) -> str:
-        if not path.is_file():
+        if not path.is_file() or is_placeholder(path):
             return "missing"
         return "corrupt" if crawl.image_fault(path) else "ok"
 
