@@ -19,6 +19,7 @@ from lavic_utils.data import open_image
 from lavic_utils.provenance import (
     code_of,
     file_hash,
+    file_mark,
     folder_hash,
     kept,
     key,
@@ -153,22 +154,21 @@ class Written:
 
 class Images:
     """Which image files can be read, and their hashes, kept in `file`: an image is looked at again
-    only where its size, times or place on the disk have changed, or the code that opens it."""
+    only where its `file_mark` has changed, or the code that opens it."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.code, old = file, code_of("data"), kept(file)
-        # "folder/name" -> [[size, times, inode], sha256 or None]
+        # "folder/name" -> [mark, sha256 or None]
         self.known: dict[str, list] = old["images"] if old and old["code"] == self.code else {}
 
     def hashes(self, paths: Iterable[Path]) -> dict[Path, str | None]:
         """sha256 of each file; None for one that is missing, or that `open_image` cannot read."""
         found: dict[Path, str | None] = dict.fromkeys(paths)
         names: dict[Path, str] = {}  # of the files that are there
-        new: dict[Path, list[int]] = {}  # those to look at -> [size, times, inode]
+        new: dict[Path, list[int]] = {}  # those to look at -> mark
         for path in found:
             if path.is_file():
-                names[path], about = f"{path.parent.name}/{path.name}", path.stat()
-                mark = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+                names[path], mark = f"{path.parent.name}/{path.name}", [*file_mark(path)]
                 if self.known.get(names[path], [None])[0] != mark:
                     new[path] = mark
 

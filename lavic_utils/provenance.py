@@ -44,18 +44,21 @@ def key(**parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def file_mark(path: Path) -> tuple[int, ...]:
+    """Size, times and inode of a file: another one where its content may be."""
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
+
+
 @functools.cache
-def _file_hash(path: Path, size: int, changed: int) -> str:
+def _file_hash(path: Path, *mark: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_hash(path: Path) -> str | None:
-    """sha256 of a file, read once a process while its size and time stay; None for no file."""
-    if not path.is_file():
-        return None
-    about = path.stat()
-    return _file_hash(path, about.st_size, about.st_mtime_ns)
+    """sha256 of a file, read once a process while its `file_mark` stays; None for no file."""
+    return _file_hash(path, *file_mark(path)) if path.is_file() else None
 
 
 def folder_hash(folder: Path | str) -> list[tuple[str, str | None]]:

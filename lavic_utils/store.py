@@ -52,7 +52,7 @@ def key_of(
 
 class Store(vision.Lazy):
     """Items' visual tokens, {item id: (tokens, hidden size)} float32, mapped from their files.
-    `missing`, `corrupt`: items that have none, since there is no image file, or a placeholder, or it
+    `missing`, `corrupt`: items that have none, since there is no image file or a placeholder, or it
     cannot be decoded; `counted`: how many there are of each."""
 
     def __init__(

@@ -441,6 +441,8 @@ def test_pictures_are_what_a_shop_shows(tmp_path: Path) -> None:
     ramp = Image.frombytes(
         "I;16", (64, 64), b"".join(bytes([0, x * 4]) * 1 for x in range(64)) * 64
     )
+    clear = Image.fromarray(np.arange(0, 2**16, 16, dtype=np.uint16).reshape(64, 64))
+    clear.save(tmp_path / "clear.jpg", "PNG", transparency=0)
     kinds = {"rgba": cutout, "la": cutout.convert("LA"), "palette": palette, "ramp": ramp}
     for name, image in kinds.items():
         image.save(tmp_path / f"{name}.jpg", "PNG")
@@ -449,6 +451,15 @@ def test_pictures_are_what_a_shop_shows(tmp_path: Path) -> None:
     Image.new("P", (1, 1)).save(tmp_path / "pixel.jpg", "GIF")
     opened = {path.stem: data.open_image(path) for path in tmp_path.glob("*.jpg")}
     assert opened.pop("pixel") is None  # a shop's placeholder is no picture
+    assert [
+        data.is_placeholder(tmp_path / f"{name}.jpg") for name in ("pixel", "ramp", "none")
+    ] == [
+        True,
+        False,
+        False,
+    ]
+    column = np.asarray(opened["clear"])[..., 0].ravel().tolist()
+    assert column[0] == 255 and column[1:] == sorted(column[1:]) and len(set(column)) == 256
     greys = [opened["ramp"].getpixel((x, 0)) for x in range(64)]
     assert greys == sorted(greys) and len(set(greys)) == 64  # the order of greys is kept
     for name in ("rgba", "la", "palette", "webp"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -175,6 +176,17 @@ def test_a_picture_replaced_or_removed_is_another_input_and_an_unlisted_file_is_
     paths[1].unlink()
     changed = run.scan(paths)
     assert changed[paths[0]] not in (None, first[paths[0]]) and changed[paths[1]] is None
+    # of the same size and time, as archives with fixed times leave it
+    same, old = tmp_path / "new.jpg", paths[0].stat()
+    Image.new("RGB", (20, 20), (200, 0, 0)).save(same)
+    same.write_bytes(same.read_bytes().ljust(old.st_size + 64, b"\0"))
+    paths[0].write_bytes(paths[0].read_bytes().ljust(old.st_size + 64, b"\0"))
+    changed, old = run.scan(paths), paths[0].stat()
+    same.write_bytes(same.read_bytes()[: old.st_size])
+    os.utime(same, ns=(old.st_atime_ns, old.st_mtime_ns))
+    same.rename(paths[0])
+    assert paths[0].stat().st_size == old.st_size
+    assert run.scan(paths)[paths[0]] not in (None, changed[paths[0]])
 
 
 def test_without_the_mini_world_one_line_says_what_to_do(run, monkeypatch, tmp_path):
@@ -302,6 +314,10 @@ def test_a_damaged_result_is_said_and_made_again(run, tmp_path, kind, capsys):
 def test_a_rank_left_over_in_the_shell_is_one_line(rank, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="unset both"):  # a launch sets more than these two
+        experiment.Experiment("mini")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
     assert experiment.Experiment("mini").rank == 1  # negative control
     for name, value in zip(("RANK", "WORLD_SIZE"), rank, strict=True):
         monkeypatch.setenv(name, value)
@@ -511,6 +527,26 @@ def test_a_request_is_answered_by_both_adapters_and_by_the_pictures_shown(shop):
     assert dict(lavic_utils.recommend(turns, items)) == found
 
 
+def test_ids_and_capitals_of_ones_own_are_read_as_the_models(shop):
+    run, items, _ = shop
+    few = items[:2]
+    named = [(f"item{i}", title, path) for i, (_, title, path) in enumerate(few)]
+    catalogue = run.domain_catalogue("beauty")[0]
+    same = [(asin, title, path) for asin, (_, title, path) in zip(catalogue, few, strict=False)]
+    found = dict(lavic_utils.recommend("i want a rustic mug.", named))
+    wanted = dict(lavic_utils.recommend("i want a rustic mug.", same))
+    assert list(found.values()) == pytest.approx(list(wanted.values()))
+    assert found["item0"] == pytest.approx(wanted[catalogue[0]])
+    assert found == dict(lavic_utils.recommend("I want a RUSTIC mug.", named))
+    (_, one, first), (_, two, second) = few  # negative control: other pictures, other shares
+    swapped = dict(
+        lavic_utils.recommend(
+            "i want a rustic mug.", [("item0", one, second), ("item1", two, first)]
+        )
+    )
+    assert swapped != found
+
+
 def test_a_request_that_cannot_be_answered_is_one_line(shop, tmp_path, monkeypatch):
     _, items, _ = shop
     for candidates in ([], [items[0], items[0]]):
@@ -522,6 +558,23 @@ def test_a_request_that_cannot_be_answered_is_one_line(shop, tmp_path, monkeypat
     for image in (tmp_path / "no.jpg", tmp_path / "half.jpg", Image.open(tmp_path / "half.jpg")):
         with pytest.raises(UserError, match="B000000001: .* is no readable image"):
             lavic_utils.recommend("a mug", [("B000000001", "mug", image)])
+    for bad in (None, 3, {"a": 1}, [("a", "b")], [("", "mug", None)], [(1, "mug", None)]):
+        with pytest.raises(UserError, match="candidates: give"):
+            lavic_utils.recommend("i want a mug.", bad)
+    for image in (3, b"bytes", tmp_path / "nowhere.jpg", Image.new("RGB", (1, 1))):
+        with pytest.raises(UserError, match="is no readable image|is not there") as caught:
+            lavic_utils.recommend("i want a mug.", [("B000000001", "mug", image)])
+        assert len(str(caught.value)) < 400
+    for dialogue in (None, "", [3], ["hello"], [("seeker", 3)], [("seeker", None)]):
+        with pytest.raises(UserError, match="dialogue: give a text"):
+            lavic_utils.recommend(dialogue, items)
+    for words in ("quantum zorp", "i want a zorp mug."):
+        with pytest.raises(UserError, match="dialogue: the .* model cannot read .*zorp"):
+            lavic_utils.recommend(words, items)
+    with pytest.raises(UserError, match="candidate one: the .* model cannot read Zorp"):
+        lavic_utils.recommend("i want a mug.", [("one", "Zorp", None)])
+    with pytest.raises(UserError, match="dialogue: too long by"):
+        lavic_utils.recommend("i want a mug. " * 200, items)
     for dialogue in ([], [("teacher", "a mug")]):
         with pytest.raises(UserError, match="dialogue: give a text"):
             lavic_utils.recommend(dialogue, items)

@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,6 +178,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(place, whole, what, 
 # ---------------------------------------------------------------- chosen moments, and controls
 def forget_random_state(checkpoint: Path) -> None:
     (checkpoint / "rng_state.pth").unlink()
+    (checkpoint / callbacks.HASHES).unlink()  # by which it would be found damaged
 
 
 @pytest.mark.parametrize("what", ["distil", "tune"])
@@ -278,3 +280,40 @@ def test_only_checkpoints_with_a_whole_state_are_kept(tmp_path):
     callbacks.remove_broken(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     callbacks.remove_broken(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "empty", "gone"])
+def test_a_checkpoint_damaged_since_and_those_after_it_are_not_gone_on_from(
+    tmp_path, damage, capsys
+):
+    saves = callbacks.Saves(None, None)
+    for step in (2, 4, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        (folder / "optimizer.pt").write_bytes(bytes(range(200)))
+        state = SimpleNamespace(global_step=step, is_world_process_zero=True)
+        saves.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    callbacks.remove_broken(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3  # negative control
+    file = tmp_path / "checkpoint-4" / "optimizer.pt"
+    content = {"cut": bytes(range(20)), "zeroed": bytes(200), "empty": b""}.get(damage)
+    file.unlink() if content is None else file.write_bytes(content)
+    callbacks.remove_broken(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_damaged_descriptions_are_written_again_from_there_on(tmp_path, capsys):
+    path = tmp_path / "descriptions.jsonl"
+    keeping.Written(path).add(["one", "two", "three"])
+    assert keeping.Written(path).texts == ["one", "two", "three"]  # negative control
+    for old, new in (("two", "2wo"), ('["two"', '["two'), ("[", "{")):
+        keeping.Written(path)
+        whole = path.read_text()
+        lines = whole.split("\n")
+        lines[1] = lines[1].replace(old, new)
+        path.write_text("\n".join(lines))
+        assert keeping.Written(path).texts == ["one"]
+        assert "damaged from line 2 on" in capsys.readouterr().out
+        path.write_text(whole)

@@ -167,6 +167,41 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+# ---------------------------------------------------------------- room
+def test_every_stage_counts_what_is_free_before_it_loads_a_model(run, monkeypatch):
+    asked = []
+
+    def nothing_free(profile, stage, tokens=None):
+        asked.append((stage, tokens() if tokens else None))
+        raise UserError("no room")
+
+    def loaded(*about):
+        raise AssertionError("a model was loaded before room was asked for")
+
+    monkeypatch.setattr(plan, "refuse_now", nothing_free)
+    monkeypatch.setattr(experiment.Experiment, "model", loaded)
+    monkeypatch.setattr(methods, "load_open", loaded)
+    stages = [(run.teach, "teacher")]
+    for name in ("LLaVA-v1.6 (title)", "Vicuna-v1.5"):
+        stages.append((partial(run.answers, name, "home"), "inference"))
+    for ask, stage in stages:
+        with pytest.raises(UserError, match="no room"):
+            ask()
+        assert asked.pop()[0] == stage and not asked
+    monkeypatch.setattr(
+        experiment.Experiment,
+        "teach",
+        lambda self: {s: [""] * len(self.pictures(s)) for s in ("train", "valid")},
+    )
+    for ask, stage in (
+        (run.distil, "distillation"),
+        (partial(run.tune, "LaViC w/o images", "home"), "recommendation"),
+    ):
+        with pytest.raises(UserError, match="no room"):
+            ask()
+        assert asked.pop()[0] == stage and not asked
+
+
 # ---------------------------------------------------------------- the registry
 def test_the_registry_is_the_published_tables():
     rows = {row["method"]: row for row in report.published()["rows"]}

@@ -235,6 +235,9 @@ def test_the_card_of_this_machine_is_asked(monkeypatch):
     has_card(monkeypatch, 79, "NVIDIA H100 80GB HBM3")
     assert plan.present()[1:] == (79.0, *plan.CARDS["h100"][2:])
     assert "fits: NVIDIA H100 80GB HBM3 yes\n" in plan.plan(PAPER)
+    assert "a T4's" not in plan.plan(PAPER)
+    has_card(monkeypatch, 140, "NVIDIA H200")  # its speeds are in no table
+    assert "NVIDIA H200, its speeds unknown: hours are a T4's" in plan.plan(PAPER)
     has_card(monkeypatch, 15, "Tesla T4")
     with pytest.raises(UserError, match="Tesla T4"):
         plan.plan(PAPER)

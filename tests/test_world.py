@@ -122,6 +122,27 @@ def test_the_key_reads_settings_and_the_files_that_draw_and_write(monkeypatch) -
     assert read == ["words.yaml", "words.py", "drawing.py", "world.py"]
 
 
+@pytest.mark.parametrize("damage", ["cut", "removed", "picture", "facts"])
+def test_a_damaged_world_is_made_again_and_said(tmp_path: Path, damage: str, capsys) -> None:
+    root = world.make_world(tmp_path / "mini", TINY)
+    before = data_hash(root)
+    picture = next((root / "train_images").iterdir())
+    path = {
+        "cut": root / "amazon_home" / "test.jsonl",
+        "removed": root / "item2meta_valid.jsonl",
+        "picture": picture,
+        "facts": root / world.FACTS,
+    }[damage]
+    whole = path.read_bytes()
+    path.unlink() if damage == "removed" else path.write_bytes(whole[:300])
+    world.make_world(root, TINY)
+    assert path.read_bytes() == whole and data_hash(root) == before
+    assert "damaged" in capsys.readouterr().out
+    stamp = path.stat().st_ino
+    world.make_world(root, TINY)
+    assert path.stat().st_ino == stamp  # negative control: a whole one is left alone
+
+
 def test_a_stale_key_remakes_the_world_and_leaves_the_data_hash(tmp_path: Path) -> None:
     root = world.make_world(tmp_path / "mini", TINY)
     before = data_hash(root)
