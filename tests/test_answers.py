@@ -269,6 +269,11 @@ BAD = {
         "line 1: field recommended_st: String should match",
     ),
     "None": ({**GOOD, "recommended_st": "None"}, [], "field (all): recommended 'None' is neither"),
+    "truths in lower case": (
+        {**GOOD, "gt_items": [one.lower() for one in GOOD["candidates_st"][:1]]},
+        [],
+        "case of letters alone",
+    ),
     "lower case": ({**GOOD, "recommended_st": "b0test0000"}, [], "10 capitals and digits"),
     "a title": ({**GOOD, "recommended_st": "mug"}, [], "null stands for an answer without an id"),
     "nine": ({**GOOD, "candidates_st": TEN[:9]}, [], "candidates_st: 10 different candidates"),

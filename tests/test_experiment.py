@@ -415,9 +415,17 @@ def test_bad_profiles_are_one_clear_line(tmp_path):
         ("seed: 5", "seed: 5 \x80", "UnicodeDecodeError"),
         ("model: none", 'model: "a\\0b"', "field model"),
         ("max_length: 32", f"max_length: {10**30}", "field distillation.max_length"),
-        ("epochs: 1", "epochs: true", "field distillation.epochs"),
+        ("epochs: 1", "epochs: true", "field distillation: epochs: True is neither"),
         ("name: tiny", f"name: tiny\nworld: {{image_side: {10**9}}}", "field world.image_side"),
         ("name: tiny", f"name: tiny\nworld: {{missing_images: {10**30}}}", "field world.missing"),
+        ("max_length: 32", "max_length: 15", "field distillation.max_length"),
+        ("max_new_tokens: 8", "max_new_tokens: 3", "field distillation.max_new_tokens"),
+        ("seed: 5", "seed: yes", "seed: True is neither"),
+        ("learning_rate: 0.1", "learning_rate: on", "learning_rate: True is neither"),
+        ("name: tiny", "name: tiny\nworld: {shard_items: 5}", "field world.shard_items"),
+        ("name: tiny", "name: tiny\nworld: {missing_images: 300}", "missing_images and corrupt"),
+        ('answer: "{id}"', 'answer: "\\ud800{id}"', "field prompts.answer"),
+        ("seed: 5", 'seed: 5\n"a\\0b": 1', r"field 'a.x00b'"),
         ("learning_rate: 0.1", "learning_rate: .inf", "field distillation.learning_rate"),
         ("learning_rate: 0.1", "learning_rate: .nan", "field distillation.learning_rate"),
         (
@@ -449,6 +457,17 @@ def test_a_bad_profile_is_refused_by_field_when_it_is_read(old, new, said, tiny_
     with pytest.raises(UserError, match=said) as error:
         load_profile(str(tiny_profile))
     assert "\n" not in str(error.value) and str(error.value).endswith("; correct the file")
+
+
+def test_a_profile_of_many_keys_or_bytes_is_refused_at_once(tiny_profile):
+    text, start = tiny_profile.read_text(), time.monotonic()
+    tiny_profile.write_text(text + "models: {" + ", ".join(f"m{i}: x" for i in range(9000)) + "}")
+    with pytest.raises(UserError, match="write|no method"):
+        experiment.Experiment(str(tiny_profile))
+    tiny_profile.write_text(text + "# " + "x" * 10**6)
+    with pytest.raises(UserError, match="over 200000 bytes, so no profile"):
+        load_profile(str(tiny_profile))
+    assert time.monotonic() - start < 30
 
 
 # ---------------------------------------------------------------- a request of one's own
