@@ -53,15 +53,15 @@ class Answer(Row):
     @model_validator(mode="after")
     def _names_an_id(self) -> Answer:
         """A text that is no id would count as a miss in silence: "None", a title, "b00ho5ee9w"."""
+        read = self.recommended
+        if read not in (None, *self.candidates, *self.gt_items) and not CODE.fullmatch(read):
+            why = "is neither a candidate nor an ASIN (10 capitals and digits)"
+            raise ValueError(f"recommended {read!a} {why}; null stands for an answer without an id")
         ids = {*self.candidates, *self.gt_items, *([self.recommended] if self.recommended else ())}
         if len({one.upper() for one in ids}) < len(ids):
             raise ValueError(
                 "ids that differ in the case of letters alone; write all as the data do"
             )
-        read = self.recommended
-        if read not in (None, *self.candidates, *self.gt_items) and not CODE.fullmatch(read):
-            why = "is neither a candidate nor an ASIN (10 capitals and digits)"
-            raise ValueError(f"recommended {read!a} {why}; null stands for an answer without an id")
         return self
 
 
