@@ -37,8 +37,8 @@ quick: $(STAMP)
 	$(PY) -m lavic_utils notebooks check
 	$(PY) -m pytest -q tests --ignore tests/browser
 
-# The site of docs/site/_toc.yml in docs/_build/html; SOLUTIONS=no leaves the exercises' solutions out. Its tools need another markdown-it-py than
-# JupyterLab does: an environment of their own, without torch.
+# The site of docs/site/_toc.yml in docs/_build/html; SOLUTIONS=no leaves the exercises' solutions and the
+# teachers' pages out. Its tools need another markdown-it-py than JupyterLab does: an environment of their own, without torch.
 book: $(BOOK)/.installed
 	$(BOOK)/bin/python docs/build.py $(BOOKFLAGS) $(if $(filter no,$(SOLUTIONS)),--no-solutions)
 

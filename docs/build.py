@@ -17,6 +17,7 @@ import subprocess
 import sys
 from base64 import b64decode
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 from typing import Any
@@ -30,6 +31,8 @@ SITE = ROOT / "docs" / "site"
 BUILT = ROOT / "docs" / "_build"  # source/: what is staged; html/: the site
 # What has another place in the site.
 MOVED = {"README.md": "index.md", "results/claims.md": "docs/claims.md"}
+# Left out of a book without solutions: what to expect and how to grade stands there.
+TEACHERS = {"docs/teacher", "docs/teaching"}
 # Code (left alone), or a Markdown link or image: `[text](target)`, `![text](target)`.
 CODE_OR_LINK = re.compile(
     r"```.*?```|(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)|`[^`\n]*`", re.S
@@ -134,15 +137,30 @@ def doors(name: str, address: str) -> str:
     return " · ".join(f"<a {target}>{words}</a>" for target, words in links.items())
 
 
+def of_solutions(text: str) -> str:
+    """Markdown without what it says of solutions: of a line of prose, all from the first sentence
+    that names one to the line's end."""
+    lines = []
+    for line in text.split("\n"):
+        said = [] if line.startswith(("#", "|")) else re.split(r"(?<=[.:!?]) +", line)
+        kept = list(takewhile(lambda s: not re.search(r"\bsolutions?\b", s, re.I), said))
+        if len(kept) == len(said):
+            lines.append(line)
+        elif kept:
+            lines.append(" ".join(kept))
+    return "\n".join(lines)
+
+
 def without_solutions(book: dict[str, Any]) -> None:
-    """Take the exercises' solutions and their discussions out, in place; cells keep their number
-    (an empty one stands where one was)."""
+    """Take the exercises' solutions, their discussions and what is said of them out, in place;
+    cells keep their number (an empty one stands where one was)."""
     for cell in book["cells"]:
         if "solution" in cell["metadata"].get("tags", []):
             cell |= {"source": "", "outputs": []}
         elif cell["cell_type"] == "markdown":
             folded = r"<details><summary>Discussion.*?</details>\n*"
-            cell["source"] = re.sub(folded, "", "".join(cell["source"]), flags=re.S)
+            text = re.sub(folded, "", "".join(cell["source"]), flags=re.S)
+            cell["source"] = of_solutions(text)
 
 
 def stage_notebook(
@@ -191,9 +209,11 @@ def stage_notebook(
     out.write_text(json.dumps(book), encoding="utf-8")
 
 
-def table_of_contents(root: Path, problems: Problems) -> tuple[dict[str, Any], set[str]]:
-    """site/_toc.yml with the modules' API pages added and missing pages taken out (each a problem);
-    the site's pages."""
+def table_of_contents(
+    root: Path, problems: Problems, solutions: bool = True
+) -> tuple[dict[str, Any], set[str]]:
+    """site/_toc.yml with the modules' API pages added and missing pages taken out (each a problem),
+    and without solutions the teachers'; the site's pages."""
     toc = yaml.safe_load((SITE / "_toc.yml").read_text(encoding="utf-8"))
     made = {"docs/gallery", "docs/claims", "docs/api"}
     found = {"index.md"}
@@ -201,6 +221,8 @@ def table_of_contents(root: Path, problems: Problems) -> tuple[dict[str, Any], s
         chapters = []
         for chapter in part["chapters"]:
             name = chapter["file"]
+            if name in TEACHERS and not solutions:
+                continue
             file = next((f for f in (f"{name}.md", f"{name}.ipynb") if (root / f).is_file()), None)
             if name not in made and file is None:
                 problems.append(f"{name}: in docs/site/_toc.yml, but there is no such page")
@@ -223,7 +245,7 @@ def stage(root: Path, out: Path, solutions: bool = True) -> Problems:
     problems = Problems()
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(SITE, out, ignore=shutil.ignore_patterns("__pycache__"))
-    toc, site = table_of_contents(root, problems)
+    toc, site = table_of_contents(root, problems, solutions)
     (out / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
     figures = {p.relative_to(root).as_posix(): p for p in sorted((root / "figures").rglob("*.png"))}
     plates = {p.relative_to(root).as_posix(): p for p in (root / "results/bench").glob("*.png")}
@@ -277,7 +299,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build the static site of the companion.")
     for option, about in (
         ("--slides", "the slides instead of the site"),
-        ("--no-solutions", "leave the exercises' solutions out"),
+        ("--no-solutions", "leave the exercises' solutions and the teachers' pages out"),
         ("--draft", "build although alternative texts or pages are missing"),
     ):
         parser.add_argument(option, action="store_true", help=about)

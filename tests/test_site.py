@@ -258,7 +258,7 @@ def notebook() -> dict:
     told = "<details><summary>Answer, after you have guessed</summary>\n\nSome.\n\n</details>"
     folded = "<details><summary>Discussion</summary>secret two</details>\n\n### Exercise 2"
     cells = [
-        markdown("# 01 · A"),
+        markdown("# 01 · A\n\nAt any resolution. Try it. It has a Solution that runs. Open it."),
         markdown(f"## Why?\n\n{asked}\n\n{told}\n\n## How?\n\nSo."),
         run("draw()", picture("Bars")),
         run("secret one", tags=("solution",)),
@@ -278,9 +278,42 @@ def test_a_book_without_solutions_has_none_anywhere(root: Path, solutions: bool)
     for file in (out, extra / "notebooks" / "01_a.ipynb"):
         text = file.read_text(encoding="utf-8")
         assert ("secret one" in text) == ("secret two" in text) == solutions
+        assert ("It has a Solution that runs. Open it." in text) == solutions
+        assert "At any resolution. Try it." in text
         assert "Answer, after you" in text and "Exercise 2" in text and "last()" in text
     assert 'id=\\"code-5\\"' in out.read_text(encoding="utf-8")  # cells keep their number
     assert "code-5" not in (extra / "notebooks" / "01_a.ipynb").read_text(encoding="utf-8")
+
+
+def staged(folder: Path, solutions: bool) -> dict[str, str]:
+    """The real book's source: its text files, and the prose of its notebooks."""
+    assert build.stage(ROOT, folder, solutions) == []
+    found = {}
+    for path in folder.rglob("*.*"):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in (".md", ".yml"):
+            found[name] = path.read_text(encoding="utf-8")
+        elif path.suffix == ".ipynb":
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            prose = [cell for cell in cells if cell["cell_type"] == "markdown"]
+            found[name] = "\n\n".join("".join(cell["source"]) for cell in prose)
+    return found
+
+
+def test_the_real_book_without_solutions_has_none_and_promises_none(tmp_path: Path) -> None:
+    with_all, without = (staged(tmp_path / str(given), given) for given in (True, False))
+    assert set(with_all) - set(without) == {"docs/teacher.md", "docs/teaching.md"}
+    assert "answers to expect" in with_all["docs/teaching.md"]
+    promised = [n for n, text in with_all.items() if re.search(r"\b[Ss]olutions?\b", text)]
+    assert {Path(name).stem[:2] for name in promised} >= {"00", "03", "06"}
+    for name, text in without.items():
+        assert not re.search("answers to expect|What to grade", text), name
+        if not name.startswith("_extra/"):  # what a reader downloads has the repository's links
+            assert not re.search(r"docs/teach|\(teach\w+\.md", text), name
+        if name.endswith(".ipynb"):
+            assert not re.search(r"\bsolutions?\b|They run with the notebook", text, re.I), name
+            exercises = re.findall(r"^### Exercise.*\n\n(.*)", text, re.M)
+            assert len(exercises) >= 4 and all(len(one) > 40 for one in exercises), name
 
 
 @pytest.mark.parametrize(
