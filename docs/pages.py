@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from textwrap import wrap
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -279,34 +280,72 @@ Test splits:
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\([^()\s]+\)")
 
 
-def section(book: Mapping[str, Any], title: str) -> tuple[str, str, list[tuple[str, str]]]:
-    """Of a notebook's section: what to predict, the folded answer, and its pictures (base64 PNG,
-    alternative text). "" and [] where there is none; KeyError without such a section."""
-    inside, text, found = False, "", []
+ROWS, LINES, WIDTH = 12, 20, 90  # of a table and of printed text, that a slide holds
+
+
+class Section(NamedTuple):
+    """What slides show of a notebook's section, "" and [] where there is none: what to predict, the
+    folded answer, tables (HTML), pictures (base64 PNG, alternative text), printed text."""
+
+    title: str
+    question: str
+    answer: str
+    tables: list[str]
+    pictures: list[tuple[str, str]]
+    printed: str
+
+
+def sections(book: Mapping[str, Any]) -> list[Section]:
+    """A notebook's sections in their order, without solutions."""
+    found: list[tuple[str, list[Any]]] = []
     for cell in book["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             for part in re.split(r"^(?=#+ )", source, flags=re.M):
                 if part.startswith("#"):
-                    inside = part.splitlines()[0].lstrip("# ") == title
-                text += part if inside else ""
-        elif inside and "solution" not in cell["metadata"].get("tags", []):
-            for data in (output.get("data", {}) for output in cell["outputs"]):
-                if "image/png" in data:
-                    alt = " ".join("".join(data["text/plain"]).split())
-                    found.append(("".join(data["image/png"]), alt))
-    if not text:
-        raise KeyError(title)
+                    found.append((part.splitlines()[0].lstrip("# "), []))
+                if found:
+                    found[-1][1].append(part)
+        elif found and "solution" not in cell["metadata"].get("tags", []):
+            found[-1][1].extend(cell["outputs"])
+    return [_section(title, parts) for title, parts in found]
+
+
+def _section(title: str, parts: Sequence[Any]) -> Section:
+    text = "".join(part for part in parts if isinstance(part, str))
+    made = Section(title, "", "", [], [], "")
+    for output in (part for part in parts if not isinstance(part, str)):
+        data = {kind: "".join(said) for kind, said in output.get("data", {}).items()}
+        table = data.get("text/html", "")
+        if "image/png" in data:
+            made.pictures.append((data["image/png"], " ".join(data["text/plain"].split())))
+        elif "<table" in table and table.count("<tr") <= ROWS:
+            made.tables.append(table)
+        elif output["output_type"] == "stream":
+            made = made._replace(printed=made.printed + "".join(output["text"]))
     question = re.search(r"^\*\*Predict:\*\*.*?(?=\n\n|\Z)", text, re.M | re.S)
     answer = re.search(r"<summary>Answer[^<]*</summary>(.*?)</details>", text, re.S)
     asked, told = question[0] if question else "", answer[1].strip() if answer else ""
-    return LINK.sub(r"\1", asked), LINK.sub(r"\1", told), found
+    return made._replace(question=LINK.sub(r"\1", asked), answer=LINK.sub(r"\1", told))
+
+
+def _slides(one: Section, keep: Callable[[str], str]) -> list[str]:
+    """A section's slides. Printed text stands where there is neither table nor picture."""
+    shown = [text for text in (one.question, one.answer) if text]
+    shown += [f"````{{raw}} html\n{table}\n````" for table in one.tables]
+    shown += [f"![{alt.translate(ESCAPES)}]({keep(png)})" for png, alt in one.pictures]
+    if one.printed and not (one.tables or one.pictures):
+        lines = [line for long in one.printed.splitlines() for line in wrap(long, WIDTH) or [""]]
+        for start in range(0, len(lines), LINES):
+            shown.append("\n".join(("````text", *lines[start : start + LINES], "````")))
+    return [f"## {one.title}\n\n{what}\n" for what in shown]
 
 
 def slides(root: Path, keep: Callable[[str], str], problems: list[str]) -> str:
     """Slides of the 90 minutes: for each row of docs/teaching.md its title, with the text as the
-    teacher's notes; for each section of a notebook that the row names what to predict, then the
-    answer and the pictures. `keep` stores a picture and returns its file's name."""
+    teacher's notes; for each section of a notebook that the row names (`"A" to "B"`: and all that
+    lie between) what to predict, then the answer, tables and pictures. `keep` stores a picture and
+    returns its file's name."""
     parts = ["# LaViC in 90 minutes\n\nPress S for the notes, O for all slides.\n"]
     plan = (root / "docs" / "teaching.md").read_text(encoding="utf-8")
     for minutes, what, where in re.findall(r"^\| (\d+–\d+) \| (.*) \| (.*) \|$", plan, re.M):
@@ -317,17 +356,13 @@ def slides(root: Path, keep: Callable[[str], str], problems: list[str]) -> str:
         if not re.match(r"\d\d, \"", where):
             continue
         path = next((root / "notebooks").glob(f"{where[:2]}_*.ipynb"))
-        book = json.loads(path.read_text(encoding="utf-8"))
-        for name in re.findall(r'"([^"]+)"', where):
-            try:
-                question, answer, pictures = section(book, name)
-            except KeyError:
+        found = sections(json.loads(path.read_text(encoding="utf-8")))
+        places = {one.title: place for place, one in enumerate(found)}
+        for first, last in re.findall(r'"([^"]+)"(?: to "([^"]+)")?', where):
+            lost = [name for name in (first, last) if name and name not in places]
+            for name in lost:
                 problems.append(f"docs/teaching.md: notebook {where[:2]} has no section {name!r}")
-                continue
-            if question:
-                parts.append(f"## {name}\n\n{question}\n")
-            if answer:
-                parts.append(f"## {name}\n\n{answer}\n")
-            for png, alt in pictures:
-                parts.append(f"## {name}\n\n![{alt.translate(ESCAPES)}]({keep(png)})\n")
+            if not lost:
+                for one in found[places[first] : places[last or first] + 1]:
+                    parts += _slides(one, keep)
     return "\n".join(parts)

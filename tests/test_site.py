@@ -261,6 +261,11 @@ def notebook() -> dict:
         markdown("# 01 · A\n\nAt any resolution. Try it. It has a Solution that runs. Open it."),
         markdown(f"## Why?\n\n{asked}\n\n{told}\n\n## How?\n\nSo."),
         run("draw()", picture("Bars")),
+        markdown("### Between?\n\n#### And"),
+        run("count()", printed("of two"), shown({"text/html": "<table>small</table>"})),
+        run("list()", shown({"text/html": "<table>" + "<tr>" * 30 + "large</table>"})),
+        markdown("## Last?"),
+        run("print()", printed("a line\n" * 30)),
         run("secret one", tags=("solution",)),
         markdown(folded),
         run("last()"),
@@ -333,6 +338,10 @@ def test_the_doors_of_a_notebook_page(root, monkeypatch, address: str, expected:
         assert "/v2/git/https%3A%2F%2Fexample.org%2Fa%2Fb/HEAD?labpath=notebooks/01_a" in line
 
 
+def printed(text: str) -> dict:
+    return {"output_type": "stream", "name": "stdout", "text": [text]}
+
+
 def test_slides_are_made_of_the_plan_and_the_notebooks(root: Path) -> None:
     (root / "notebooks" / "01_a.ipynb").write_text(json.dumps(notebook()), encoding="utf-8")
     rows = '| 0–8 | *Begin.* Talk. | 01, "Why?" and "How?" |\n| 8–9 | *End.* Go. | – |\n'
@@ -348,6 +357,32 @@ def test_slides_are_made_of_the_plan_and_the_notebooks(root: Path) -> None:
     (root / "docs" / "teaching.md").write_text(rows.replace("Why?", "When?"), encoding="utf-8")
     pages.slides(root, lambda png: "a.png", problems)
     assert problems == ["docs/teaching.md: notebook 01 has no section 'When?'"]
+
+
+def test_slides_hold_what_lies_between_two_sections(root: Path) -> None:
+    (root / "notebooks" / "01_a.ipynb").write_text(json.dumps(notebook()), encoding="utf-8")
+    rows = '| 0–8 | *Begin.* Talk. | 01, "Why?" and "How?" to "Last?" |\n'
+    (root / "docs" / "teaching.md").write_text(rows, encoding="utf-8")
+    problems: list[str] = []
+    text = pages.slides(root, lambda png: "a.png", problems)
+    heads = ["Begin", "Why?", "Why?", "How?", "And", "Last?", "Last?"]
+    assert problems == [] and re.findall("^## (.*)$", text, re.M) == heads
+    assert "<table>small</table>" in text and "large" not in text and "of two" not in text
+    assert text.count("a line") == 30 and "secret" not in text
+
+
+def test_a_slide_that_names_a_table_is_followed_by_it() -> None:
+    text = pages.slides(ROOT, lambda png: "a.png", [])
+    made = re.split(r"^## ", text, flags=re.M)
+    named = [k for k, one in enumerate(made) if re.search(r"\btable below\b", one)]
+    assert len(named) >= 3
+    for k in named:
+        title = made[k].splitlines()[0]
+        assert made[k + 1].startswith(title) and "<table" in made[k + 1], title
+    for one in ("How sure?", "Recommending"):
+        at = next(k for k, slide in enumerate(made) if slide.startswith(one))
+        length = next(k for k, slide in enumerate(made[at + 1 :]) if "\nMinutes " in slide)
+        assert length >= 5, one  # what the row shows before the next begins
 
 
 def test_slides_of_the_real_plan_hold_every_row() -> None:

@@ -432,3 +432,13 @@ def test_slides_need_no_network_and_show_their_pictures(page, errors: list[str])
         return [...top.querySelectorAll('img')].filter(one => !one.alt || one.width < 200);
     }).length""")
     assert hidden == 0
+    cut = page.evaluate("""() => [...Array(Reveal.getTotalSlides()).keys()].flatMap(k => {
+        const top = Reveal.getSlides()[k];
+        const at = Reveal.getIndices(top);
+        Reveal.slide(at.h, at.v);
+        const all = [...top.querySelectorAll('p, table, pre')];
+        return all.filter(one => one.scrollWidth > 1280
+            || one.offsetTop + one.offsetHeight > 720).map(one => one.innerText.slice(0, 60));
+    })""")
+    assert cut == []
+    assert page.locator(".slides table").count() >= 5
