@@ -436,8 +436,9 @@ def test_slides_need_no_network_and_show_their_pictures(page, errors: list[str])
         const top = Reveal.getSlides()[k];
         const at = Reveal.getIndices(top);
         Reveal.slide(at.h, at.v);
-        const all = [...top.querySelectorAll('p, table, pre')];
+        const all = [...top.querySelectorAll('p, table, pre, pre code')];
         return all.filter(one => one.scrollWidth > 1280
+            || (one.tagName == 'CODE' && one.scrollHeight > one.clientHeight + 2)
             || one.offsetTop + one.offsetHeight > 720).map(one => one.innerText.slice(0, 60));
     })""")
     assert cut == []
