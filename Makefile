@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PROFILE ?= mini
 SEEDS ?= 1
+# TORCH=cpu: PyTorch's own build for CPUs. PyPI's for Linux brings CUDA: 2.7 GB of wheels to download on x86_64, more unpacked.
+TORCH ?=
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.lavic-installed
@@ -12,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
-.PHONY: gallery reproduce test rehearsal test-browser book slides demo install quick mini-model bench notebooks readme lock lab clean
+.PHONY: gallery reproduce test rehearsal test-browser book slides demo install install-all quick mini-model bench notebooks readme lock lab clean
 
 reproduce: $(STAMP)
 	$(PY) -m lavic_utils reproduce --profile $(PROFILE) --seeds $(SEEDS)
@@ -58,12 +60,15 @@ test-browser: $(DEMO) book slides
 
 install: $(STAMP)
 
+# Also what demo, book and slides would install at their first call.
+install-all: $(DEMO) $(BOOK)/.installed
+
 # torch first and alone, at the version of the lock: nothing after it may choose another build.
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned environment into .venv (once; a few minutes)"
-	$(PY) -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	$(PY) -m pip install --quiet $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu) "$$(grep '^torch==' requirements.lock)"
 	$(PY) -m pip install --quiet -r requirements.lock
 	$(PY) -m pip install --quiet --no-deps -e .
 	touch $@

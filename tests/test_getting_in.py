@@ -333,10 +333,25 @@ def test_no_page_or_message_names_the_project_on_pypi():
     assert [p.name for p in texts if re.search(r"pip install .{0,9}lavic", text_of(p))] == []
 
 
-def test_the_development_container_installs_what_binder_does():
+def dry(place: Path, *asked: str) -> str:
+    """What `make` would do in a folder where nothing is installed."""
+    for name in ("Makefile", "requirements.lock", "requirements-demo.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, place)
+    (place / "docs").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "docs" / "requirements.lock", place / "docs")
+    command = ["make", "-n", *asked]
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_development_container_installs_what_the_pages_commands_use(tmp_path):
     found = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8"))
     python = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-    assert found["postCreateCommand"] == "bash binder/postBuild"
+    done = dry(tmp_path, *found["postCreateCommand"].removeprefix("make ").split())
+    for target in ("install", "demo", "book", "slides"):  # nothing is left for their first call
+        wanted = [line for line in dry(tmp_path, target, "TORCH=cpu").splitlines() if "pip" in line]
+        assert wanted and [line for line in wanted if line not in done] == []
+    settings = found["customizations"]["vscode"]["settings"]
+    assert settings["python.defaultInterpreterPath"].endswith("/.venv/bin/python")
     assert f"python={found['image'].rpartition(':')[2]}" in python["dependencies"]
 
 
@@ -348,4 +363,14 @@ def test_the_changelog_knows_this_version():
 def test_what_an_installation_weighs_is_the_same_everywhere():
     from lavic_utils.repro.doctor import INSTALLED_GB
 
-    assert f"{INSTALLED_GB} GB" in (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", ROOT / "docs" / "student.md"):
+        text = page.read_text(encoding="utf-8")
+        assert f"{INSTALLED_GB} GB" in text and "2.7 GB" in text and "TORCH=cpu" in text
+
+
+def test_torch_for_cpus_alone_is_one_word_for_make(tmp_path):
+    index = "--index-url https://download.pytorch.org/whl/cpu"
+    for words, cpu in ((["install"], False), (["reproduce", "TORCH=cpu"], True)):
+        lines = [line for line in dry(tmp_path, *words).splitlines() if "grep '^torch==" in line]
+        assert len(lines) == 1 and (index in lines[0]) == cpu
+    assert index in (ROOT / "binder" / "postBuild").read_text(encoding="utf-8")
