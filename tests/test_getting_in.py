@@ -15,13 +15,14 @@ import tomllib
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 import yaml
 
 from lavic_utils.__main__ import app, main
-from lavic_utils.bench import memory
+from lavic_utils.bench import memory, plan
 from lavic_utils.config import PACKAGE, ROOT, load_profile
 from lavic_utils.repro import colab
 
@@ -278,6 +279,45 @@ def test_the_memory_that_the_researchers_page_copies_is_what_plan_says(name):
         if line.startswith(f"| `{name}`")
     ]
     assert len(rows) == 2 and all(f"| {peak:.1f} GiB + 1" in row for row in rows)
+
+
+def test_what_the_researchers_page_says_of_card_and_disk_is_in_the_files():
+    page = " ".join((ROOT / "docs" / "researcher.md").read_text(encoding="utf-8").split())
+    files = [ROOT / f"results/bench/nvidia-h200-{name}-gpu.json" for name in ("paper", "t4")]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    good = [case["ratio"] for one in found for case in one["steps"]]
+    assert max(abs(1 - ratio) for ratio in good) < 0.04 and "within 4 %" in page
+    bad = [case for one in found for case in one["without_autocast"]]
+    lost = [case for case in bad if case["out_of_memory"]]
+    cap = found[1]["cap_gb"] * 1e9 / memory.GIB
+    surprise = [case for case in lost if case["predicted_gib"] < cap]
+    assert f"{len(bad)} more cases" in page and f"{len(lost)} ran out of memory" in page
+    assert f"{len(bad) - len(lost)} of them lie from 7 % below to 13 % above" in page
+    ratios = [round(100 * case["ratio"] - 100) for case in bad if case["ratio"]]
+    assert (min(ratios), max(ratios)) == (-7, 13) and len(surprise) == 1
+    told = f"(13.97 GiB), where {surprise[0]['predicted_gib']:.2f} GiB were foreseen"
+    assert f"{cap:.2f}" == "13.97" and told in page and f"{surprise[0]['tokens']} tokens" in page
+    peak = next(case for case in bad if case["name"] == "stage 1, longest text")["measured_gib"]
+    assert peak > plan.CARDS["a100"].gib and f"{peak:.1f} GiB and not 37.2" in page
+    for name in ("paper", "t4"):
+        profile = load_profile(name)
+        answers = memory.memories(profile)[memory.LONG[1]]["total"]
+        assert f"{answers:.1f}{' GiB' if name == 'paper' else ''} in `{name}`" in page
+        disk = sum(plan.disk_gb(profile, plan.work(profile)).values())
+        assert f"disk {disk:.1f} GB" in page
+    stage = load_profile("paper").distillation.model_copy(update={"gradient_checkpointing": True})
+    needs = memory.memories(load_profile("paper").model_copy(update={"distillation": stage}))
+    assert f"{max(needs[one]['total'] for one in memory.STAGES if one in needs):.1f} GiB" in page
+
+
+def test_a_dry_run_without_a_card_is_the_refusal_that_the_pages_name(monkeypatch, capsys):
+    monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(plan, "virtual_memory", lambda: SimpleNamespace(total=16 * memory.GIB))
+    words = ["run", "LaViC", "--domain", "beauty", "--dry-run", "--profile"]
+    for name, said in (("paper", "no card is here"), ("t4", "needs a CUDA card")):
+        assert main([*words, name]) == 2 and said in capsys.readouterr().err
+    for page in ("README.md", "docs/researcher.md"):
+        assert re.search(r"--dry-run`[^.]*\brefus", (ROOT / page).read_text(encoding="utf-8"))
 
 
 def test_the_wheel_has_the_readme_and_addresses_and_works_where_it_is_run(tmp_path):
