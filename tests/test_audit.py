@@ -253,7 +253,7 @@ def test_committed_claims_hold_every_published_cell_and_the_mini_run() -> None:
         for name in claims.PAPER[:-1]
     )
     assert all(
-        set(one) == {"tier", "value", "n", "low", "high"}
+        set(one) == {"tier", "value", "n", "worlds", "low", "high"}
         for row in found["rows"]
         for one in row["ours"]
     )
@@ -380,6 +380,26 @@ def test_one_cell_is_explained_from_count_to_verdict(capsys) -> None:
     ):
         assert main(["claims", *arguments]) == 2
         assert why in capsys.readouterr().err
+
+
+def test_a_mean_over_worlds_of_their_own_is_as_sure_as_all_their_dialogues(capsys) -> None:
+    """n counts them all, and VR's interval is Wilson's over them; seeds that answer the same
+    dialogues are no surer than one."""
+    metrics = json.loads((ROOT / "results/mini/metrics.json").read_text(encoding="utf-8"))
+    vr = claims.measured(metrics)["LaViC", "beauty", "vr"]
+    rows = [r for r in metrics["rows"] if (r["method"], r["domain"]) == ("LaViC", "beauty")]
+    n = sum(row["conversations"] for row in rows)
+    valid = sum(round(row["validity_ratio"] * row["conversations"]) for row in rows)
+    assert (vr["n"], vr["worlds"], n) == (1200, 3, 1200)
+    assert (vr["low"], vr["high"]) == tuple(round(one, 4) for one in wilson(valid, n))
+    same = claims.measured(metrics | {"rows": [row | {"world": None} for row in rows]})
+    other = same["LaViC", "beauty", "vr"]
+    assert (other["n"], other["worlds"], other["value"]) == (400, 1, vr["value"])
+    ratio = (other["high"] - other["low"]) / (vr["high"] - vr["low"])
+    assert ratio == pytest.approx(3**0.5, abs=0.02)
+    assert main(["claims", "LaViC", "beauty"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(", n 1200 (3 worlds of 400)") == 2 and ", n 767;" in said
 
 
 def test_missing_claims_say_what_to_do(tmp_path) -> None:

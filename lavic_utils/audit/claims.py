@@ -41,20 +41,28 @@ SHOWN = ("published", "95 % by test size", "counts that print it", "ceiling", "o
 Figures = dict[tuple[str, str, str], dict[str, Any]]  # (method, domain, metric) -> `_figure`
 
 
-def _figure(tier: str, value: float, n: int, bounds: Sequence[float]) -> dict[str, Any]:
+def _figure(
+    tier: str, value: float, n: int, bounds: Sequence[float], worlds: int = 1
+) -> dict[str, Any]:
     low, high = (round(bound, 4) for bound in bounds)
-    return {"tier": tier, "value": round(float(value), 4), "n": n, "low": low, "high": high}
+    found = {"tier": tier, "value": round(float(value), 4), "n": n, "worlds": worlds}
+    return found | {"low": low, "high": high}
 
 
 def measured(metrics: Mapping[str, Any]) -> Figures:
-    """Means over seeds of a profile's runs; n: test dialogues; 95 % interval over dialogues."""
+    """Means over seeds of a profile's runs, their 95 % intervals over dialogues. n: the test
+    dialogues of all worlds, where each seed has one of its own, else those that all answer."""
     tier, found = metrics["provenance"]["tier"], {}
+    seen: dict[tuple[str, str], set] = {}
+    for one in metrics["rows"]:
+        seen.setdefault((one["method"], one["domain"]), set()).add(one.get("world"))
     for row in summary_by_seed(metrics["rows"]).to_dict("records"):
-        n, vr = row["conversations"], row["validity_ratio"]
-        key = (row["method"], row["domain"])
-        found[*key, "hr@1"] = _figure(tier, row["mean"], n, (row["low"], row["high"]))
+        key, vr = (row["method"], row["domain"]), row["validity_ratio"]
+        worlds = row["seeds"] if len(seen[key]) == row["seeds"] else 1
+        n = worlds * row["conversations"]
+        found[*key, "hr@1"] = _figure(tier, row["mean"], n, (row["low"], row["high"]), worlds)
         if not pd.isna(vr):
-            found[*key, "vr"] = _figure(tier, vr, n, wilson(round(vr * n), n))
+            found[*key, "vr"] = _figure(tier, vr, n, wilson(round(vr * n), n), worlds)
     return found
 
 
@@ -151,7 +159,9 @@ def _shown(row: Mapping[str, Any]) -> list[str]:
         paper = [f"{row['published']:.4f}", interval, counts or row["reading"], ceiling]
     for one in row["ours"]:
         interval = f"[{one['low']:.4f}, {one['high']:.4f}]"
-        ours.append(f"{one['tier']} {one['value']:.4f} {interval}, n {one['n']}")
+        n, worlds = one["n"], one["worlds"]
+        size = f"n {n}" if worlds == 1 else f"n {n} ({worlds} worlds of {n // worlds})"
+        ours.append(f"{one['tier']} {one['value']:.4f} {interval}, {size}")
     return [*paper, "; ".join(ours) or "–"]
 
 
