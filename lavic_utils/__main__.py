@@ -236,9 +236,11 @@ def claims(
     from lavic_utils.audit.claims import explain, read_claims, summary
 
     found = read_claims()
-    if method and not domain:
-        raise UserError(f"claims {method}: of which domain? Add beauty, fashion or home")
-    print(explain(found, method, domain) if method else "\n".join(summary(found)))
+    if method is None:
+        return print("\n".join(summary(found)))
+    if not domain:
+        raise UserError(f"claims {method!r}: of which domain? Add beauty, fashion or home")
+    print(explain(found, method, domain))
 
 
 @app.command()

@@ -377,9 +377,23 @@ def test_one_cell_is_explained_from_count_to_verdict(capsys) -> None:
         (["LaViC"], "of which domain"),
         (["LaViC", "garden"], "no domain 'garden'"),
         (["nobody", "home"], "nobody"),
+        (["", "beauty"], "no method ''"),
+        (["LaViC", ""], "of which domain"),
     ):
         assert main(["claims", *arguments]) == 2
-        assert why in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert why in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_a_domain_is_read_in_any_case_and_a_lead_that_cannot_be_judged_says_why(capsys) -> None:
+    said = []
+    for domain in ("beauty", "BEAUTY"):
+        assert main(["claims", "bm25", domain]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].count("  over BM25: ") == 1
+    assert main(["claims", "Entire tokens (5x577)", "fashion"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("none to judge, the paper prints no HR@1 of Entire tokens (5x577) there")
 
 
 def test_a_mean_over_worlds_of_their_own_is_as_sure_as_all_their_dialogues(capsys) -> None:

@@ -215,7 +215,8 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def explain(found: Mapping[str, Any], method: str, domain: str) -> str:
     """One method and domain from count to verdict, in lines. UserError where the paper has none."""
-    name, size = find(method).name, found["splits"].get(domain)
+    name, domain = find(method).name, domain.lower()
+    size = found["splits"].get(domain)
     if size is None:
         raise UserError(f"no domain {domain!r}; there are {', '.join(found['splits'])}")
     about = "{conversations} conversations, {pairs} ground-truth items ({distinct} distinct)"
@@ -225,11 +226,12 @@ def explain(found: Mapping[str, Any], method: str, domain: str) -> str:
             lines += ["", {"hr@1": "HR@1", "vr": "VR"}[row["metric"]]]
             lines += [f"  {k}: {v}" for k, v in zip(SHOWN, _shown(row), strict=True) if v != "–"]
             lines += [f"  status: {row['status']} ({row['reason']})"]
-    lines += ["", "LaViC's lead: difference of HR@1; 95 % by test size; p, paired; verdict"]
     leads = [one for one in found["comparisons"] if one["domain"] == domain]
-    for one in leads:
-        if name in ("LaViC", one["against"]):
-            lines.append(f"  over {one['against']}: {'; '.join(_lead(one))}")
+    leads = [one for one in leads if name in ("LaViC", one["against"])]
+    about = "difference of HR@1; 95 % by test size; p, paired; verdict"
+    about = about if leads else f"none to judge, the paper prints no HR@1 of {name} there"
+    lines += ["", f"LaViC's lead: {about}"]
+    lines += [f"  over {one['against']}: {'; '.join(_lead(one))}" for one in leads]
     return "\n".join(lines)
 
 
