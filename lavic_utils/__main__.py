@@ -14,8 +14,10 @@ from typing import Annotated, Literal
 try:
     from typer import Abort, Argument, Context, Exit, Option, Typer
 except ModuleNotFoundError:  # the one place where nothing can be said with a UserError
-    print("error: packages are missing here; run make install, or", file=sys.stderr, end=" ")
-    print("python -m pip install -r requirements.lock", file=sys.stderr)
+    checkout = (Path(__file__).parents[1] / "requirements.lock").is_file()
+    todo = "run make install, or python -m pip install -r requirements.lock"
+    todo = todo if checkout else "install the wheel again, without --no-deps"
+    print(f"error: packages are missing here; {todo}", file=sys.stderr)
     sys.exit(2)
 
 from lavic_utils.config import MOST, UserError, load_profile, show_progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import readme
 
+from lavic_utils.audit.claims import explain, read_claims
 from lavic_utils.config import PACKAGE, ROOT, UserError
 from lavic_utils.repro import environment, notebooks
 
@@ -113,6 +115,39 @@ def test_every_file_that_the_code_reads_is_packed():
     packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     read = {path for path in PACKAGE.rglob("*.*") if path.suffix not in (".py", ".pyc")}
     assert len(read) > 15 and not read - packed
+
+
+def test_a_wheel_brings_the_claims_and_says_what_only_a_checkout_has(tmp_path):
+    """Installed from a wheel, in an empty folder: no result, lock or notebook is here."""
+    source, site, place = (tmp_path / name for name in ("source", "site", "place"))
+    shutil.copytree(PACKAGE, source / "lavic_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "results").mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "results/claims.json"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip"]
+    pip = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    subprocess.run(pip, check=True)
+    shutil.unpack_archive(next(tmp_path.glob("*.whl")), site, "zip")
+    place.mkdir()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LAVIC")}
+
+    def told(arguments: str, *python: str) -> tuple[int, str, str]:
+        command = [sys.executable, *python, "-m", "lavic_utils", *arguments.split()]
+        environ["PYTHONPATH"] = str(site)
+        done = subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = told("claims LaViC beauty")
+    assert (code, err) == (0, "") and out == explain(read_claims(), "LaViC", "beauty") + "\n"
+    for arguments in ("environment", "environment --check"):
+        code, out, err = told(arguments)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert "requirements-demo.lock" in err or "requirements.lock" in err
+        assert "a checkout" in err and "Errno" not in err
+    code, out, err = told("doctor", "-S")  # no package is installed
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "make" not in err and "without --no-deps" in err
+    assert not list(place.iterdir())
 
 
 @pytest.mark.parametrize(

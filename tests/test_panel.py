@@ -343,6 +343,11 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys, results):
     assert len(said) == 1 and said[0].startswith(
         "error: the page needs gradio, which is not installed here: make demo"
     )
+    monkeypatch.setattr(page, "ROOT", results)  # as from a wheel, which has no lock
+    assert main(["demo"]) == 2
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (gradio,) = wanted["optional-dependencies"]["demo"]
+    assert capsys.readouterr().err.endswith(f"here: python -m pip install '{gradio}'\n")
     monkeypatch.setitem(sys.modules, "gradio", types.ModuleType("gradio"))
     monkeypatch.setattr("lavic_utils.bench.plan.refuse_here", lambda *_: None)  # room for the model
     assert main(["demo", "--profile", "paper"]) == 2

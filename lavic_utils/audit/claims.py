@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pandas as pd
 
 from lavic_utils.audit import published
 from lavic_utils.audit.answer_files import evaluate, read_replications
-from lavic_utils.config import DOMAINS, ROOT, UserError
+from lavic_utils.config import DOMAINS, PACKAGE, ROOT, UserError
 from lavic_utils.evaluation import wilson
 from lavic_utils.methods import find
 from lavic_utils.provenance import write_json, write_text
@@ -244,10 +246,20 @@ def write_claims(data: Path, replications: Path) -> dict[str, Any]:
     return found
 
 
+def _packed() -> Path | None:
+    """The committed claims as a wheel brings them, where the package is of one."""
+    with suppress(metadata.PackageNotFoundError):
+        for file in metadata.files("lavic-companion") or ():
+            if file.name == "claims.json" and ROOT != PACKAGE.parent:
+                return Path(file.locate())
+    return None
+
+
 def read_claims(path: Path = ROOT / "results" / "claims.json") -> dict[str, Any]:
-    """The committed claims. UserError where the file is missing."""
+    """The committed claims: here, else a wheel's. UserError where there are none."""
+    path = path if path.is_file() else _packed() or path
     if not path.is_file():
-        todo = "set LAVIC_DATA and LAVIC_REPLICATIONS, run notebook 07"
+        todo = "in a checkout, set LAVIC_DATA and LAVIC_REPLICATIONS and run notebook 07"
         raise UserError(f"{path.name} is not in {path.parent.name}/; {todo}")
     return json.loads(path.read_text(encoding="utf-8"))
 

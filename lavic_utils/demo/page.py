@@ -12,17 +12,16 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from lavic_utils.config import UserError
+from lavic_utils.config import ROOT, UserError
 from lavic_utils.demo import cards
 from lavic_utils.demo.panel import Case, Panel, prepare, tile_name
 from lavic_utils.demo.uploads import FORMATS, MAX_BYTES, read_upload
 from lavic_utils.figures import style
 from lavic_utils.hub import check_proxies
 
-NEEDS = (
-    "the page needs gradio, which is not installed here: make demo, or pip install --no-deps -r "
-    "requirements-demo.lock"
-)
+NEEDS = "the page needs gradio, which is not installed here: "
+LOCKED = "make demo, or pip install --no-deps -r requirements-demo.lock"
+UNLOCKED = "python -m pip install 'gradio>=6,<7'"  # a wheel has no lock
 INTRO = """<h1>LaViC: a recommender that looks</h1><p>Ask for something, see ten candidates and what
 each of three models chooses, then change a picture. <b>{tier}</b></p>"""
 MINI = """mini run: a tiny model on a rendered catalogue; shows how the method works, never what a
@@ -221,7 +220,8 @@ def serve(
     try:
         import gradio as gr
     except ImportError:
-        raise UserError(NEEDS) from None
+        checkout = (ROOT / "requirements-demo.lock").is_file()
+        raise UserError(NEEDS + (LOCKED if checkout else UNLOCKED)) from None
     from lavic_utils.experiment import Experiment
 
     start, run = time.monotonic(), Experiment(profile, seed, folder).prepare()

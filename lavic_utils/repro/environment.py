@@ -32,7 +32,9 @@ def installed() -> dict[str, str]:
 
 
 def read_lock(path: Path) -> dict[str, str]:
-    """Name -> version. UserError for a line that is not an exact public pin."""
+    """Name -> version. UserError where it is not there, or a line is no exact public pin."""
+    if not path.is_file():
+        raise UserError(f"{path.name} is not there; locks are for a checkout: run it in one")
     lines = path.read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     for line in pins:
