@@ -313,8 +313,17 @@ def test_a_picture_is_taken_and_written_anew(shop, case, kind):
     )
 
 
+@pytest.mark.parametrize("size", [(4032, 3024), (5712, 4284)])
+def test_a_photo_of_a_phone_is_taken(size):
+    """12 and 24 million pixels, and more than 4 MB."""
+    out, grain = io.BytesIO(), Image.effect_noise(size, 40)
+    Image.merge("RGB", [grain] * 3).save(out, "JPEG", quality=75)
+    assert 4 * 2**20 < len(out.getvalue()) < MAX_BYTES
+    assert Image.open(io.BytesIO(read_upload(out.getvalue()))).size == (1024, 768)
+
+
 @pytest.mark.parametrize(("content", "why"), [
-    (b"\0" * (MAX_BYTES + 1), "MB; at most 4 are taken"),
+    (b"\0" * (MAX_BYTES + 1), "the picture has 12.0 MB; at most 12 MB are taken"),
     (b"GIF89a" + b"\0" * 50, "not a whole PNG, JPEG or WebP"),
     (picture("GIF"), "not a whole PNG, JPEG or WebP"),
     (picture("TIFF"), "not a whole PNG, JPEG or WebP"),
@@ -323,8 +332,8 @@ def test_a_picture_is_taken_and_written_anew(shop, case, kind):
     (picture("WEBP")[:-200], "not a whole PNG, JPEG or WebP"),
     (b"a text file renamed to photo.png", "not a whole PNG, JPEG or WebP"),
     (b"", "not a whole PNG, JPEG or WebP"),
-    (bomb(9000), "has 9000 x 9000 pixels; at least 16 a side are taken, at most 16 million"),
-    (bomb(60000), "too many pixels; at least 16 a side are taken, at most 16 million"),
+    (bomb(9000), "has 9000 x 9000 pixels; at least 16 a side are taken, at most 25 million"),
+    (bomb(60000), "too many pixels; at least 16 a side are taken, at most 25 million"),
     (picture(size=(8, 8)), "has 8 x 8 pixels; at least 16 a side"),
     (picture(size=(400, 20)), "has 400 x 20 pixels; at least 16 a side are taken, at most"),
 ])  # fmt: skip
@@ -371,6 +380,7 @@ def test_the_page_asks_itself_without_a_proxy(monkeypatch, results):
 
     def launch(**how) -> tuple:
         seen.extend(proxy_bypass(host) for host in ("127.0.0.1", "localhost", "example.org"))
+        assert how["max_file_size"] > 2 * MAX_BYTES  # so that it is ours that refuses
         return None, "", None
 
     monkeypatch.setattr(page, "page", lambda panel: types.SimpleNamespace(launch=launch))

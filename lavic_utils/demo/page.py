@@ -232,7 +232,8 @@ def serve(
     theme.set(button_primary_background_fill=style.BLUE, button_primary_text_color="white")
     how = {"theme": theme, "css": PALETTE, "css_paths": Path(__file__).with_name("page.css")}
     how |= {"share": False, "quiet": True, "ssr_mode": False, "enable_monitoring": False}
-    how |= {"prevent_thread_lock": True, "max_file_size": MAX_BYTES, "footer_links": []}
+    # far above ours: what gradio refuses, it says in a corner, what we refuse, beside the button
+    how |= {"prevent_thread_lock": True, "max_file_size": 5 * MAX_BYTES, "footer_links": []}
     try:
         _, url, _ = blocks.launch(server_name=host, server_port=port, **how)
     except OSError:

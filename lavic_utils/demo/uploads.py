@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 from lavic_utils.config import UserError
 from lavic_utils.data import MIN_SIDE, as_rgb
 
-MAX_BYTES, MAX_PIXELS, MAX_RATIO, KEPT_SIDE = 4 * 2**20, 16_000_000, 10, 1024
+# Photos of phones have up to 25 million pixels, and rarely more than 12 MB
+MAX_BYTES, MAX_PIXELS, MAX_RATIO, KEPT_SIDE = 12 * 2**20, 25_000_000, 10, 1024
 FORMATS = ("PNG", "JPEG", "WEBP")
 TAKEN = (
     f"at least {MIN_SIDE} a side are taken, at most {MAX_PIXELS // 10**6} million in all, and no "
@@ -24,7 +25,7 @@ def read_upload(content: bytes) -> bytes:
     """
     if len(content) > MAX_BYTES:
         size = f"{len(content) / 2**20:.1f} MB"
-        raise UserError(f"the picture has {size}; at most {MAX_BYTES // 2**20} are taken")
+        raise UserError(f"the picture has {size}; at most {MAX_BYTES // 2**20} MB are taken")
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header alone
         low, high = sorted(image.size)

@@ -209,6 +209,16 @@ def test_a_picture_is_taken_and_a_text_with_its_name_is_not(shop, errors):
     assert not errors
 
 
+def test_a_large_file_is_refused_beside_its_button(shop, errors):
+    """In words that stay, not in a toast."""
+    given, before = shop.locator("input[type=file]"), shown(shop)
+    large = {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": b"\xff" * (13 * 2**20)}
+    click_and_wait(shop, lambda: given.set_input_files(large), "#changed")
+    assert "the picture has 13.0 MB; at most 12 MB" in shop.inner_text("#changed .note")
+    assert shop.get_by_role("alert").count() == shop.locator(".toast-body").count() == 0
+    assert shown(shop) == before and not errors
+
+
 def test_hiding_every_tile_leaves_nothing_to_describe(shop, errors):
     """Ticked one after the other, faster than the model answers."""
     boxes = shop.get_by_role("group", name="Hide tiles").get_by_role("checkbox")
