@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -315,7 +316,7 @@ base_model: {base}
 library_name: peft
 tags: [lora, lavic]
 ---
-# LaViC, adapter {name}
+# Adapter of the LaViC companion: {name}
 
 By the LaViC companion, not by the paper's authors. A mini run is no evidence about a 7B model.
 
@@ -335,8 +336,14 @@ def write_card(folder: Path, **scores: object) -> None:
     about, found = stored["provenance"], stored["result"]
     log = found.get("history") or found.get("log", [])[-1:]
     best = min(log, key=lambda epoch: epoch.get("valid_loss", 0), default={})
-    names = ("tier", "profile", "seed", "data_hash", "code_hash", "versions", "time")
-    facts = {name: about[name] for name in names} | best | scores
+    facts = {name: about[name] for name in ("tier", "profile", "seed", "data_hash")}
+    facts["content hash of the code"] = about["code_hash"]
+    facts["versions"] = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
+    facts |= {"time": about["time"], **best, **scores}
     rows = "".join(f"| {name.replace('_', ' ')} | {value} |\n" for name, value in facts.items())
-    card = CARD.format(base=base, name="/".join(folder.parts[-3:]), rows=rows)
+    parts = folder.parts[-3:] if folder.parts[-3] == "stage2" else folder.parts[-1:]
+    name = ", ".join(parts).replace("_w_o_", " without ").replace("lavic", "LaViC")
+    name = re.sub("_+", " ", re.sub("^stage", "stage ", name))  # from folders' names to words
+    name = f"profile {about['profile']}, seed {about['seed']}, {name}"
+    card = CARD.format(base=base, name=name, rows=rows)
     write_text(folder / "adapter" / "README.md", card)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import readme
 
+from lavic_utils import provenance
 from lavic_utils.audit.claims import explain, read_claims
-from lavic_utils.config import PACKAGE, ROOT, UserError
+from lavic_utils.config import PACKAGE, ROOT, UserError, load_profile
 from lavic_utils.repro import environment, notebooks
 
 SITTING = (
@@ -148,6 +149,29 @@ def test_a_wheel_brings_the_claims_and_says_what_only_a_checkout_has(tmp_path):
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert "make" not in err and "without --no-deps" in err
     assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize(("folder", "words"), [
+    ("stage1", "stage 1"),
+    ("stage1_mean", "stage 1 mean"),
+    ("stage2/lavic_w_o_images/beauty", "stage 2, LaViC without images, beauty"),
+    ("stage2/entire_tokens__5x577/home", "stage 2, entire tokens 5x577, home"),
+])  # fmt: skip
+def test_an_adapter_s_card_says_in_words_what_it_is(folder, words, tmp_path):
+    place = tmp_path / "mini" / "seed7" / folder
+    provenance.write_json(
+        place / "adapter" / "adapter_config.json", {"base_model_name_or_path": "mini_model"}
+    )
+    about = provenance.provenance(load_profile("mini"), 7, "d4ta")
+    provenance.write_json(place / "result.json", {"provenance": about, "result": {}})
+    provenance.write_card(place)
+    card = (place / "adapter" / "README.md").read_text(encoding="utf-8")
+    title = f"# Adapter of the LaViC companion: profile mini, seed 7, {words}"
+    rows = dict(row.strip("| ").split(" | ") for row in card.splitlines() if row[:1] == "|")
+    assert title in card.splitlines() and "code hash" not in rows
+    assert rows["content hash of the code"] == about["code_hash"]
+    assert rows["versions"].startswith(f"torch {about['versions']['torch']}, transformers ")
+    assert "{" not in card and "None" not in card
 
 
 @pytest.mark.parametrize(
