@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +21,7 @@ except ModuleNotFoundError:  # the one place where nothing can be said with a Us
     print(f"error: packages are missing here; {todo}", file=sys.stderr)
     sys.exit(2)
 
-from lavic_utils.config import MOST, UserError, load_profile, show_progress
+from lavic_utils.config import DOMAINS, MOST, PACKAGE, UserError, load_profile, show_progress
 
 app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 notebooks = Typer(help="The committed notebooks: execute in place, check.", no_args_is_help=True)
@@ -43,9 +44,21 @@ def _folder(given: Path | None) -> Path | None:
     return given
 
 
-Profile = Annotated[
-    str, Option("--profile", callback=_known, help="A profile's name, or a path to a YAML file.")
-]
+def _profiles() -> list[str]:
+    """For the shell's completion, as the next: what is quick to say, and needs no quotes."""
+    return sorted(path.stem for path in (PACKAGE / "profiles").glob("*.yaml"))
+
+
+def _slugs() -> list[str]:
+    rows = json.loads((PACKAGE / "published.json").read_text(encoding="utf-8"))["rows"]
+    return [re.sub(r"\W", "_", row["method"].lower()).strip("_") for row in rows]
+
+
+NAMED: dict = {"help": "A profile's name, or a path to a YAML file.", "autocompletion": _profiles}
+Profile = Annotated[str, Option("--profile", callback=_known, **NAMED)]
+DOMAIN: dict = {"help": "beauty, fashion or home.", "autocompletion": lambda: list(DOMAINS)}
+SLUG = "A name of `methods`, or its slug: lavic_w_o_images."
+METHOD: dict = {"help": SLUG, "autocompletion": _slugs}
 Seed = Annotated[int | None, Option("--seed", min=0, max=MOST, help="Default: the profile's.")]
 Data = Annotated[
     Path | None,
@@ -118,8 +131,8 @@ def methods(profile: Profile = "mini") -> None:
 
 @app.command()
 def run(
-    method: Annotated[str, Argument(help="A name of `methods`, or its slug: lavic_w_o_images.")],
-    domain: Annotated[str, Option(help="beauty, fashion or home.")],
+    method: Annotated[str, Argument(**METHOD)],
+    domain: Annotated[str, Option(**DOMAIN)],
     profile: Profile = "mini",
     limit: Annotated[int | None, Option(min=1, help="Only the first so many dialogues.")] = None,
     split: Annotated[Literal["test", "valid"], Option(help="What is answered.")] = "test",
@@ -231,8 +244,8 @@ def evaluate(
 
 @app.command()
 def claims(
-    method: Annotated[str | None, Argument(help="A name of `methods`, or its slug.")] = None,
-    domain: Annotated[str | None, Argument(help="beauty, fashion or home.")] = None,
+    method: Annotated[str | None, Argument(**METHOD)] = None,
+    domain: Annotated[str | None, Argument(**DOMAIN)] = None,
 ) -> None:
     """What the published figures settle: one cell from count to verdict, or all in a few lines."""
     from lavic_utils.audit.claims import explain, read_claims, summary

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import readme
 
-from lavic_utils import provenance
+from lavic_utils import methods, provenance
+from lavic_utils.__main__ import main
 from lavic_utils.audit.claims import explain, read_claims
 from lavic_utils.config import PACKAGE, ROOT, UserError, load_profile
 from lavic_utils.repro import environment, notebooks
@@ -149,6 +150,24 @@ def test_a_wheel_brings_the_claims_and_says_what_only_a_checkout_has(tmp_path):
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert "make" not in err and "without --no-deps" in err
     assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize(("typed", "offered"), [
+    ("claims lavic_w", ["lavic_w_o_images", "lavic_w_o_self_distillation"]),
+    ("claims LaViC ", ["beauty", "fashion", "home"]),
+    ("run lavic --domain fa", ["fashion"]),
+    ("run lavic --domain home --profile ", ["mini", "paper", "t4"]),
+    ("methods --profile p", ["paper"]),
+    ("run ", None),
+])  # fmt: skip
+def test_a_shell_completes_methods_domains_and_profiles(typed, offered, monkeypatch, capsys):
+    monkeypatch.setenv("_LAVIC_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"lavic {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(typed.count(" ") + 1))
+    with pytest.raises(SystemExit):
+        main([])
+    slugs = [methods.slug(name) for name in methods.METHODS]
+    assert sorted(capsys.readouterr().out.split()) == sorted(offered or slugs)
 
 
 @pytest.mark.parametrize(("folder", "words"), [
