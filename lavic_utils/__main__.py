@@ -161,12 +161,12 @@ def run(
     if dry_run:
         return print(foreseen(asked, method, domain, split, limit))
     said = run_method(asked, method, domain, split, order, limit, out)
-    in_tables = split == "test" and not (limit or order or data_folder)
-    if said and in_tables:
+    if not said:  # of several processes one writes
+        return
+    print(said, flush=True)
+    if split == "test" and not (limit or order or data_folder):  # those of the tables
         record(asked, [chosen.name], [domain])
-        said += f"\nits row stands in {metrics_path(asked)}"
-    if said:  # of several processes one writes
-        print(said)
+        print(f"its row stands in {metrics_path(asked)}")
 
 
 def _refuse(profile: str, method: str) -> None:
@@ -186,10 +186,16 @@ def table(
 ) -> None:
     """Print one of the paper's tables beside ours, and why a cell is empty."""
     from lavic_utils.experiment import Experiment
-    from lavic_utils.report import table_rows
+    from lavic_utils.report import metrics_path, table_rows
 
-    rows = table_rows(Experiment(profile), name)
-    print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows, "note")
+    run = Experiment(profile)
+    rows = table_rows(run, name)
+    if as_json:
+        return print(json.dumps(rows, indent=1))
+    _print_rows(rows, "note")
+    own = metrics_path(run)
+    if own.with_name("metrics.json").is_file() and own.name != "metrics.json":
+        print(f"ours: rows of your own runs alone; move {own} away to see the committed ones")
 
 
 @notebooks.command("execute")

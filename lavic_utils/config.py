@@ -25,26 +25,14 @@ class UserError(Exception):
     """Bad input: one clear line (what, where, what to do); the command line exits with code 2."""
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Some = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+Some = Annotated[float, Field(gt=0, le=1, strict=True)]
 Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
-AtLeast4 = Annotated[int, Field(ge=4, le=MOST, strict=True)]
-AtLeast16 = Annotated[int, Field(ge=16, le=MOST, strict=True)]
 Place = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f][^\x00-\x1f]*$")]  # a path, or a hub id
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, given: Any) -> Any:
-        """YAML reads `yes` and `on` as true, which pydantic takes for 1."""
-        for name, value in given.items() if isinstance(given, dict) else ():
-            if isinstance(value, bool) and name in cls.model_fields:
-                if cls.model_fields[name].annotation is not bool:
-                    raise ValueError(f"{name}: {value} is neither a number nor a text")
-        return given
 
 
 def _holds(*names: str) -> AfterValidator:
@@ -78,8 +66,8 @@ class Prompts(Section):
 class World(Section):
     """Sizes and probabilities of the rendered mini world (none in profiles with real data)."""
 
-    seed: int = Field(7, ge=0, le=MOST)
-    image_side: int = Field(144, ge=48, le=4096)
+    seed: int = Field(7, ge=0, le=MOST, strict=True)
+    image_side: int = Field(144, ge=48, le=4096, strict=True)
     train_shards: Count = 2
     shard_items: Annotated[int, Field(ge=64, le=100_000, strict=True)] = 256
     stage1_valid_items: Annotated[int, Field(ge=10, le=100_000, strict=True)] = 170
@@ -92,14 +80,8 @@ class World(Section):
     p_several_truths: Share = 0.3
     p_new_wording: Share = 0.3
     p_extra_image: Share = 0.5
-    missing_images: int = Field(6, ge=0, le=MOST)
-    corrupt_images: int = Field(6, ge=0, le=MOST)
-
-    @model_validator(mode="after")
-    def _spoils_what_there_is(self) -> World:
-        if self.missing_images + self.corrupt_images > self.shard_items:
-            raise ValueError("missing_images and corrupt_images are more than shard_items")
-        return self
+    missing_images: int = Field(6, ge=0, le=64, strict=True)
+    corrupt_images: int = Field(6, ge=0, le=64, strict=True)
 
     def of(self, seed: int) -> World:
         """The world of a run's seed: other items, pictures and dialogues, of the same kind."""
@@ -109,7 +91,7 @@ class World(Section):
 class Lora(Section):
     r: Count = 8
     alpha: Count = 32
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.1, ge=0, lt=1, strict=True)
 
 
 class Stage(Section):
@@ -119,18 +101,18 @@ class Stage(Section):
     ONLY_SPEED: ClassVar = ("gradient_checkpointing", "eval_batch_size", "save_minutes")
 
     lora: Lora = Lora()
-    learning_rate: float = Field(gt=0, le=10)
-    weight_decay: float = Field(1e-5, ge=0, le=1)
+    learning_rate: float = Field(gt=0, le=10, strict=True)
+    weight_decay: float = Field(1e-5, ge=0, le=1, strict=True)
     epochs: Count
     batch_size: Count
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
-    max_length: AtLeast16
-    max_new_tokens: AtLeast4
+    max_length: Annotated[int, Field(ge=16, le=MOST, strict=True)]
+    max_new_tokens: Annotated[int, Field(ge=4, le=MOST, strict=True)]
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0, le=MOST)
+    warmup_steps: int = Field(0, ge=0, le=MOST, strict=True)
     # between checkpoints; None: stage 1 has one an epoch, stage 2 begins an adapter again
-    save_minutes: float | None = Field(None, gt=0)
+    save_minutes: float | None = Field(None, gt=0, strict=True)
 
     def steps(self, rows: int) -> int:
         """Optimiser steps of a whole training on so many rows, in one process."""
@@ -153,7 +135,9 @@ class Distillation(Stage):
     images_per_item: Count | None = None  # the first so many images of an item; None: all
     training_items_only: bool  # leave items of valid and test dialogues out of stage 1
     keep_pixels: bool = False  # in memory, instead of decoding every image in every epoch
-    workers: int = Field(0, ge=0, le=256)  # processes that decode images while the card computes
+    workers: int = Field(
+        0, ge=0, le=256, strict=True
+    )  # processes that decode images while the card computes
 
 
 class Recommendation(Stage):
@@ -171,11 +155,11 @@ class Profile(Section):
     tier: Literal["mini run", "full run", "rehearsal"]  # the last is given by the weights
     model: Place  # a folder inside the package, a path, or a hub id
     revision: Place | None = None  # a commit of the hub's repository
-    download_gb: float = Field(0, ge=0)
+    download_gb: float = Field(0, ge=0, strict=True)
     models: dict[str, Place] = {}  # method -> a folder of yours with its checkpoint, not the hub's
     quantize_4bit: bool = False
     dtype: Literal["float32", "half"] = "float32"  # half: what `loading.half` says of the card
-    seed: int = Field(42, ge=0, le=MOST)
+    seed: int = Field(42, ge=0, le=MOST, strict=True)
     candidates: Literal["candidates_st", "candidates_gpt_large"] = "candidates_st"
     prompts: Prompts
     world: World | None = None

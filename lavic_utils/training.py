@@ -142,7 +142,10 @@ def training_arguments(folder: Path, stage, seed: int, dtype, **more) -> Trainin
     """AdamW and the profile's settings. On a card a model in half precision (`dtype`) trains under
     autocast in the same, one in float32 without."""
     cuda = torch.cuda.is_available()
-    seen = os.environ.get("TENSORBOARD_LOGGING_DIR") and is_tensorboard_available()
+    seen = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    if seen and not is_tensorboard_available():
+        why = "is set, but tensorboard is not installed: pip install tensorboard, or unset it"
+        raise UserError(f"TENSORBOARD_LOGGING_DIR {why}")
     if stage.gradient_checkpointing:
         more["gradient_checkpointing"] = True  # the reentrant kind needs inputs with gradients
         more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}

@@ -123,8 +123,8 @@ def lavic(command: str, code: int = 0) -> str:
     return out
 
 
-def shell(command: list[str], environment: dict[str, str]) -> None:
-    """A command in a process of its own."""
+def shell(command: list[str], environment: dict[str, str]) -> str:
+    """A command in a process of its own; what it printed."""
     start = time.monotonic()
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     print(f"{time.monotonic() - start:6.1f} s  {shlex.join(command[-6:])}", flush=True)
@@ -132,11 +132,13 @@ def shell(command: list[str], environment: dict[str, str]) -> None:
         raise Failed(
             f"{shlex.join(command)}: {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
         )
+    return done.stdout
 
 
-def killed_once(command: str, begun: Path, most: float, rng: random.Random) -> None:
+def killed_once(command: str, begun: Path, most: float, rng: random.Random) -> tuple[str, float]:
     """The command in a process group of its own, killed at random up to `most` seconds after the
-    file `begun` is there; then the same command, which must go on to its end."""
+    file `begun` is there; then the same command, which must go on to its end: what it printed, and
+    when the first was killed (0: it had ended by itself)."""
     words = [sys.executable, *shlex.split(command)[1:]]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     wait, start = rng.uniform(0, most), time.monotonic()
@@ -156,7 +158,8 @@ def killed_once(command: str, begun: Path, most: float, rng: random.Random) -> N
             raise Failed(f"{command}: {process.returncode}\n{log.read().decode()[-3000:]}")
     how = "ended before its kill" if early else "killed"
     print(f"{time.monotonic() - start:6.1f} s  {command}: {how}", flush=True)
-    shell(words, environment)
+    killed = 0.0 if early else time.time()
+    return shell(words, environment), killed
 
 
 # ---------------------------------------------------------------- the rehearsal
@@ -277,10 +280,16 @@ def commands(place: Path, address: str, rng: random.Random) -> None:
             lavic(command.replace("t4", "paper"))
         elif " run LaViC " in command and "t4" in command:
             begun = results / "t4" / f"seed{SEED}" / "stage1" / "begun.json"
-            killed_once(command.replace("t4", str(small)), begun, 20, rng)
+            _, killed = killed_once(command.replace("t4", str(small)), begun, 20, rng)
+            done = begun.with_name("result.json")
+            seconds = json.loads(done.read_text(encoding="utf-8"))["seconds"]
+            started = done.stat().st_mtime - seconds  # the stage goes on from where it was begun
+            assert started < killed + 1 or not killed, "stage 1 was begun anew after the kill"
         elif " reproduce " in command:
             begun = results / "paper" / f"seed{SEED}" / "02_self_distillation.log"
-            killed_once(command, begun, 90, rng)
+            said, killed = killed_once(command, begun, 90, rng)
+            kept = f"00_start_here (seed {SEED}): unchanged, not run again"
+            assert kept in said or not killed, "notebook 00 was run anew after the kill"
         else:
             lavic(command.replace("t4", str(small)))
     rows = []

@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lavic_utils import experiment, provenance, report
 from lavic_utils.config import Profile, UserError, load_profile
-from lavic_utils.provenance import kept
+from lavic_utils.provenance import kept, write_kept
 from lavic_utils.repro import driver, tuning
 from lavic_utils.repro import notebooks as nbs
 
@@ -199,6 +199,20 @@ def test_what_was_damaged_since_is_made_again(folder, tiny_profile, results, cap
     assert "00_a (seed 5): seed5/00_a.ipynb is not as it was left" in out
     assert "01_b (seed 5): figures.png is not as it was left" in out
     assert out.count("unchanged") == 1 and (results / "figures.png").read_text() == "5"
+
+
+def test_rows_that_are_lost_are_made_again(folder, tiny_profile, results, capfd):
+    row = {"seed": 5, "method": "m", "hit_ratio_conversations": 1, "validity_ratio": 1}
+    rows = [{**row, "domain": domain} for domain in ("home", "beauty")]
+    write = "from lavic_utils.provenance import write_kept; from pathlib import Path; write_kept("
+    write += f"Path({str(results / 'metrics.own.json')!r}), {{'rows': {rows!r}}})"
+    save(folder / "00_a.ipynb", write)
+    assert reproduce(tiny_profile) == 0 == reproduce(tiny_profile)
+    assert capfd.readouterr().out.count("unchanged, not run again") == 1  # negative control
+    write_kept(results / "metrics.own.json", {"rows": rows[:1]})  # as another `run` leaves it
+    assert reproduce(tiny_profile) == 0
+    assert "rows that it made are not in metrics.own.json any more" in capfd.readouterr().out
+    assert len(kept(results / "metrics.own.json")["rows"]) == 2
 
 
 def test_a_path_with_braces_and_somebody_elses_kernel(folder, tmp_path, tiny_profile, monkeypatch):

@@ -106,7 +106,8 @@ def test_tensorboard_is_told_where_its_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
     assert reports() == ["tensorboard"]
     monkeypatch.setattr(training, "is_tensorboard_available", lambda: False)
-    assert reports() == []  # not installed: nothing breaks
+    with pytest.raises(UserError, match="TENSORBOARD_LOGGING_DIR is set, but tensorboard is not"):
+        reports()  # before hours of training without a curve
 
 
 def spoil(folder, change):

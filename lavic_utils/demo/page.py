@@ -65,6 +65,11 @@ class Visit:
 def begin(panel: Panel, case: Case) -> Visit:
     """A new request, answered; looked at is LaViC's choice."""
     answers = panel.answer(case)
+    if cut := answers["LaViC"].dropped_dialogue_tokens:
+        if not case.dialogue.gt_items:  # typed
+            raise UserError(f"not asked: {cut} tokens longer than the model reads; say it shorter")
+        note = f"The model does not see the first {cut} tokens of this dialogue: it is too long."
+        case = replace(case, notes=(*case.notes, note))
     best = answers["LaViC"].recommended
     item = best if best in case.candidates else case.candidates[0]
     return Visit(case, answers, answers, item)

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from lavic_utils import config
 from lavic_utils import provenance as origin
 from lavic_utils.data import profile_data_hash
+from lavic_utils.hub import HubModel
 from lavic_utils.repro import notebooks as nbs
 
 INDEX = "index.json"  # file below the results -> its content when a notebook last left it
@@ -60,6 +61,10 @@ class Job:
         of the content noted in index.json, or a newer one that `provenance.kept` takes."""
         now = {"status": "ok", "key": self.key, "world": self.world}
         if any(self.record.get(name) != value for name, value in now.items()):
+            return False
+        own, seed = origin.newest(results / "metrics.json"), self.parameters["seed"]
+        if len(_rows(own, {seed})) < self.record.get("rows", 0):  # a newer file without them
+            print(f"{self.name}: rows that it made are not in {own.name} any more", flush=True)
             return False
         noted = origin.kept(results / INDEX) or {}
         for name in self.record["made"]:
@@ -154,6 +159,7 @@ def run_job(job: Job, profile: config.Profile) -> dict[str, Any]:
     record |= {
         "seconds": round(time.time() - start, 1),
         "made": list(left),
+        "rows": len(_rows(origin.newest(results / "metrics.json"), {seed})),
         "world": tree_hash(origin.world_dir(profile, seed)),  # the first to ask makes it
     }
     records = {**read_run(job.out.parent), job.path.stem: record}
@@ -177,6 +183,9 @@ def reproduce(name: str, seeds: int, only: Sequence[str], force: bool, extended:
     if seeds < 1:
         raise config.UserError(f"--seeds {seeds}: must be 1 or more")
     profile = config.load_profile(name)
+    model = HubModel(profile.model, profile.revision, profile.download_gb)
+    if model.stand_in(profile.model_path):
+        profile = profile.model_copy(update={"tier": "rehearsal"})
     name = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
     nbs.set_kernel_environment()
     results = config.results_dir(profile)
