@@ -231,6 +231,23 @@ def test_a_typed_request_gets_the_ten_titles_of_bm25(shop):
     assert "arbitrary" in shop.request("fashion", "blue.").notes[0]
 
 
+def test_a_request_longer_than_the_model_reads_is_not_asked(shop, monkeypatch):
+    short, long = "i want a leather handbag. ", "i want a leather handbag. " * 38
+    asked, profile = shop.request("fashion", short), shop.run.profile
+    prompter = shop.run.prompter(shop.visual(asked, "distilled"))
+    most = prompter.longest([asked.dialogue], profile.candidates) + 40
+    settings = profile.recommendation.model_copy(update={"max_length": most})
+    tight = profile.model_copy(update={"recommendation": settings})
+    monkeypatch.setattr(shop.run, "profile", tight)
+    assert page.begin(shop, asked).case.notes  # negative control
+    with pytest.raises(UserError, match="not asked: [0-9]+ tokens longer than the model reads"):
+        page.begin(shop, shop.request("fashion", long))
+    asked = shop.request("fashion", long)
+    written = asked.dialogue.model_copy(update={"gt_items": asked.candidates[:1]})
+    seen = page.begin(shop, panel.Case(written, asked.candidates))  # of the data: shown, and said
+    assert "does not see the first" in seen.case.notes[0]
+
+
 def test_with_words_that_the_model_cannot_read_it_guesses_and_is_not_sure(shop):
     asked = shop.request("home", "I want a Red mug (please) from NASA, quantum! quantum")
     assert asked.unknown == ("NASA", "quantum")
