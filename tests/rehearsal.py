@@ -28,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "researcher.md"
+PRETEND = ROOT / "tests" / "pretend"
 LAVIC, SEED = "python -m lavic_utils ", 42
 # Commands of the page that stand for themselves elsewhere, by how they begin: why they are left out
 LEFT_OUT = {
@@ -140,7 +141,7 @@ def killed_once(command: str, begun: Path, most: float, rng: random.Random) -> t
     file `begun` is there; then the same command, which must go on to its end: what it printed, and
     when the first was killed (0: it had ended by itself)."""
     words = [sys.executable, *shlex.split(command)[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = dict(os.environ)
     wait, start = rng.uniform(0, most), time.monotonic()
     with tempfile.TemporaryFile() as log:
         how = {"env": environment, "cwd": ROOT, "stdout": log, "stderr": log}
@@ -160,6 +161,23 @@ def killed_once(command: str, begun: Path, most: float, rng: random.Random) -> t
     print(f"{time.monotonic() - start:6.1f} s  {command}: {how}", flush=True)
     killed = 0.0 if early else time.time()
     return shell(words, environment), killed
+
+
+def pretend_card() -> None:
+    """Where there is no card, this process's models and its children's are on a pretended one,
+    unless REHEARSAL_CARD is "none"."""
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("REHEARSAL_CARD", "pretend") != "pretend":
+        return
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(PRETEND), str(ROOT)])
+    sys.path.insert(0, str(PRETEND))
+    import pretend_card
+
+    from lavic_utils import loading
+
+    pretend_card.install(loading)
+    print(f"models on a pretended card, {loading.device()}", flush=True)
 
 
 # ---------------------------------------------------------------- the rehearsal
@@ -314,6 +332,8 @@ def main() -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONHASHSEED": "0"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    os.environ["PYTHONPATH"] = str(ROOT)
+    pretend_card()
     try:
         rehearse(place, random.Random(seed))
     except (Failed, AssertionError) as error:
