@@ -1,9 +1,13 @@
-"""Code that meets a model on another device: here the meta device, where values do not matter."""
+"""Code that meets a model on another device: the meta device, where values do not matter, and a
+pretended card, which has the processor's. All notebooks meet that card in `make rehearsal`."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +68,23 @@ def test_the_page_shows_an_items_tiles_where_the_model_is_on_such_a_device(proce
     assert len(tiles) == 3 and all(tile.size == (48, 48) for tile in tiles)
     shown = tiles[0].getpixel((24, 24))
     assert all(abs(a - b) <= 1 for a, b in zip(shown, (255, 165, 0), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real card")
+@pytest.mark.timeout(900)
+def test_the_package_on_a_pretended_card():
+    """In a process of its own: what torch is told of a new device, it keeps."""
+    here = Path(__file__).resolve().parent
+    paths = [str(here.parent), str(here), str(here / "pretend")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "--timeout", "0", str(here / "pretend" / "on_card.py")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("why", [None, "it takes 25 GiB"])

@@ -19,7 +19,6 @@ from lavic_utils import distillation, loading, vision
 from lavic_utils import recommendation as rec
 from lavic_utils.config import load_profile
 
-pretend_card.install(loading)
 SHORT = {"max_new_tokens": 2, "warmup_steps": 0, "epochs": 1, "gradient_accumulation": 1}
 PROFILE = load_profile("mini")
 PROFILE = PROFILE.model_copy(
@@ -28,7 +27,7 @@ PROFILE = PROFILE.model_copy(
         for stage in ("distillation", "recommendation")
     }
 )
-CARD, F = loading.device(), nn.functional
+CARD, F = pretend_card.CARD, nn.functional
 MIXED = "Expected all tensors to be on the same device"
 
 
@@ -55,6 +54,10 @@ def on_card(*shape: int) -> torch.Tensor:
 def test_tensors_of_both_devices_do_not_meet(mixing, mode):
     with mode(), pytest.raises(RuntimeError, match=MIXED):
         mixing()
+
+
+def test_models_go_there():
+    assert loading.device() == CARD  # by sitecustomize.py alone
 
 
 def test_what_a_real_card_allows_is_allowed():

@@ -14,7 +14,6 @@ from torch.utils.backend_registration import _DummyBackendModule
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as set_up
 
 
-
 class Module(_DummyBackendModule):
     """What torch asks of `torch.pretend`."""
 
@@ -138,6 +137,24 @@ for name in ("empty.memory_format", "empty_strided", "arange", "arange.start", "
 LIBRARY.impl("_copy_from", copied, "PrivateUse1")
 
 
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
+    """torch's own, which takes the slow way on a device that it does not know: here the
+    processor's, where that is possible."""
+    if dropout_p or query.dim() != 4 or not isinstance(query, OnCard):
+        return SLOW(query, key, value, attn_mask, dropout_p, is_causal, **more)
+    if more.pop("enable_gqa", False):
+        times = query.shape[1] // key.shape[1]
+        key, value = (one.repeat_interleave(times, 1) for one in (key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = hidden.masked_fill_(attn_mask.logical_not(), -torch.inf)
+    fast = aten._scaled_dot_product_flash_attention_for_cpu
+    return fast(query, key, value, is_causal=is_causal, attn_mask=attn_mask, **more)[0]
+
+
+SLOW = torch.nn.functional.scaled_dot_product_attention
+
+
 def install(loading) -> None:
     """The package's models (module `loading`), and what trains them, are on the card from now on.
     Accelerate and the Trainer read the variable."""
@@ -152,4 +169,5 @@ def install(loading) -> None:
     TrainingArguments.__post_init__ = on_card
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(CARD)
     torch.autograd.set_multithreading_enabled(False)  # a thread a device needs a real one
+    torch.nn.functional.scaled_dot_product_attention = attention
     loading.device = lambda: CARD
