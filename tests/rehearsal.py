@@ -4,6 +4,7 @@ The commands are taken from that page. The profiles are `paper` and `t4` as they
 bits, which need a card); hub, published files, product images and chat service come from a local
 server that serves the stand-ins of `stand_ins.py`. Twice, at a moment drawn at random, a process is
 killed, and the same command must go on. What it makes has the tier "rehearsal", in a folder apart.
+Where there is no card, models are on a pretended one (tests/pretend): a tensor left behind fails.
 
     python tests/rehearsal.py [FOLDER]      # kept where a folder is given, or something fails
 """

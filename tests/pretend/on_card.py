@@ -92,7 +92,8 @@ def test_training_there_is_training_here():
             optimizer.step()
             optimizer.zero_grad()
         assert {p.device.type for p in net.parameters()} == {torch.device(device).type}
-        states.append(net.cpu().state_dict())
+        with torch.inference_mode(device == CARD):  # a model may come back in either mode
+            states.append(net.cpu().state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 

@@ -29,6 +29,7 @@ COPIES = {aten.copy_.default, aten._to_copy.default}  # go from one device to th
 # A tensor there may be asked for places that the processor names, as on a real card.
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 INDEXED |= {aten._index_put_impl_.default}
+ALIKE = aten._has_compatible_shallow_copy_type.default  # may the one's content be the other's?
 
 
 class OnCard(torch.Tensor):
@@ -74,6 +75,8 @@ class OnCard(torch.Tensor):
 
 def call(function, args: tuple, kwargs: dict):
     """The function on the processor. What it makes is on the card, unless it copies from there."""
+    if function is ALIKE:
+        return all(isinstance(one, OnCard) for one in args)
     given: dict[int, OnCard] = {}  # by their values: what changes in place is what was given
     others: list[torch.Tensor] = []
     to = [CARD]
