@@ -11,7 +11,15 @@ from string import Formatter
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 PACKAGE = Path(__file__).resolve().parent
 # The checkout; for a package installed from a wheel the folder where it is run.
@@ -25,8 +33,10 @@ class UserError(Exception):
     """Bad input: one clear line (what, where, what to do); the command line exits with code 2."""
 
 
-Share = Annotated[float, Field(ge=0, le=1, strict=True)]
-Some = Annotated[float, Field(gt=0, le=1, strict=True)]
+# YAML reads `yes` as true, which would count as 1; and 1e-4, without a point, as a text
+Real = Annotated[float, BeforeValidator(lambda value: "" if isinstance(value, bool) else value)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+Some = Annotated[Real, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
 Place = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f][^\x00-\x1f]*$")]  # a path, or a hub id
 
@@ -91,7 +101,7 @@ class World(Section):
 class Lora(Section):
     r: Count = 8
     alpha: Count = 32
-    dropout: float = Field(0.1, ge=0, lt=1, strict=True)
+    dropout: Real = Field(0.1, ge=0, lt=1)
 
 
 class Stage(Section):
@@ -101,8 +111,8 @@ class Stage(Section):
     ONLY_SPEED: ClassVar = ("gradient_checkpointing", "eval_batch_size", "save_minutes")
 
     lora: Lora = Lora()
-    learning_rate: float = Field(gt=0, le=10, strict=True)
-    weight_decay: float = Field(1e-5, ge=0, le=1, strict=True)
+    learning_rate: Real = Field(gt=0, le=10)
+    weight_decay: Real = Field(1e-5, ge=0, le=1)
     epochs: Count
     batch_size: Count
     gradient_accumulation: Count = 1
@@ -112,7 +122,7 @@ class Stage(Section):
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0, le=MOST, strict=True)
     # between checkpoints; None: stage 1 has one an epoch, stage 2 begins an adapter again
-    save_minutes: float | None = Field(None, gt=0, strict=True)
+    save_minutes: Real | None = Field(None, gt=0)
 
     def steps(self, rows: int) -> int:
         """Optimiser steps of a whole training on so many rows, in one process."""
@@ -155,7 +165,7 @@ class Profile(Section):
     tier: Literal["mini run", "full run", "rehearsal"]  # the last is given by the weights
     model: Place  # a folder inside the package, a path, or a hub id
     revision: Place | None = None  # a commit of the hub's repository
-    download_gb: float = Field(0, ge=0, strict=True)
+    download_gb: Real = Field(0, ge=0)
     models: dict[str, Place] = {}  # method -> a folder of yours with its checkpoint, not the hub's
     quantize_4bit: bool = False
     dtype: Literal["float32", "half"] = "float32"  # half: what `loading.half` says of the card

@@ -459,6 +459,13 @@ def test_a_bad_profile_is_refused_by_field_when_it_is_read(old, new, said, tiny_
     assert "\n" not in str(error.value) and str(error.value).endswith("; correct the file")
 
 
+def test_numbers_as_people_write_them_are_read(tiny_profile):
+    text = tiny_profile.read_text()
+    for written in ("1e-4", "0.0001", "1.0e-4"):  # the first is a text to YAML
+        tiny_profile.write_text(text.replace("learning_rate: 0.1", f"learning_rate: {written}", 1))
+        assert load_profile(str(tiny_profile)).distillation.learning_rate == 1e-4
+
+
 def test_a_profile_of_many_keys_or_bytes_is_refused_at_once(tiny_profile):
     text, start = tiny_profile.read_text(), time.monotonic()
     tiny_profile.write_text(text + "models: {" + ", ".join(f"m{i}: x" for i in range(9000)) + "}")

@@ -25,7 +25,7 @@ from lavic_utils import loading, training, vision
 from lavic_utils.bench.memory import GIB, SCORED, TITLE, full_tokens, memories, skeleton
 from lavic_utils.bench.plan import ASSUMED
 from lavic_utils.bench.speed import result_file, spread, synchronize, timed
-from lavic_utils.config import Profile, UserError, load_profile
+from lavic_utils.config import PACKAGE, Profile, UserError, load_profile
 from lavic_utils.distillation import VISION_LINEAR, Student
 from lavic_utils.provenance import provenance, write_json
 from lavic_utils.recommendation import LANGUAGE_LINEAR, Recommender, read
@@ -101,7 +101,7 @@ def random_model(profile: Profile) -> LlavaNextForConditionalGeneration:
     given = {"config": copy.deepcopy(bare.config), "state_dict": weights}
     load = partial(LlavaNextForConditionalGeneration.from_pretrained, **given)
     kind = SimpleNamespace(from_pretrained=lambda _, **options: load(None, **options))
-    return loading.load(kind, profile, "random weights", None)
+    return loading.load(kind, profile, str(PACKAGE), None)  # any folder: nothing is read there
 
 
 def prompts(config, rows: int, case: Case) -> dict[str, Any]:

@@ -95,14 +95,12 @@ def refuse(
 
 
 def present() -> Card | None:
-    """This machine's card, with the speeds of the known card of that name; of a T4 otherwise, which
-    its name then says."""
+    """This machine's card, with the speeds of the known card of that name (of a T4 otherwise)."""
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    known = next((card for key, card in CARDS.items() if key in found.name.lower()), None)
-    name = found.name if known else f"{found.name}, its speeds unknown: hours are a T4's"
-    return (known or CARDS["t4"])._replace(name=name, gib=round(found.total_memory / memory.GIB, 1))
+    known = next((card for key, card in CARDS.items() if key in found.name.lower()), CARDS["t4"])
+    return known._replace(name=found.name, gib=round(found.total_memory / memory.GIB, 1))
 
 
 def refuse_here(profile: Profile, stages: Sequence[str]) -> None:
@@ -245,6 +243,8 @@ def plan(profile: Profile, gpu: str | None = None) -> str:
     card = CARDS[gpu.lower()] if gpu else present()
     if card:
         refuse(profile, card)
+        if not any(key in card.name.lower() for key in CARDS):
+            card = card._replace(name=f"{card.name}, its speeds unknown: hours are a T4's")
     todo, needs, fits, alone, spent = work(profile), memories(profile), [], {}, {}
     peak = max(needs[stage]["total"] for stage in memory.STAGES if stage in needs) + RESERVE
     for c in [card] if card else CARDS.values():
