@@ -388,6 +388,12 @@ def test_a_proxy_that_cannot_be_used_is_named(
     for good in ("127.0.0.1:9", "http://[::1]:9", " "):
         monkeypatch.setenv("ALL_PROXY", good)
         hub.check_proxies()
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="SSL_CERT_FILE: there is no .*nowhere"):
+        hub.check_proxies()
+    monkeypatch.setenv("SSL_CERT_FILE", __file__)
+    hub.check_proxies()
+    monkeypatch.delenv("SSL_CERT_FILE")
     monkeypatch.setenv("ALL_PROXY", "127.0.0.1:9")  # negative control: this machine needs none
     assert crawl.crawl(root, settings=FAST) == {"ok": 1}
 
