@@ -342,29 +342,31 @@ def printed(text: str) -> dict:
     return {"output_type": "stream", "name": "stdout", "text": [text]}
 
 
-def test_slides_are_made_of_the_plan_and_the_notebooks(root: Path) -> None:
+def slides_of(root: Path, rows: str) -> tuple[str, list[str]]:
+    """The slides of a plan with these rows and one notebook, and the problems that were said."""
     (root / "notebooks" / "01_a.ipynb").write_text(json.dumps(notebook()), encoding="utf-8")
-    rows = '| 0–8 | *Begin.* Talk. | 01, "Why?" and "How?" |\n| 8–9 | *End.* Go. | – |\n'
     (root / "docs" / "teaching.md").write_text(rows, encoding="utf-8")
     problems: list[str] = []
-    text = pages.slides(root, lambda png: "a.png", problems)
+    return pages.slides(root, lambda png: "a.png", problems), problems
+
+
+def test_slides_are_made_of_the_plan_and_the_notebooks(root: Path) -> None:
+    rows = '| 0–8 | *Begin.* Talk. | 01, "Why?" and "How?" |\n| 8–9 | *End.* Go. | – |\n'
+    text, problems = slides_of(root, rows)
     assert problems == []
     assert re.findall("^## (.*)$", text, re.M) == ["Begin", "Why?", "Why?", "How?", "End"]
     assert "**Predict:** more of [CLS] tokens?" in text and "\nSome.\n" in text
     assert (
         "![Bars](a.png)" in text and "secret" not in text and "```{revealjs-notes}\nTalk." in text
     )
-    (root / "docs" / "teaching.md").write_text(rows.replace("Why?", "When?"), encoding="utf-8")
-    pages.slides(root, lambda png: "a.png", problems)
+    _, problems = slides_of(root, rows.replace("Why?", "When?"))
     assert problems == ["docs/teaching.md: notebook 01 has no section 'When?'"]
 
 
 def test_slides_hold_what_lies_between_two_sections(root: Path) -> None:
-    (root / "notebooks" / "01_a.ipynb").write_text(json.dumps(notebook()), encoding="utf-8")
-    rows = '| 0–8 | *Begin.* Talk. | 01, "Why?" and "How?" to "Last?" |\n'
-    (root / "docs" / "teaching.md").write_text(rows, encoding="utf-8")
-    problems: list[str] = []
-    text = pages.slides(root, lambda png: "a.png", problems)
+    text, problems = slides_of(
+        root, '| 0–8 | *Begin.* Talk. | 01, "Why?" and "How?" to "Last?" |\n'
+    )
     heads = ["Begin", "Why?", "Why?", "How?", "And", "Last?", "Last?"]
     assert problems == [] and re.findall("^## (.*)$", text, re.M) == heads
     assert "<table>small</table>" in text and "large" not in text and "of two" not in text
